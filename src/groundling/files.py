@@ -1,0 +1,118 @@
+"""Files that are either whole or absent.
+
+Invariant: nothing here leaves a half-written file under its final name. Content is written beside the
+final name, flushed and synced, then renamed; the parent directory is synced last (POSIX rename(2) and
+fsync(2) give no order without it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from groundling.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None  # type: ignore[assignment]
+
+HASH_BLOCK_BYTES = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal, read in blocks of constant memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Force a file, or a directory's entries, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes its final name only if the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_file(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A directory that takes its final name, replacing an older one, only if the block ends well.
+
+    Every file in it is synced before the rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (path.with_name(f".{path.name}.{state}") for state in ("partial", "replaced"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in sorted(temporary.rglob("*")):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors writes files that only their owner reads
+            sync_file(entry)
+        sync_file(temporary)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        sync_file(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with the guarantee of `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with the guarantee of `atomic_file`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory for one process, by flock(2), which the kernel releases when the process dies.
+
+    Raises `CheckpointError` if another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{directory} is in use by another process: wait for it to end, or give this run another --out"
+            ) from None
+        yield
