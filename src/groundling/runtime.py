@@ -1,0 +1,176 @@
+"""Where and how a run computes: device, number format, threads, compilation.
+
+Invariant: this is the only module that reads the environment, and it does so when called, never when
+imported. Every choice it makes comes with the reason for it, which the commands print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from groundling.errors import ConfigError
+from groundling.machine import cpu_flags
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+"""x86 instruction sets with which a bf16 matrix product is faster than the fp32 one."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device, number format, threads and compilation."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the fastest that is there."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the matrix products, bf16 where the hardware has it; weights and optimizer stay in fp32."""
+    threads: int = 0
+    """CPU threads; 0 means one per core that this process may use."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: auto compiles where a compiler exists and warns where none does."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ConfigError(f"runtime.threads is {self.threads}: give 0 (one per core) or a positive number")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A resolved `RuntimeConfig`, with the reason for each choice."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    compile: bool
+    reasons: tuple[tuple[str, str, str], ...]
+    """(what, the choice, why), one for each of the four choices."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Run matrix products in `dtype`, everything that needs precision in fp32."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self) -> None:
+        """Wait for the device: launched work is not done work, so clocks are read only after this."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def resolve(config: RuntimeConfig) -> Runtime:
+    """The `Runtime` for this machine; sets PyTorch's thread count.
+
+    Raises `ConfigError` if a device or format was asked for that this machine lacks.
+    """
+    device, device_why = _device(config.device)
+    dtype, dtype_why = _dtype(config.dtype, device)
+    cores = available_cores()
+    threads = config.threads or cores
+    torch.set_num_threads(threads)
+    compiled, compile_why, warnings = _compile(config.compile, device)
+    reasons = (
+        ("device", str(device), device_why),
+        ("dtype", "fp32" if dtype is torch.float32 else "bf16", dtype_why),
+        ("threads", str(threads), "asked for" if config.threads else "one per core that this process may use"),
+        ("compile", "on" if compiled else "off", compile_why),
+    )
+    return Runtime(device, dtype, threads, compiled, reasons, warnings)
+
+
+def _device(name: str) -> tuple[torch.device, str]:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"PyTorch sees {torch.cuda.get_device_name()}"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "PyTorch sees an Apple GPU"
+        return torch.device("cpu"), "PyTorch sees no GPU"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device is {name!r}: give auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cpu":
+        return device, "asked for"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"runtime.device is {name!r}, but PyTorch sees no CUDA device: use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"runtime.device is {name!r}, but PyTorch sees {torch.cuda.device_count()}: give a lower number"
+            )
+        return device, "asked for"
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("runtime.device is 'mps', but PyTorch sees no Apple GPU: use --device cpu")
+        return device, "asked for"
+    raise ConfigError(f"runtime.device is {name!r}: give auto, cpu, cuda, cuda:N or mps")
+
+
+def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if name != "auto":
+        return DTYPES[name], "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU multiplies bf16"
+        return torch.float32, "the GPU has no bf16 units"
+    if device.type == "mps":
+        return torch.float32, "bf16 on Apple GPUs has not been measured here; --dtype bf16 asks for it"
+    found = [flag for flag in CPU_BF16_FLAGS if flag in cpu_flags()]
+    if found:
+        return torch.bfloat16, f"the CPU has {found[0]}"
+    return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
+
+
+def _compile(choice: str, device: torch.device) -> tuple[bool, str, tuple[str, ...]]:
+    if choice == "off":
+        return False, "asked for", ()
+    if device.type == "cuda":
+        tool, name = importlib.util.find_spec("triton") is not None, "Triton"
+    elif device.type == "mps":
+        tool, name = False, "PyTorch's compiler for Apple GPUs"
+    else:
+        tool, name = cpp_compiler() is not None, "a C++ compiler (g++ or clang++)"
+    if tool:
+        return True, "asked for" if choice == "on" else f"{name} is there", ()
+    missing = f"torch.compile is off because {name} is missing"
+    if choice == "on":
+        raise ConfigError(f"runtime.compile is 'on', but {name} is missing: install it or use --runtime.compile off")
+    return False, f"{name} is missing", (f"{missing}: training will be slower",)
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that PyTorch's inductor would use, or None."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def available_cores() -> int:
+    """Cores that this process may use (an affinity mask, as containers set it, counts)."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """Where token files are cached: $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling."""
+    if chosen := os.environ.get("GROUNDLING_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from groundling import machine, runtime
+from groundling.errors import ConfigError
+from groundling.runtime import RuntimeConfig
+
+
+def test_every_choice_has_a_reason() -> None:
+    resolved = runtime.resolve(RuntimeConfig())
+    assert [what for what, _, _ in resolved.reasons] == ["device", "dtype", "threads", "compile"]
+    assert all(why for _, _, why in resolved.reasons)
+
+
+@pytest.mark.parametrize("flags", [["amx_bf16", "avx2"], ["avx2"]])
+def test_bf16_is_chosen_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags))
+    resolved = runtime.resolve(RuntimeConfig(device="cpu"))
+    assert resolved.dtype is (torch.bfloat16 if "amx_bf16" in flags else torch.float32)
+    assert runtime.resolve(RuntimeConfig(device="cpu", dtype="fp32")).dtype is torch.float32
+
+
+def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    resolved = runtime.resolve(RuntimeConfig(device="cpu"))
+    assert not resolved.compile
+    assert "compiler" in resolved.warnings[0]
+    with pytest.raises(ConfigError, match="install"):
+        runtime.resolve(RuntimeConfig(device="cpu", compile="on"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu", "cuda:x", ""])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.device"):
+        runtime.resolve(RuntimeConfig(device=device))
+
+
+def test_threads_are_set() -> None:
+    before = torch.get_num_threads()
+    runtime.resolve(RuntimeConfig(threads=1))
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path))
+    assert runtime.cache_dir() == tmp_path
+    monkeypatch.delenv("GROUNDLING_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_dir() == tmp_path / "groundling"
+
+
+def test_the_machine_is_described() -> None:
+    facts = machine.describe(2)
+    assert facts["cpu"]
+    assert facts["memory_bytes"] is None or facts["memory_bytes"] > 2**28
+    peak = machine.peak_memory_bytes(torch.device("cpu"))
+    assert peak is None or 2**25 < peak < 2**42
+    assert machine.free_disk_bytes(Path("does/not/exist")) > 0
+    assert 1 <= runtime.available_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_ceiling_is_measured_in_flops() -> None:
+    ceiling = machine.matrix_ceiling_flops(torch.device("cpu"), torch.float32, lambda: None, ((256, 256, 256),))
+    assert 1e8 < ceiling < 1e15
