@@ -1,0 +1,39 @@
+"""What each operation means, in plain PyTorch.
+
+Invariant: short enough to be checked by reading; a faster backend is right when it agrees with this one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_TARGET = -100
+"""Target that no loss counts (PyTorch's own default): the filling after the end of a short window."""
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention, scaled by 1/sqrt(D), in which a query sees the keys up to its own position.
+
+    query (B, H, T, D); key and value (B, H, S, D) with S >= T: the queries are the last T of the S
+    positions, as they are when earlier keys come from a cache. Returns (B, H, T, D).
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    T, S = query.size(2), key.size(2)
+    if T == S:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if T == 1:  # one new position sees everything
+        return F.scaled_dot_product_attention(query, key, value)
+    visible = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(diagonal=S - T)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over all targets of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar.
+
+    hidden (N, C), weight (n_vocab, C), targets (N,) of ids or `IGNORED_TARGET`. A sum, not a mean, so
+    that micro-batches and windows of different lengths add up to the loss of the whole.
+    """
+    logits = F.linear(hidden, weight)  # (N, n_vocab)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED_TARGET, reduction="sum")

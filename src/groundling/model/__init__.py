@@ -1,0 +1,1 @@
+"""GPT-2: the network, its cache for decoding, its weights on disk."""

@@ -1,0 +1,174 @@
+"""GPT-2, the network and nothing else.
+
+Invariant: logits equal those of transformers' `GPT2LMHeadModel` on the same weights, and a position's
+output depends on no later position. Parameters carry Hugging Face's names.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+
+Legend: B windows, T positions, C = n_embd, H = n_head, D = C / H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groundling import kernels
+from groundling.errors import ConfigError
+
+if TYPE_CHECKING:
+    from groundling.model.cache import KVCache, LayerCache
+
+INIT_STD = 0.02
+"""Standard deviation of the initial weights (GPT-2's released code)."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Size of the network, in OpenAI's own names. The defaults are the 124M model."""
+
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Attention heads in each block."""
+    n_embd: int = 768
+    """Width of the residual stream; a multiple of n_head."""
+    n_ctx: int = 1024
+    """Positions in the position table: the longest window the model can read."""
+    n_vocab: int = 50257
+    """Token ids; a run takes this number from its tokenizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive number")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"model.n_embd is {self.n_embd}: give a multiple of model.n_head, {self.n_head}")
+
+    def n_parameters(self) -> int:
+        """Parameters of this network, the tied matrix counted once."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C
+        return (self.n_vocab + self.n_ctx) * C + self.n_layer * block + 2 * C
+
+
+SIZES: dict[str, GPTConfig] = {
+    "124M": GPTConfig(),
+    "355M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "1.5B": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+"""The four released sizes, by the parameter counts of their model cards."""
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+        B, T, C = x.shape
+        query, key, value = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:
+            key, value = cache.append(key, value)  # (B, H, S, D), S positions so far
+        mixed = kernels.causal_attention(query, key, value)  # (B, H, T, D)
+        return self.c_proj(mixed.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Everything but the head; a room of its own because Hugging Face's names have it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.n_vocab, config.n_embd)
+        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[layer])
+        if cache is not None:
+            cache.advance(tokens.size(1))
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+
+class GPT2(nn.Module):
+    """The network. `hidden` and `logits` are its two verbs; the loss is made of their ingredients.
+
+    Construction draws from PyTorch's global generator, in an order that the reference run's first
+    loss depends on; `torch.manual_seed` before it makes the weights reproducible.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.n_vocab, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._draw)  # the tied matrix is drawn twice, as embedding and as head; the second counts
+        for name, weight in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # the two projections of a block that write to the residual stream
+                weight.data.mul_((2 * config.n_layer) ** -0.5)
+
+    @staticmethod
+    def _draw(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INIT_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix (n_vocab, C), which is also the token embedding."""
+        return self.lm_head.weight
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, C) for token ids (B, T).
+
+        With a cache, the tokens follow the positions that it holds, and it grows by theirs.
+        """
+        return self.transformer(tokens, cache)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (..., n_vocab) for hidden states (..., C)."""
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+    def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy in nats of targets (B, T) given inputs (B, T); ignored targets add nothing."""
+        return kernels.linear_cross_entropy(self.hidden(inputs).flatten(0, 1), self.head_weight, targets.flatten())

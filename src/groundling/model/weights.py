@@ -1,0 +1,68 @@
+"""Weights on disk: safetensors in Hugging Face's names and layout.
+
+Invariant: `load(save(model))` is the identity, bit for bit, and the file is what transformers'
+`GPT2LMHeadModel` reads: projections are stored (in, out), as its Conv1D holds them, and the head is
+left out because it is the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from groundling.errors import CheckpointError
+from groundling.model.gpt2 import GPT2
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TIED = "lm_head.weight"
+
+
+def to_huggingface(model: GPT2) -> dict[str, Tensor]:
+    """The model's tensors in Hugging Face's names and layout, on the CPU, contiguous."""
+    return {
+        name: (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous().cpu()
+        for name, tensor in model.state_dict().items()
+        if name != TIED
+    }
+
+
+def from_huggingface(model: GPT2, tensors: Mapping[str, Tensor], where: object = "these weights") -> None:
+    """Copy tensors in Hugging Face's names and layout into the model.
+
+    Raises `CheckpointError` if a tensor is missing, unknown or of another shape.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        wrong = f"lack {missing[0]}" if missing else f"hold the unknown {unknown[0]}"
+        raise CheckpointError(f"{where} {wrong}: they are not weights of this GPT-2")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            given = tensors[name].t() if name.endswith(TRANSPOSED) else tensors[name]
+            if given.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{where}: {name} has shape {tuple(given.shape)} where the model has {tuple(tensor.shape)}"
+                )
+            tensor.copy_(given)
+
+
+def save(model: GPT2, path: Path) -> None:
+    """Write the model's weights as safetensors, in fp32."""
+    save_file(to_huggingface(model), path, metadata={"format": "pt"})
+
+
+def load(model: GPT2, path: Path) -> None:
+    """Read weights written by `save`, or by transformers, into the model.
+
+    Raises `CheckpointError` if the file is damaged or holds another network.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+    from_huggingface(model, tensors, path)
