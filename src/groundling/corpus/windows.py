@@ -1,0 +1,169 @@
+"""Which tokens each step reads: order as arithmetic.
+
+Invariant: a batch is a pure function of (config, seed, step). Every pass visits every prediction of the
+text exactly once, in the `permuted` orders; no sampler state exists that a checkpoint could lose.
+
+A *window* is a start and a length n <= T: inputs are tokens [start, start + n), targets the same moved
+by one. A *grid* with offset o cuts the text at o, o + T, o + 2T ...; its first and last window may be
+short. Short windows are filled up to T with targets that no loss counts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from groundling.errors import ConfigError
+from groundling.kernels.reference import IGNORED_TARGET
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+PERMUTATION, SHIFT, OFFSETS = 0, 1, 2
+"""Purposes of random draws, so that none shares a stream with another."""
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Which tokens each step reads."""
+
+    length: int = 256
+    """T, the tokens in a window."""
+    batch_size: int = 8
+    """Windows in one step."""
+    micro_batch_size: int = 0
+    """Windows in one forward and backward pass, a divisor of batch_size; 0 takes the whole batch at once."""
+    order: Literal["permuted", "shifted", "sequential"] = "permuted"
+    """permuted: a fixed grid, a fresh permutation each pass. shifted: the grid also moves at random each pass,
+    so that the text is learned by heart and not by position. sequential: text order, the tail never read (the
+    reference run)."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"windows.{name} is {getattr(self, name)}: give a positive number")
+        if self.micro_batch_size < 0 or self.batch_size % self.micro:
+            raise ConfigError(
+                f"windows.micro_batch_size is {self.micro_batch_size}: give a divisor of batch_size, {self.batch_size}"
+            )
+
+    @property
+    def micro(self) -> int:
+        """Windows in one forward and backward pass."""
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and targets (B, T) as int64, and how many of the targets count."""
+
+    inputs: Tensor
+    targets: Tensor
+    n_targets: int
+
+    def split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Micro-batches of at most `size` windows."""
+        for first in range(0, len(self.inputs), size):
+            yield self.inputs[first : first + size], self.targets[first : first + size]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.inputs.to(device), self.targets.to(device), self.n_targets)
+
+
+def grid(n_tokens: int, length: int, offset: int = 0) -> NDArray[np.int64]:
+    """Windows (start, n) as an array (n_windows, 2) that together hold each of the n_tokens - 1 predictions once."""
+    n_predictions = n_tokens - 1
+    starts = np.arange(offset, n_predictions, length)
+    if offset:
+        starts = np.concatenate([[0], starts])
+    ends = np.append(starts[1:], n_predictions)
+    return np.stack([starts, ends - starts], axis=1)
+
+
+def gather(tokens: Tokens, windows: NDArray[np.int64], length: int) -> Batch:
+    """The batch of these windows (start, n), short ones filled up to `length`."""
+    inputs = np.zeros((len(windows), length), dtype=np.int64)
+    targets = np.full((len(windows), length), IGNORED_TARGET, dtype=np.int64)
+    for row, (start, n) in enumerate(windows):
+        inputs[row, :n] = tokens[start : start + n]
+        targets[row, :n] = tokens[start + 1 : start + n + 1]
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), int(windows[:, 1].sum()))
+
+
+def seeded_offsets(length: int, n_offsets: int) -> list[int]:
+    """Offsets in [1, T) at which `corpus/loss_offset` is taken: 1, T/2 and others, sorted and distinct.
+
+    They depend on T alone, so that the figures of different runs compare.
+    """
+    fixed = {1, length // 2} & set(range(1, length))
+    others = [offset for offset in range(1, length) if offset not in fixed]
+    n_others = min(n_offsets - len(fixed), len(others))
+    drawn = _generator(0, OFFSETS, 0).permutation(others)[:n_others]
+    return sorted(fixed.union(int(offset) for offset in drawn))
+
+
+def _generator(seed: int, purpose: int, n_pass: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, n_pass])))
+
+
+class Windows:
+    """The batches of a run over one token array."""
+
+    def __init__(self, tokens: Tokens, config: WindowConfig, seed: int) -> None:
+        """Raises `ConfigError` if the text is too short for one sequential batch."""
+        self.tokens = tokens
+        self.config = config
+        self.seed = seed
+        self._pass = functools.lru_cache(maxsize=2)(self.pass_windows)  # a batch may lie across two passes
+        self._first_index = [0]  # of each pass so far, in windows since the start of the run
+        n_needed = config.batch_size * config.length + 1
+        if config.order == "sequential" and len(tokens) < n_needed:
+            raise ConfigError(
+                f"the text has {len(tokens):,} tokens, but a sequential batch of {config.batch_size} windows of"
+                f" {config.length} needs {n_needed:,}: lower windows.batch_size or windows.length"
+            )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of this step, B windows of T on the CPU."""
+        if self.config.order == "sequential":
+            return self._sequential(step)
+        B = self.config.batch_size
+        rows = [self._window(index) for index in range(step * B, (step + 1) * B)]
+        return gather(self.tokens, np.stack(rows), self.config.length)
+
+    def steps_per_pass(self) -> float:
+        """Steps after which the text has been read once (for shifted grids, within one window)."""
+        B, T = self.config.batch_size, self.config.length
+        if self.config.order == "sequential":
+            return (len(self.tokens) - 1) // (B * T)
+        return math.ceil((len(self.tokens) - 1) / T) / B
+
+    def pass_windows(self, n_pass: int) -> NDArray[np.int64]:
+        """The windows of one pass, in the order in which it reads them."""
+        offset = 0
+        if self.config.order == "shifted":
+            offset = int(_generator(self.seed, SHIFT, n_pass).integers(self.config.length))
+        windows = grid(len(self.tokens), self.config.length, offset)
+        return windows[_generator(self.seed, PERMUTATION, n_pass).permutation(len(windows))]
+
+    def _window(self, index: int) -> NDArray[np.int64]:
+        """The window at this place in the run; a pass of a shifted grid may have one window more or less."""
+        while self._first_index[-1] <= index:
+            self._first_index.append(self._first_index[-1] + len(self._pass(len(self._first_index) - 1)))
+        n_pass = bisect.bisect_right(self._first_index, index) - 1
+        window: NDArray[np.int64] = self._pass(n_pass)[index - self._first_index[n_pass]]
+        return window
+
+    def _sequential(self, step: int) -> Batch:
+        B, T = self.config.batch_size, self.config.length
+        start = step % ((len(self.tokens) - 1) // (B * T)) * B * T
+        starts = start + T * np.arange(B)
+        return gather(self.tokens, np.stack([starts, np.full(B, T)], axis=1), T)

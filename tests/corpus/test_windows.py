@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from groundling.corpus.windows import WindowConfig, Windows, grid, seeded_offsets
+from groundling.errors import ConfigError
+from groundling.kernels.reference import IGNORED_TARGET
+
+Tokens = NDArray[np.uint16]
+
+
+def predictions(windows: NDArray[np.int64]) -> list[int]:
+    """Positions whose next token these windows predict, sorted."""
+    return sorted(start + n for first, length in windows for start, n in [(int(first), k) for k in range(length)])
+
+
+@pytest.mark.parametrize("n_tokens", [2, 5, 17, 64, 65, 203])
+@pytest.mark.parametrize("offset", [0, 1, 7, 15])
+def test_a_grid_holds_each_prediction_once(n_tokens: int, offset: int) -> None:
+    windows = grid(n_tokens, 16, offset)
+    assert predictions(windows) == list(range(n_tokens - 1))
+    assert windows[:, 1].min() >= 1
+    assert windows[:, 1].max() <= 16
+
+
+@pytest.mark.parametrize("order", ["permuted", "shifted"])
+def test_each_pass_visits_each_prediction_once(tokens: Tokens, order: str) -> None:
+    windows = Windows(tokens, WindowConfig(16, 4, order=order), seed=7)  # type: ignore[arg-type]
+    for n_pass in range(6):
+        assert predictions(windows.pass_windows(n_pass)) == list(range(len(tokens) - 1))
+
+
+@pytest.mark.parametrize("order", ["permuted", "shifted"])
+def test_batches_are_the_passes_in_a_row(tokens: Tokens, order: str) -> None:
+    """Steps cut the sequence of passes into batches without losing a window at a seam, in any order of asking."""
+    config = WindowConfig(16, 4, order=order)  # type: ignore[arg-type]
+    windows = Windows(tokens, config, seed=7)
+    expected = np.concatenate([windows.pass_windows(n_pass) for n_pass in range(5)])
+    for step in (11, 0, 12, 3, 4):
+        batch = Windows(tokens, config, seed=7).batch(step)
+        for row, (start, n) in enumerate(expected[4 * step : 4 * step + 4]):
+            assert batch.inputs[row, :n].tolist() == tokens[start : start + n].tolist()
+            assert batch.targets[row, :n].tolist() == tokens[start + 1 : start + n + 1].tolist()
+            assert set(batch.targets[row, n:].tolist()) <= {IGNORED_TARGET}
+        assert batch.n_targets == int((batch.targets != IGNORED_TARGET).sum())
+
+
+def test_passes_differ_and_seeds_differ(tokens: Tokens) -> None:
+    windows = Windows(tokens, WindowConfig(16, 4), seed=7)
+    other = Windows(tokens, WindowConfig(16, 4), seed=8)
+    assert windows.pass_windows(0).tolist() != windows.pass_windows(1).tolist()
+    assert windows.pass_windows(0).tolist() != other.pass_windows(0).tolist()
+
+
+def test_a_shifted_grid_moves(tokens: Tokens) -> None:
+    windows = Windows(tokens, WindowConfig(16, 4, order="shifted"), seed=7)
+    assert len({int(windows.pass_windows(n)[:, 0].max() % 16) for n in range(12)}) > 4
+
+
+def test_sequential_order_is_the_reference_loader(tokens: Tokens) -> None:
+    """Text order, B * T tokens a step, back to the start when fewer than B * T + 1 remain."""
+    windows = Windows(tokens, WindowConfig(16, 4, order="sequential"), seed=7)
+    position = 0
+    for step in range(9):
+        batch = windows.batch(step)
+        assert batch.inputs.flatten().tolist() == tokens[position : position + 64].tolist()
+        assert batch.targets.flatten().tolist() == tokens[position + 1 : position + 65].tolist()
+        position += 64
+        if position + 65 > len(tokens):
+            position = 0
+
+
+def test_the_text_may_be_shorter_than_a_window() -> None:
+    batch = Windows(np.array([3, 1], dtype=np.uint16), WindowConfig(8, 2), seed=0).batch(0)
+    assert batch.n_targets == 2  # the same window, of two passes
+    with pytest.raises(ConfigError, match="sequential batch"):
+        Windows(np.array([3, 1], dtype=np.uint16), WindowConfig(8, 2, order="sequential"), seed=0)
+
+
+def test_offsets() -> None:
+    assert len(seeded_offsets(256, 8)) == 8
+    assert {1, 128} <= set(seeded_offsets(256, 8))
+    assert seeded_offsets(256, 8) == seeded_offsets(256, 8)
+    assert seeded_offsets(4, 8) == [1, 2, 3]
+    assert seeded_offsets(1, 8) == []
+
+
+def test_a_micro_batch_divides_the_batch() -> None:
+    assert WindowConfig(batch_size=8).micro == 8
+    with pytest.raises(ConfigError, match="divisor"):
+        WindowConfig(batch_size=8, micro_batch_size=3)
