@@ -1,0 +1,75 @@
+"""The losses that count: means over every prediction of a text.
+
+Invariant: a loss returned here covers each of the n_tokens - 1 predictions exactly once (at each
+offset), over the full vocabulary, in nats per token; no sampling, no skipped tail.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundling.corpus.windows import Tokens, gather, grid, seeded_offsets
+from groundling.runtime import Runtime
+
+N_OFFSETS = 8
+"""Offsets at which `corpus/loss_offset` is taken."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which losses over the whole text are taken when a run ends."""
+
+    final: Literal["auto", "all", "none"] = "auto"
+    """auto takes each loss that needs no longer than the training did, or two minutes, and names the others."""
+
+
+LossSum = Callable[[Tensor, Tensor], Tensor]
+"""Summed cross-entropy of targets (B, T) given inputs (B, T), as `GPT2.loss_sum` computes it."""
+
+
+def _ignore(n_windows: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Takes the losses of one model in windows of `length` tokens, `batch_size` at a time."""
+
+    loss_sum: LossSum
+    length: int
+    runtime: Runtime
+    batch_size: int = 8
+    on_windows: Callable[[int], None] = _ignore
+    """Called with the number of windows just read; may raise to abandon the evaluation."""
+
+    def loss(self, tokens: Tokens, offset: int = 0) -> float:
+        """Mean loss over every prediction of the text: `corpus/loss` or `heldout/loss`.
+
+        The windows lie on the grid with this offset; the tokens before it form a short window of their
+        own, so that nothing is left out.
+        """
+        windows = grid(len(tokens), self.length, offset)
+        total = 0.0
+        for first in range(0, len(windows), self.batch_size):
+            chosen = windows[first : first + self.batch_size]
+            empty = np.zeros((self.batch_size - len(chosen), 2), dtype=np.int64)  # one shape for torch.compile
+            batch = gather(tokens, np.concatenate([chosen, empty]), self.length).to(self.runtime.device)
+            with torch.no_grad(), self.runtime.autocast():
+                total += float(self.loss_sum(batch.inputs, batch.targets))
+            self.on_windows(len(chosen))
+        return total / (len(tokens) - 1)
+
+    def offset_losses(self, tokens: Tokens) -> dict[int, float]:
+        """`loss` at each of the seeded offsets; a window of one token has no offset but 0."""
+        return {offset: self.loss(tokens, offset) for offset in seeded_offsets(self.length, N_OFFSETS) or [0]}
+
+    def offset_loss(self, tokens: Tokens) -> float:
+        """`corpus/loss_offset`: the mean over the seeded offsets."""
+        return statistics.fmean(self.offset_losses(tokens).values())
