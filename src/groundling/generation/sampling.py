@@ -1,0 +1,110 @@
+"""From logits to a token: processors, and the draw.
+
+Invariant: a processor is a callable on (tokens so far, logits) that returns logits of the same shape
+(n_vocab,); its meaning is the one that transformers documents under the same name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groundling.errors import ConfigError
+
+Processor = Callable[[Sequence[int], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is drawn from the model."""
+
+    max_tokens: int = 100
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Draw among this many likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability; 1 among all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already in the context; 1 does nothing."""
+    seed: int = 1337
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}: give a positive number")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature is {self.temperature}: give 0 (always the likeliest token) or more")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}: give a number above 0 and up to 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}: give a positive number")
+
+
+def repetition_penalty(penalty: float) -> Processor:
+    """Makes tokens of the context less likely. Source: Keskar et al. 2019 (CTRL), section 4.1."""
+
+    def process(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        scores = logits[seen]
+        logits = logits.clone()
+        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+        return logits
+
+    return process
+
+
+def temperature(value: float) -> Processor:
+    """Divides the logits: below 1 sharpens the distribution, above 1 flattens it."""
+    return lambda tokens, logits: logits / value
+
+
+def top_k(k: int) -> Processor:
+    """Removes every token less likely than the k-th; ties with it stay."""
+
+    def process(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        kth = logits.topk(min(k, logits.numel())).values[-1]
+        return logits.masked_fill(logits < kth, -math.inf)
+
+    return process
+
+
+def top_p(p: float) -> Processor:
+    """Keeps the fewest likeliest tokens with a total probability of at least p. Source: Holtzman et al. 2020."""
+
+    def process(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens already have
+        return logits.index_fill(0, order[before >= p], -math.inf)
+
+    return process
+
+
+def processors(config: SamplingConfig) -> list[Processor]:
+    """The processors of this config, in transformers' order; none that would do nothing."""
+    chain: list[Processor] = []
+    if config.repetition_penalty != 1:
+        chain.append(repetition_penalty(config.repetition_penalty))
+    if config.temperature not in (0, 1):
+        chain.append(temperature(config.temperature))
+    if config.temperature and config.top_k:
+        chain.append(top_k(config.top_k))
+    if config.temperature and config.top_p < 1:
+        chain.append(top_p(config.top_p))
+    return chain
+
+
+def draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
+    """One token id from processed logits (n_vocab,): the likeliest at temperature 0, else a draw."""
+    if config.temperature == 0:
+        return int(logits.argmax())
+    probabilities = logits.float().softmax(-1).cpu()  # drawn on the CPU, so that a seed means the same everywhere
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,79 @@
+"""Processors on four tokens, where a person can compute the answer, and against transformers' own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from groundling.errors import ConfigError
+from groundling.generation import sampling
+from groundling.generation.sampling import SamplingConfig
+
+LOGITS = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    return torch.isfinite(logits).nonzero().flatten().tolist()
+
+
+def test_temperature_divides() -> None:
+    assert sampling.temperature(2.0)([], torch.tensor([2.0, 4.0])).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+def test_top_k_keeps_k(k: int, expected: list[int]) -> None:
+    assert kept(sampling.top_k(k)([], LOGITS)) == expected
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.1, [0]), (0.39, [0]), (0.5, [0, 1]), (0.75, [0, 1, 2]), (0.95, [0, 1, 2, 3])]
+)
+def test_top_p_keeps_the_fewest_that_reach_p(p: float, expected: list[int]) -> None:
+    assert kept(sampling.top_p(p)([], LOGITS)) == expected
+
+
+def test_repetition_penalty_moves_seen_tokens_down() -> None:
+    logits = torch.tensor([2.0, -2.0, 2.0, -2.0])
+    assert sampling.repetition_penalty(2.0)([0, 1, 1], logits).tolist() == [1.0, -4.0, 2.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (sampling.top_k(7), TopKLogitsWarper(7)),
+        (sampling.top_p(0.6), TopPLogitsWarper(0.6)),
+        (sampling.repetition_penalty(1.3), RepetitionPenaltyLogitsProcessor(1.3)),
+    ],
+)
+def test_meanings_are_those_of_transformers(ours: sampling.Processor, theirs: LogitsProcessor) -> None:
+    for seed in range(20):
+        logits = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+        expected = theirs(torch.tensor([[3, 8, 3]]), logits[None].clone())[0]
+        torch.testing.assert_close(ours([3, 8, 3], logits), expected)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    generator, config = torch.Generator().manual_seed(0), SamplingConfig()
+    counts = torch.zeros(4)
+    for _ in range(20_000):
+        counts[sampling.draw(LOGITS, config, generator)] += 1
+    expected = 20_000 * LOGITS.exp()
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_square < 16.27  # the 0.999 quantile with three degrees of freedom
+
+
+def test_temperature_zero_is_the_likeliest() -> None:
+    config = SamplingConfig(temperature=0)
+    assert sampling.processors(config) == []
+    assert sampling.draw(LOGITS, config, torch.Generator()) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}]
+)
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SamplingConfig(**wrong)  # type: ignore[arg-type]
