@@ -1,0 +1,7 @@
+"""`python -m groundling` is `groundling`."""
+
+import sys
+
+from groundling.cli import main
+
+sys.exit(main())

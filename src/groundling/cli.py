@@ -1,0 +1,68 @@
+"""The command line: finds the command, and turns what went wrong into a message and an exit code.
+
+Invariant: `groundling --help` imports nothing but the standard library; a command is imported when it is
+called. Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted (and saved).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from groundling import __version__
+from groundling.errors import ConfigError, Interrupted, UserError
+
+COMMANDS = {
+    "train": "train a GPT-2 on a text until it knows it",
+    "evaluate": "print the losses of a run over the whole text",
+    "sample": "continue a prompt with a trained model",
+    "estimate": "say how long a run would take here, and how much memory",
+    "doctor": "print what this machine offers and what will be used",
+}
+
+HELP = """usage: groundling COMMAND [OPTIONS]
+
+GPT-2 (124,439,808 parameters), trained from scratch on a text until it knows the text by heart.
+
+commands:
+{commands}
+
+examples:
+  groundling train                                 the main job: Tiny Shakespeare, until its loss is below 0.1
+  groundling train --preset penny                  the same path with a small model, in a few minutes
+  groundling train --corpus my-novel.txt           your own text
+  groundling sample runs/gpt2 --prompt "ROMEO:"    let a trained model write
+
+`groundling COMMAND --help` lists a command's options and gives examples.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())), end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"groundling {__version__}")
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except UserError as error:
+        print(f"groundling: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("groundling: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        raise ConfigError(f"there is no command {command!r}: choose one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"groundling.commands.{command}")
+    return module.main(arguments)  # type: ignore[no-any-return]

@@ -1,0 +1,54 @@
+"""`groundling doctor`: what this machine offers, and what will be used."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from groundling import machine, runtime
+from groundling.commands.arguments import Parser
+from groundling.runtime import DTYPES, RuntimeConfig
+
+EXAMPLES = """examples:
+  groundling doctor
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the machine's facts, what a run would use and why, and its measured matrix ceilings."""
+    Parser(
+        prog="groundling doctor",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
+    facts = machine.describe(runtime.available_cores())
+    memory, flags = facts["memory_bytes"], facts["flags"]
+    amx = "yes" if "amx_bf16" in flags else "no"
+    print(f"system      {facts['system']}")
+    print(f"CPU         {facts['cpu']}, {runtime.available_cores()} cores")
+    print(f"flags       {' '.join(flags) or 'unknown'} (AMX: {amx})")
+    print(f"memory      {'unknown' if memory is None else f'{memory / 2**30:.1f} GiB'}")
+    print(f"disk here   {machine.free_disk_bytes(Path.cwd()) / 2**30:.1f} GiB free")
+    print(f"GPU         {facts['gpu'] or 'none'}")
+    print(f"compiler    {runtime.cpp_compiler() or 'none: install g++ or clang++ for a faster run'}")
+    print(f"token cache {runtime.cache_dir()}")
+    print(f"versions    {', '.join(f'{name} {version}' for name, version in machine.versions().items())}")
+    print("\nwhat a run uses:")
+    resolved = runtime.resolve(RuntimeConfig())
+    for what, choice, why in resolved.reasons:
+        print(f"  {what:8} {choice:6} {why}")
+    print("\nmatrix ceiling, measured:")
+    for name, dtype in DTYPES.items():
+        used = "  <- used" if dtype is resolved.dtype else ""
+        ceiling = machine.matrix_ceiling_flops(resolved.device, dtype, resolved.synchronize, SHAPES)
+        print(f"  {name}  {ceiling / 1e12:7.3f} TFLOP/s{used}")
+    if resolved.device.type == "cuda":
+        print(f"\nGPU memory  {torch.cuda.get_device_properties(resolved.device).total_memory / 2**30:.1f} GiB")
+    return 0
+
+
+SHAPES = machine.CEILING_SHAPES[:1]
+"""One shape tells the formats apart, also where bf16 is emulated and slow."""

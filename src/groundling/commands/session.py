@@ -1,0 +1,117 @@
+"""What `train` and `estimate` share: from a configuration to a trainer in its folder.
+
+Invariant: everything that can be wrong with the input is found before a run folder is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from groundling import machine, runtime
+from groundling.commands.arguments import load_preset
+from groundling.config import RunConfig, preset_names
+from groundling.corpus.load import Corpus, load_corpus
+from groundling.errors import ConfigError
+from groundling.runtime import Runtime
+from groundling.training.estimate import measure
+from groundling.training.progress import clock, progress_bar
+from groundling.training.run_folder import RunFolder
+from groundling.training.step import flops_per_token
+from groundling.training.trainer import Trainer
+
+RUNS = Path("runs")
+
+LONG_RUN_S = 3 * 3600
+"""Estimates above this say which preset would finish sooner."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could begin: its resolved configuration, its text, its machine."""
+
+    config: RunConfig
+    corpus: Corpus
+    runtime: Runtime
+    ceiling_flops: float
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues."""
+        return {
+            "text": self.corpus.sha256,
+            "tokenizer": self.corpus.tokenizer.sha256,
+            "architecture": asdict(self.config.model),
+        }
+
+
+def say(message: str) -> None:
+    """Print a line for the user; standard output is kept for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Resolve device and text, and measure the machine's matrix ceiling, saying what was chosen and why."""
+    resolved = runtime.resolve(config.runtime)
+    for what, choice, why in resolved.reasons:
+        say(f"{what}: {choice} ({why})")
+    for warning in resolved.warnings:
+        say(f"warning: {warning}")
+    with progress_bar("encoding the text") as progress:
+        corpus = load_corpus(config.text, runtime.cache_dir(), progress)
+    config = replace(config, model=replace(config.model, n_vocab=corpus.tokenizer.n_vocab))
+    heldout = f"{corpus.heldout.n_tokens:,} held out" if corpus.heldout else "nothing held out"
+    say(f"text: {corpus.name}, {corpus.train.n_tokens:,} tokens to train on, {heldout}, {config.model.n_vocab:,} ids")
+    say(f"model: {config.model.n_parameters():,} parameters")
+    ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
+    say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
+    return Prepared(config, corpus, resolved, ceiling)
+
+
+def new_run_path(config: RunConfig, corpus_name: str) -> Path:
+    """The folder of a run for which none was named: runs/PRESET, with the text's name if it is not the preset's."""
+    own_text = config.text == load_preset(config.preset).text
+    name = config.preset if own_text else f"{config.preset}-{corpus_name}"
+    path, number = RUNS / name, 1
+    while path.exists():
+        number += 1
+        path = RUNS / f"{name}-{number}"
+    return path
+
+
+def newest_run(preset: str | None) -> Path:
+    """The run that `--resume` without `--out` means: the one last written to, of this preset if one is named.
+
+    Raises `ConfigError` if there is none.
+    """
+    folders = [RunFolder(path.parent) for path in RUNS.glob("*/identity.json")]
+    folders = [folder for folder in folders if preset in (None, folder.preset())]
+    if not folders:
+        of_preset = f" of preset {preset}" if preset else ""
+        raise ConfigError(f"there is no run{of_preset} under {RUNS}/ to resume: leave out --resume, or give --out RUN")
+    return max((folder.path for folder in folders), key=lambda path: path.stat().st_mtime)
+
+
+def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
+    """What this run will cost, and, if that is more than three hours, what would finish sooner."""
+    estimate = measure(trainer)
+    lines = [estimate.sentence()]
+    if estimate.total_s > LONG_RUN_S:
+        achieved = estimate.tokens_per_s * flops_per_token(config.model, config.windows.length)
+        sooner = []
+        for name in preset_names():
+            other = load_preset(name)
+            cost = run_flops(other, len(trainer.train_tokens))
+            if name != config.preset and cost < run_flops(config, len(trainer.train_tokens)):
+                sooner.append(f"--preset {name} (about {clock(cost / achieved)})")
+        advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
+        lines.append(f"warning: this is more than {clock(LONG_RUN_S)}; {advice}; going on")
+    return lines
+
+
+def run_flops(config: RunConfig, n_tokens: int) -> float:
+    """Matrix FLOP of a run's whole schedule, on a text of so many tokens."""
+    per_step = config.windows.batch_size * config.windows.length
+    steps = min(config.schedule.steps(n_tokens / per_step), config.stopping.max_steps or sys.maxsize)
+    return steps * per_step * flops_per_token(config.model, config.windows.length)

@@ -1,0 +1,194 @@
+"""`groundling train`: from a text to a model that knows it, with its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from groundling import machine
+from groundling.commands.arguments import before_parsing, parse_run, run_parser
+from groundling.commands.session import Prepared, estimate_lines, new_run_path, newest_run, prepare, say
+from groundling.config import DEFAULT_PRESET, preset_path
+from groundling.errors import CheckpointError, ConfigError
+from groundling.evaluation.corpus_loss import N_OFFSETS
+from groundling.files import write_json, write_text
+from groundling.generation.decode import continue_text
+from groundling.training.checkpoint import load_model
+from groundling.training.curve import draw_curve
+from groundling.training.estimate import evaluation_s
+from groundling.training.metrics import JsonLines, Sinks, TensorBoard
+from groundling.training.progress import Terminal, clock
+from groundling.training.record import make_record, median_of
+from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.trainer import Trainer
+
+EXAMPLES = """examples:
+  groundling train                                        preset gpt2: GPT-2 (124M) on Tiny Shakespeare
+  groundling train --preset by-heart                      the same, until it can recite from anywhere
+  groundling train --preset penny                         a small model, in a few minutes
+  groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
+  groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
+  groundling train --resume --out runs/novel              continue an interrupted run, bit for bit
+  groundling train --schedule.peak 3e-4 --windows.length 512 --max-minutes 30
+"""
+
+QUICK_S = 120.0
+"""`evaluation.final: auto` always takes losses that need less than this."""
+
+BYTES_PER_PARAMETER = 12
+"""fp32 weights and AdamW's two moments, in a checkpoint."""
+
+
+def main(arguments: list[str]) -> int:
+    """Train, evaluate, sample, and write the record; returns the exit code."""
+    early = before_parsing(arguments)
+    folder = RunFolder(early.out or newest_run(early.preset)) if early.resume else None
+    parser = run_parser("groundling train", __doc__ or "", EXAMPLES, _defaults(early.preset, folder))
+    parser.add_argument("--out", type=str, help="folder of the run; runs/NAME if not given")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
+    config, _ = parse_run(parser, arguments)
+    prepared = prepare(config)
+    folder = folder or RunFolder(early.out or new_run_path(config, prepared.corpus.name))
+    _check_disk(folder.path, prepared)
+    with folder.open(prepared.identity(), early.resume):
+        _train_in(folder, prepared, early.resume)
+    return 0
+
+
+def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
+    """The file that settings start from: a preset's, or that of the run to resume."""
+    if folder is None:
+        return preset_path(preset or DEFAULT_PRESET)
+    if not folder.exists():
+        raise CheckpointError(f"{folder.path} holds no run to resume: leave out --resume to begin one")
+    if preset not in (None, folder.preset()):
+        raise ConfigError(
+            f"{folder.path} was made with preset {folder.preset()}, not {preset}: leave out --preset,"
+            " or give another --out"
+        )
+    return folder.config
+
+
+def _check_disk(path: Path, prepared: Prepared) -> None:
+    size_bytes = BYTES_PER_PARAMETER * prepared.config.model.n_parameters()
+    needed = (prepared.config.checkpoint.keep + 1) * size_bytes
+    free = machine.free_disk_bytes(path)
+    if free < needed:
+        raise ConfigError(
+            f"{path} has {free / 2**30:.1f} GiB of free disk, but checkpoints need {needed / 2**30:.1f}:"
+            " give an --out on a larger disk, or a lower --keep"
+        )
+
+
+def _train_in(folder: RunFolder, prepared: Prepared, resume: bool) -> None:
+    config, corpus = prepared.config, prepared.corpus
+    say(f"run folder: {folder.path}")
+    write_text(folder.config, config.as_yaml())
+    folder.keep_tokens("train", corpus.train)
+    if corpus.heldout:
+        folder.keep_tokens("heldout", corpus.heldout)
+    with _sinks(folder, prepared) as sinks:
+        trainer = Trainer(
+            config.recipe,
+            corpus.train.tokens,
+            corpus.heldout.tokens if corpus.heldout else None,
+            corpus.tokenizer,
+            prepared.runtime,
+            folder.checkpoints,
+            sinks,
+            prepared.ceiling_flops,
+        )
+        for line in estimate_lines(trainer, config):
+            sinks.note(line)
+        if resume:
+            trainer.resume()
+        reason = trainer.train()
+        sinks.note(f"stopped after {trainer.state.n_steps} steps: {reason}; taking the losses over the whole text")
+        start = time.monotonic()
+        losses = _losses(trainer, config.evaluation.final, folder.metrics)
+        taken_s = time.monotonic() - start
+        sinks.write(trainer.state.n_steps - 1, {name: value for name, value in losses.items() if value is not None})
+    checkpoint = find_checkpoint(folder.path)
+    record = make_record(
+        trainer,
+        reason,
+        checkpoint / "model.safetensors",
+        folder.metrics,
+        prepared.identity(),
+        config.as_dict(),
+        {name.replace("/", "_"): value for name, value in losses.items()},
+        taken_s,
+    )
+    write_json(folder.record, record)
+    draw_curve(folder.metrics, config.stopping.target, folder.curve)
+    _print_result(record, config.stopping.target)
+    _sample(folder, prepared, checkpoint)
+    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {checkpoint}")
+
+
+@contextmanager
+def _sinks(folder: RunFolder, prepared: Prepared) -> Iterator[Sinks]:
+    config = prepared.config
+    steps_per_pass = prepared.corpus.train.n_tokens / (config.windows.batch_size * config.windows.length)
+    sinks = Sinks(JsonLines(folder.metrics), Terminal(config.schedule.steps(steps_per_pass)))
+    if config.logging.tensorboard:
+        sinks = Sinks(*sinks.sinks, TensorBoard(folder.path / "tensorboard"))
+    try:
+        yield sinks
+    finally:
+        sinks.close()
+
+
+def _losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
+    """The losses over the whole text by house name; None for those that `evaluation.final` leaves out."""
+    n_train = len(trainer.train_tokens)
+    due: dict[str, tuple[int, Callable[[], float]]] = {
+        "corpus/loss": (n_train, lambda: trainer.evaluator.loss(trainer.train_tokens)),
+        "corpus/loss_offset": (N_OFFSETS * n_train, lambda: trainer.evaluator.offset_loss(trainer.train_tokens)),
+    }
+    if (heldout := trainer.heldout_tokens) is not None:
+        due["heldout/loss"] = (len(heldout), lambda: trainer.evaluator.loss(heldout))
+    losses: dict[str, float | None] = dict.fromkeys((*due, "heldout/loss"))
+    tokens_per_s = median_of(metrics, "train/tokens_per_s")
+    for name, (n_tokens, take) in due.items():
+        seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else 0.0
+        if final == "none" or (final == "auto" and seconds > max(QUICK_S, trainer.state.wall_s)):
+            trainer.sinks.note(f"{name} is not taken (about {clock(seconds)}): `groundling evaluate` takes it")
+        else:
+            losses[name] = take()
+    return losses
+
+
+def _print_result(record: dict[str, Any], target: float) -> None:
+    """What was reached, in words that do not mix up the grid and by heart."""
+    passes, wall_s = record["passes"], clock(record["wall_s"])
+    print(f"parameters          {record['parameters']:,}")
+    print(f"steps               {record['steps']:,} = {passes:.1f} passes over the text in {wall_s}")
+    if record["tokens_per_s"]:
+        print(f"speed               {record['tokens_per_s']:,.0f} tokens/s, {record['mfu']:.0%} of the matrix ceiling")
+    print(f"corpus/loss         {_verdict(record['corpus_loss'], target, 'on the grid')}")
+    print(f"corpus/loss_offset  {_verdict(record['corpus_loss_offset'], target, 'by heart')}")
+    heldout = record["heldout_loss"]
+    print(f"heldout/loss        {'not taken' if heldout is None else f'{heldout:.6f}'}")
+    if first := record["first_batch_below_target"]:
+        print(f"first batch below   {first['loss']:.6f} at step {first['step']}")
+
+
+def _verdict(loss: float | None, target: float, what: str) -> str:
+    if loss is None:
+        return "not taken"
+    return f"{loss:.6f}  {'known' if loss < target else 'not known'} {what} (target {target})"
+
+
+def _sample(folder: RunFolder, prepared: Prepared, checkpoint: Path) -> None:
+    """Continue the run's prompts with the checkpoint as it was saved, and keep what came."""
+    model, tokenizer, window = load_model(checkpoint, prepared.runtime.device)
+    texts = []
+    for prompt in prepared.config.prompts:
+        text = "".join(continue_text(model, tokenizer, prompt, prepared.config.sampling, window))
+        print(f"\n--- {prompt}\n{prompt}{text}")
+        texts.append(f"--- {prompt}\n{prompt}{text}\n")
+    write_text(folder.samples, "\n".join(texts))

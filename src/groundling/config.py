@@ -1,0 +1,95 @@
+"""The configuration of a run: the sections of its components, composed.
+
+Invariant: a component's settings are declared beside the component and nowhere else; what a run used is
+dumped, resolved, into its folder, and read from there when it is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from groundling.corpus.config import CorpusConfig
+from groundling.corpus.windows import WindowConfig
+from groundling.errors import ConfigError
+from groundling.evaluation.corpus_loss import EvaluationConfig
+from groundling.generation.sampling import SamplingConfig
+from groundling.model.gpt2 import GPTConfig
+from groundling.optim.adamw import AdamWConfig
+from groundling.optim.schedule import ScheduleConfig
+from groundling.runtime import RuntimeConfig
+from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.metrics import LoggingConfig
+from groundling.training.stopping import StoppingConfig
+from groundling.training.trainer import Recipe
+
+DEFAULT_PRESET = "gpt2"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    preset: str = DEFAULT_PRESET
+    """Preset that the other settings start from."""
+    seed: int = 1337
+    """Seed of the weights and of the order of windows."""
+    text: CorpusConfig = field(default_factory=CorpusConfig)
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    model: GPTConfig = field(default_factory=GPTConfig)
+    optim: AdamWConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prompts: tuple[str, ...] = ("First Citizen:", "ROMEO:", "To be or not")
+    """Prompts of the samples at the end."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}: give 0 or a positive number")
+        if self.windows.length > self.model.n_ctx:
+            raise ConfigError(
+                f"windows.length is {self.windows.length}, but model.n_ctx is {self.model.n_ctx}: the model has no"
+                " later positions, so lower the one or raise the other"
+            )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The sections that the trainer receives."""
+        return Recipe(self.seed, self.model, self.windows, self.optim, self.schedule, self.stopping, self.checkpoint)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists, dictionaries and numbers, as YAML and JSON hold them."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    def as_yaml(self) -> str:
+        """The resolved configuration, readable by `--config`."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def preset_path(name: str) -> Path:
+    """The YAML file of a preset.
+
+    Raises `ConfigError` for a name that no preset has.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"there is no preset {name!r}: choose one of {', '.join(preset_names())}")
+    return Path(str(resources.files("groundling.presets") / f"{name}.yaml"))
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged presets."""
+    return sorted(
+        path.name.removesuffix(".yaml")
+        for path in resources.files("groundling.presets").iterdir()
+        if path.name.endswith(".yaml")
+    )

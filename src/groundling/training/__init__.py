@@ -1,0 +1,1 @@
+"""Training: the loop, when it stops, what it saves, what it shows."""

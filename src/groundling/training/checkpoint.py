@@ -1,0 +1,174 @@
+"""Checkpoints: directories that are whole or absent, and sufficient.
+
+Invariant: a directory with a matching manifest holds everything that continues the run bit for bit
+(weights, optimizer moments, step, stop-rule counters) and everything that uses the model (its size, its
+tokenizer, its window). The manifest, with the SHA-256 of every other file, is written last.
+
+    checkpoints/step-00002145/
+        model.safetensors      weights, as transformers reads them
+        optimizer.safetensors  AdamW's moments, by parameter name
+        model.json             GPTConfig and the training window
+        tokenizer.json         Hugging Face tokenizers
+        state.json             step, tokens seen, wall time, stop rule
+        manifest.json          SHA-256 of each file above
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.errors import CheckpointError, ConfigError
+from groundling.files import atomic_directory, sha256_of, write_json
+from groundling.model import weights
+from groundling.model.gpt2 import GPT2, GPTConfig
+
+MANIFEST = "manifest.json"
+NAME = "step-{:08d}"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    save_every: str = "15m"
+    """Interval between checkpoints: steps (500), minutes (15m), or 0 for none but the last."""
+    keep: int = 2
+    """Newest checkpoints that stay on the disk."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep is {self.keep}: give 1 or more")
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.save_every):
+            raise ConfigError(f"checkpoint.save_every is {self.save_every!r}: give steps (500) or minutes (15m)")
+
+    def due(self, n_steps: int, seconds_since_last: float) -> bool:
+        """Whether a checkpoint should be written after so many steps, so long after the last one."""
+        if self.save_every.endswith("m"):
+            return seconds_since_last >= 60 * float(self.save_every[:-1])
+        return int(self.save_every) > 0 and n_steps % int(self.save_every) == 0
+
+
+def save(
+    root: Path,
+    n_steps: int,
+    model: GPT2,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    window: int,
+    keep: int,
+) -> Path:
+    """Write a checkpoint after `n_steps` steps and remove all but the newest `keep`; returns its directory.
+
+    Raises `CheckpointError` if the disk is full or cannot be written; older checkpoints then stay.
+    """
+    path = root / NAME.format(n_steps)
+    try:
+        with atomic_directory(path) as directory:
+            weights.save(model, directory / "model.safetensors")
+            save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+            write_json(directory / "model.json", {**asdict(model.config), "window": window})
+            tokenizer.save(directory / "tokenizer.json")
+            write_json(directory / "state.json", dict(state))
+            sums = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
+            write_json(directory / MANIFEST, sums)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be written ({error}): free the disk, then --resume"
+        ) from None
+    for old in complete(root)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def complete(root: Path) -> list[Path]:
+    """Checkpoints under `root` that reached their final name, oldest first."""
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if every sum in its manifest holds."""
+    try:
+        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if sha256_of(path / name) != expected:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"its manifest or a file is missing or unreadable ({error})"
+    return None
+
+
+def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose sums hold, and a sentence for each newer one that is damaged."""
+    notes: list[str] = []
+    for path in reversed(complete(root)):
+        wrong = damage(path)
+        if wrong is None:
+            return path, notes
+        notes.append(f"checkpoint {path} is damaged, so the one before it is used: {wrong}")
+    return None, notes
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The counters of a checkpoint."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def restore(path: Path, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and moments into the model and its optimizer.
+
+    Raises `CheckpointError` if the files are damaged or belong to another network.
+    """
+    weights.load(model, path / "model.safetensors")
+    try:
+        tensors = load_file(path / "optimizer.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / 'optimizer.safetensors'} cannot be read: {error}") from None
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    named = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        moment, _, parameter_name = name.partition("/")
+        parameter = named.get(parameter_name)
+        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
+            raise CheckpointError(f"{path / 'optimizer.safetensors'} holds {name}, which this model does not have")
+        state.setdefault(parameter, {})[moment] = tensor.to(parameter.device)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[GPT2, Tokenizer, int]:
+    """The model of a checkpoint on a device, its tokenizer and the window it was trained on.
+
+    Raises `CheckpointError` if the checkpoint is damaged.
+    """
+    if (wrong := damage(path)) is not None:
+        raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
+    facts = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    window = facts.pop("window")
+    with torch.device("meta"):
+        model = GPT2(GPTConfig(**facts))
+    model.to_empty(device=device)
+    model.lm_head.weight = model.transformer.wte.weight  # to_empty unties them
+    weights.load(model, path / "model.safetensors")
+    return model.eval(), Tokenizer.load(path / "tokenizer.json"), window
+
+
+def _optimizer_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as "moment/parameter name", contiguous, on the CPU."""
+    return {
+        f"{moment}/{name}": tensor.contiguous().cpu()
+        for name, parameter in model.named_parameters()
+        for moment, tensor in optimizer.state.get(parameter, {}).items()
+    }

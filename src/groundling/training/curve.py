@@ -1,0 +1,38 @@
+"""The loss curve as a picture.
+
+Invariant: draws what `metrics.jsonl` holds; batch losses and whole-text losses are told apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from groundling.files import atomic_file
+from groundling.training.metrics import read_lines
+
+
+def draw_curve(metrics: Path, target: float, path: Path) -> None:
+    """Write `loss.png`: loss by step, on a logarithmic scale, with the target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = list(read_lines(metrics))
+    steps = [line for line in lines if line.get("train/loss") is not None]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    x = [line["step"] for line in steps]
+    axes.plot(x, [line["train/loss"] for line in steps], color="0.75", linewidth=0.8, label="train/loss (one batch)")
+    axes.plot(x, [line["train/loss_ema"] for line in steps], color="C0", label="train/loss_ema")
+    for name, color in (("corpus/loss", "C3"), ("corpus/loss_offset", "C1"), ("heldout/loss", "C2")):
+        taken = [(line["step"], line[name]) for line in lines if name in line]
+        if taken:
+            axes.plot(*zip(*taken, strict=True), "o", color=color, label=f"{name} (whole text)")
+    if target:
+        axes.axhline(target, color="0.3", linewidth=0.8, linestyle="--", label=f"target {target}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)

@@ -1,0 +1,89 @@
+"""What a run will cost, from a few measured steps.
+
+Invariant: measuring changes nothing that the run depends on: the steps are taken with a learning rate of
+zero, and the moments they leave are dropped.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from groundling import machine
+from groundling.corpus.windows import gather, grid
+from groundling.evaluation.corpus_loss import N_OFFSETS
+from groundling.training.progress import clock
+from groundling.training.step import training_step
+from groundling.training.trainer import Trainer
+
+WARMUP_STEPS = 2
+"""The first step compiles and allocates; the second still meets new memory."""
+MEASURED_STEPS = 2
+MEASURED_S = 1.0
+"""At least so many steps are measured, and for so long: small models need many to tell."""
+MEASURED_TOKENS = 2048
+"""A measured step reads about this many tokens, unless compiled code has one shape only."""
+
+FORWARD_SHARE = 1 / 3
+"""Share of a step's matrix products that an evaluation needs: forward is 2 of 6 (Kaplan et al. 2020)."""
+LOOKS = 3
+"""Full passes for the stop rule that a run is assumed to take."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and memory of a whole run."""
+
+    step_s: float
+    tokens_per_s: float
+    train_s: float
+    evaluation_s: float
+    memory_bytes: int | None
+
+    @property
+    def total_s(self) -> float:
+        return self.train_s + self.evaluation_s
+
+    def sentence(self) -> str:
+        """The estimate as one line for the user."""
+        memory = "" if self.memory_bytes is None else f", memory about {self.memory_bytes / 2**30:.1f} GiB"
+        return (
+            f"estimate: {clock(self.train_s)} to the end of the schedule at {self.tokens_per_s:,.0f} tokens/s,"
+            f" then about {clock(self.evaluation_s)} for the losses over the whole text{memory}"
+        )
+
+
+def measure(trainer: Trainer) -> Estimate:
+    """Time a few steps of this trainer, before its first, and extrapolate to its schedule.
+
+    Must come before `Trainer.resume`: it drops the optimizer's moments.
+    """
+    recipe, runtime = trainer.recipe, trainer.runtime
+    length, micro = recipe.windows.length, recipe.windows.micro
+    n_windows = micro if runtime.compile else min(micro, max(1, MEASURED_TOKENS // length))
+    windows = grid(len(trainer.train_tokens), length)
+    batch = gather(trainer.train_tokens, windows.take(range(n_windows), axis=0, mode="wrap"), length)
+    before_bytes = machine.peak_memory_bytes(runtime.device)
+    clip, seconds = recipe.optim.clip, list[float]()
+    while len(seconds) < WARMUP_STEPS + MEASURED_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_S:
+        result = training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
+        seconds.append(result.seconds)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.state.clear()
+
+    step_s = statistics.median(seconds[WARMUP_STEPS:]) * recipe.windows.batch_size / n_windows
+    token_s = step_s / (recipe.windows.batch_size * length)
+    n_heldout = 0 if trainer.heldout_tokens is None else len(trainer.heldout_tokens)
+    n_read = (LOOKS + N_OFFSETS) * len(trainer.train_tokens) + n_heldout
+    n_steps = min(trainer.total_steps, recipe.stopping.max_steps or trainer.total_steps)
+    train_s = min(n_steps * step_s, 60 * (recipe.stopping.max_minutes or float("inf")))
+    peak_bytes = machine.peak_memory_bytes(runtime.device)
+    memory_bytes = None
+    if peak_bytes is not None and before_bytes is not None:
+        memory_bytes = round(before_bytes + (peak_bytes - before_bytes) * micro / n_windows)
+    return Estimate(step_s, 1 / token_s, train_s, evaluation_s(n_read, 1 / token_s), memory_bytes)
+
+
+def evaluation_s(n_tokens: int, tokens_per_s: float) -> float:
+    """Seconds to take losses over so many tokens, at a speed measured in training."""
+    return FORWARD_SHARE * n_tokens / tokens_per_s

@@ -1,0 +1,124 @@
+"""Metrics and where they go.
+
+Invariant: the training loop writes names and numbers and knows no sink; a sink never changes a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from groundling.errors import ConfigError
+from groundling.files import write_text
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go besides metrics.jsonl and the terminal."""
+
+    tensorboard: bool = False
+    """Write scalars for TensorBoard into the run folder; needs the extra groundling[tensorboard]."""
+
+
+class Sink(Protocol):
+    """Something that takes metrics: one call per step, evaluations in calls of their own."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
+    def note(self, message: str) -> None: ...
+    def rewind(self, n_steps: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for sink in self.sinks:
+            sink.write(step, metrics)
+
+    def note(self, message: str) -> None:
+        """Tell the user something that is no metric."""
+        for sink in self.sinks:
+            sink.note(message)
+
+    def rewind(self, n_steps: int) -> None:
+        """Forget steps after the first `n_steps`: they are about to be taken again."""
+        for sink in self.sinks:
+            sink.rewind(n_steps)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a line, full precision; numbers that are not finite become null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.flush()
+
+    def note(self, message: str) -> None:
+        pass
+
+    def rewind(self, n_steps: int) -> None:
+        self.file.close()
+        kept = [json.dumps(line) for line in read_lines(self.path) if line["step"] < n_steps]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; needs the extra `groundling[tensorboard]`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `ConfigError` if the package is missing."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("logging.tensorboard needs a package: pip install 'groundling[tensorboard]'")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory = directory
+        self.writer = SummaryWriter(directory)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def note(self, message: str) -> None:
+        pass
+
+    def rewind(self, n_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer.close()
+        self.writer = SummaryWriter(self.directory, purge_step=n_steps)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics file; a last line cut short by a crash is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)

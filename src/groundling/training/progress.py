@@ -1,0 +1,96 @@
+"""What a user sees while a run goes on: a live line on a terminal, plain lines elsewhere.
+
+Invariant: shows what the loop measured and computes nothing but the time that remains.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from groundling.training.metrics import Metrics
+
+PLAIN_INTERVAL_S = 10.0
+RATE_STEPS = 20
+"""Steps over which the time per step is averaged."""
+
+EVALUATIONS = ("corpus/loss", "corpus/loss_offset", "heldout/loss")
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss, or m:ss below an hour."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+@contextmanager
+def progress_bar(what: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, gone when done: call what it yields with what was done (and a total, if not given).
+
+    With a total given, calls add up; without one, each says (done so far, total).
+    """
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        if total is None:
+            yield lambda done, whole: bar.update(task, completed=done, total=whole)
+        else:
+            yield lambda done: bar.advance(task, done)
+
+
+class Terminal:
+    """A sink for people: `rich` on a terminal, else a plain line every ten seconds.
+
+    The time that remains is that of the schedule's steps: most runs meet their target near its end.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.live: Progress | None = None
+        self.step_times: deque[float] = deque(maxlen=RATE_STEPS)
+        self.printed_at = -PLAIN_INTERVAL_S
+        if self.console.is_terminal:
+            columns = (BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.description}"))
+            self.live = Progress(*columns, console=self.console)
+            self.task = self.live.add_task("", total=total_steps)
+            self.live.start()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name in EVALUATIONS:
+            if name in metrics:
+                self.note(f"step {step}  {name} {metrics[name]:.6f}  (whole text)")
+        if "train/loss" not in metrics:
+            return
+        line = self._line(step, metrics)
+        if self.live:
+            self.live.update(self.task, completed=min(step + 1, self.total_steps), description=line)
+        elif time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
+            self.printed_at = time.monotonic()
+            self.console.print(line, markup=False)
+
+    def note(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def rewind(self, n_steps: int) -> None:
+        pass
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+    def _line(self, step: int, metrics: Metrics) -> str:
+        self.step_times.append(metrics["train/step_s"])
+        left_s = max(0, self.total_steps - step - 1) * sum(self.step_times) / len(self.step_times)
+        return (
+            f"step {step}/{self.total_steps}  loss {metrics['train/loss']:.4f}  mean {metrics['train/loss_ema']:.4f}"
+            f"  {metrics['train/tokens_per_s']:,.0f} tokens/s  {metrics['train/mfu']:.0%} of ceiling"
+            f"  ETA {clock(left_s)}"
+        )

@@ -1,0 +1,64 @@
+"""The record of a run: every figure that is claimed of it, in one file.
+
+Invariant: a figure in `record.json` was measured by the run that wrote it, on the weights whose SHA-256
+stands beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from groundling import machine
+from groundling.files import sha256_of
+from groundling.training.metrics import read_lines
+from groundling.training.trainer import Trainer
+
+
+def median_of(metrics: Path, name: str) -> float | None:
+    """The median of a metric over the run's steps, or None if it took none."""
+    values = [line[name] for line in read_lines(metrics) if name in line]
+    return statistics.median(values) if values else None
+
+
+def make_record(
+    trainer: Trainer,
+    stop_reason: str,
+    weights_path: Path,
+    metrics: Path,
+    identity: dict[str, Any],
+    config: dict[str, Any],
+    losses: dict[str, Any],
+    evaluation_s: float,
+) -> dict[str, Any]:
+    """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds."""
+    state, runtime = trainer.state, trainer.runtime
+    return {
+        "parameters": trainer.model.config.n_parameters(),
+        "corpus_sha256": identity["text"],
+        "weights_sha256": sha256_of(weights_path),
+        "tokenizer_sha256": identity["tokenizer"],
+        "window": trainer.recipe.windows.length,
+        "steps": state.n_steps,
+        "tokens_seen": state.tokens_seen,
+        "passes": state.tokens_seen / (len(trainer.train_tokens) - 1),
+        "wall_s": state.wall_s,
+        "evaluation_s": evaluation_s,
+        **losses,
+        "first_batch_below_target": trainer.stop_rule.state.first_batch_below_target,
+        "stop_reason": stop_reason,
+        "tokens_per_s": median_of(metrics, "train/tokens_per_s"),
+        "matrix_ceiling_flops": trainer.ceiling_flops,
+        "mfu": median_of(metrics, "train/mfu"),
+        "peak_memory_bytes": machine.peak_memory_bytes(runtime.device),
+        "device": str(runtime.device),
+        "dtype": runtime.dtype_name,
+        "compiled": runtime.compile,
+        "machine": machine.describe(runtime.threads),
+        "versions": machine.versions(),
+        "command": " ".join(["groundling", *sys.argv[1:]]),
+        "seed": trainer.recipe.seed,
+        "config": config,
+    }

@@ -1,0 +1,70 @@
+"""One training step: forward and backward over micro-batches, clip, update.
+
+Invariant: the loss and gradient of a step do not depend on how it is cut into micro-batches, up to
+rounding; a step whose loss or gradient is not finite leaves weights and moments as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from groundling.corpus.windows import Batch
+from groundling.evaluation.corpus_loss import LossSum
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured: mean loss before the update, gradient norm before clipping, synchronised seconds."""
+
+    loss: float
+    grad_norm: float
+    seconds: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def training_step(
+    model: GPT2,
+    loss_sum: LossSum,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    learning_rate: float,
+    micro_batch_size: int,
+    clip: float,
+    runtime: Runtime,
+) -> StepResult:
+    """Train on a batch with this learning rate; `loss_sum` is the model's own, possibly compiled."""
+    start = time.perf_counter()
+    batch = batch.to(runtime.device)
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=runtime.device)
+    for inputs, targets in batch.split(micro_batch_size):
+        with runtime.autocast():
+            loss = loss_sum(inputs, targets) / batch.n_targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    loss_value, norm_value = total.item(), norm.item()
+    if math.isfinite(loss_value) and math.isfinite(norm_value):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    runtime.synchronize()
+    return StepResult(loss_value, norm_value, time.perf_counter() - start)
+
+
+def flops_per_token(config: GPTConfig, window: int) -> float:
+    """Matrix FLOP that training spends on a token: 6 for each parameter in a product, and causal attention.
+
+    Source: Kaplan et al. 2020, table 1, for 2 + 4 FLOP a parameter; attention reads T/2 keys on average.
+    """
+    in_products = config.n_parameters() - config.n_ctx * config.n_embd  # the position table is only looked up
+    return 6.0 * in_products + 6.0 * config.n_layer * config.n_embd * window

@@ -1,0 +1,131 @@
+"""When a run ends.
+
+Invariant: the decision is a function of the config and of `StopState`, which a checkpoint keeps, so that
+a resumed run stops where an uninterrupted one would. A run reaches its target on a loss over the whole
+text; the running mean of batch losses only decides when taking that loss is worth its price.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from groundling.errors import ConfigError
+
+EMA_BATCHES = 20
+"""Batches over which the running mean of train/loss forgets."""
+
+FIRST_LOOK = 2.0
+"""The first look is taken when the running mean falls below this many targets. The running mean is of
+windows last trained on a whole pass ago, so it lies above corpus/loss while a run converges."""
+
+NEXT_LOOK = 0.95
+"""After a look above the target, the running mean must fall at least to this share before the next."""
+
+
+@dataclass(frozen=True)
+class StoppingConfig:
+    """When the run ends. The first of these that comes true ends it."""
+
+    target: float = 0.099999
+    """Loss below which the text counts as known; 0 never stops on it."""
+    measure: Literal["corpus/loss", "corpus/loss_offset", "train/loss"] = "corpus/loss"
+    """Loss that must be below the target. corpus/loss: the whole text on the training grid. corpus/loss_offset: the
+    whole text at 8 other offsets, that is, by heart. train/loss: any one batch (the reference run)."""
+    max_steps: int | None = None
+    """Steps of the whole run, those before a resume included."""
+    max_minutes: float | None = None
+    """Training time of the whole run, that before a resume included."""
+    patience: int = 0
+    """Evaluations of heldout/loss without improvement; 0 never stops on it."""
+    heldout_every: float = 1.0
+    """Passes between evaluations of heldout/loss, taken only if patience is set."""
+
+    def __post_init__(self) -> None:
+        if self.target < 0:
+            raise ConfigError(f"stopping.target is {self.target}: give a loss of 0 or more")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ConfigError(f"stopping.max_steps is {self.max_steps}: give 0 or more")
+        if self.max_minutes is not None and self.max_minutes < 0:
+            raise ConfigError(f"stopping.max_minutes is {self.max_minutes}: give 0 or more")
+        if self.patience < 0:
+            raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
+        if self.heldout_every <= 0:
+            raise ConfigError(f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes")
+
+
+@dataclass
+class StopState:
+    """What the stop rule remembers; plain numbers, kept in the checkpoint as JSON."""
+
+    loss_ema: float | None = None
+    look_below: float = 0.0
+    looked_at_step: int = -1
+    first_batch_below_target: dict[str, float] | None = None
+    reached: bool = False
+    best_heldout: float | None = None
+    evaluations_without_improvement: int = 0
+    heldout_at_step: int = 0
+
+
+class StopRule:
+    """Reads losses, says when to look at the whole text, and when to stop."""
+
+    def __init__(self, config: StoppingConfig, total_steps: int, steps_per_pass: float, has_heldout: bool) -> None:
+        """Raises `ConfigError` if patience is asked for and there is no held-out text."""
+        if config.patience and not has_heldout:
+            raise ConfigError("stopping.patience needs held-out text: give --heldout or --heldout-fraction")
+        self.config = config
+        self.total_steps = total_steps
+        self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
+        self.state = StopState(look_below=FIRST_LOOK * config.target)
+
+    def observe(self, step: int, loss: float) -> None:
+        """Take in the loss of a step's own batch."""
+        state = self.state
+        ema = loss if state.loss_ema is None else state.loss_ema
+        state.loss_ema = ema + (loss - ema) / EMA_BATCHES
+        if loss < self.config.target:
+            state.first_batch_below_target = state.first_batch_below_target or {"step": step, "loss": loss}
+            state.reached |= self.config.measure == "train/loss"
+
+    def look_due(self, n_steps: int) -> bool:
+        """Whether a loss over the whole text should be taken after so many steps."""
+        state = self.state
+        if self.config.measure == "train/loss" or not self.config.target or state.looked_at_step >= n_steps:
+            return False
+        return n_steps == self.total_steps or (state.loss_ema is not None and state.loss_ema < state.look_below)
+
+    def looked(self, n_steps: int, loss: float) -> None:
+        """Take in a loss over the whole text; the next look waits for proportional progress."""
+        state, target = self.state, self.config.target
+        state.looked_at_step = n_steps
+        state.reached |= loss < target
+        if state.loss_ema is not None:
+            state.look_below = state.loss_ema * min(NEXT_LOOK, target / loss if loss else 0.0)
+
+    def heldout_due(self, n_steps: int) -> bool:
+        """Whether heldout/loss should be taken after so many steps."""
+        return bool(self.config.patience) and n_steps - self.state.heldout_at_step >= self.heldout_steps
+
+    def observe_heldout(self, n_steps: int, loss: float) -> None:
+        """Take in a heldout/loss."""
+        state = self.state
+        state.heldout_at_step = n_steps
+        if state.best_heldout is None or loss < state.best_heldout:
+            state.best_heldout, state.evaluations_without_improvement = loss, 0
+        else:
+            state.evaluations_without_improvement += 1
+
+    def reason(self, n_steps: int, wall_s: float) -> str | None:
+        """Why the run ends after so many steps and seconds, or None."""
+        config = self.config
+        if self.state.reached:
+            return "target"
+        if config.patience and self.state.evaluations_without_improvement >= config.patience:
+            return "patience"
+        if config.max_steps is not None and n_steps >= config.max_steps:
+            return "max_steps"
+        if config.max_minutes is not None and wall_s >= 60 * config.max_minutes:
+            return "max_minutes"
+        return None

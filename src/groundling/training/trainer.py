@@ -1,0 +1,238 @@
+"""The training loop.
+
+Invariant: per-step losses depend on the recipe, the text and the machine, never on where a run
+was interrupted; and a run ends only at the top of the loop, for the reason that `stopping.py` gives.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.corpus.windows import Tokens, WindowConfig, Windows
+from groundling.errors import Interrupted, RunFailed
+from groundling.evaluation.corpus_loss import Evaluator, LossSum
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.optim.schedule import ScheduleConfig, learning_rate
+from groundling.runtime import Runtime
+from groundling.training import checkpoint
+from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.compiled import CompiledLoss
+from groundling.training.metrics import Sinks
+from groundling.training.signals import StopSignals
+from groundling.training.step import StepResult, flops_per_token, training_step
+from groundling.training.stopping import StoppingConfig, StopRule, StopState
+
+BAD_STEPS = 3
+"""Steps in a row without a finite loss and gradient after which the run goes back to its last checkpoint."""
+MAX_RETURNS = 2
+"""Times a run may go back before it is given up."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that decide the losses of a run and when it ends."""
+
+    seed: int
+    model: GPTConfig
+    windows: WindowConfig
+    optim: AdamWConfig
+    schedule: ScheduleConfig
+    stopping: StoppingConfig
+    checkpoint: CheckpointConfig
+
+
+@dataclass
+class RunState:
+    """What has happened so far, besides weights and moments; kept in the checkpoint."""
+
+    n_steps: int = 0
+    tokens_seen: int = 0
+    wall_s: float = 0.0
+
+
+class Trainer:
+    """A model in training: `train` takes it from where it is to where the stop rule ends it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: Tokens,
+        heldout: Tokens | None,
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        checkpoints: Path,
+        sinks: Sinks,
+        ceiling_flops: float,
+    ) -> None:
+        self.recipe, self.tokenizer, self.runtime = recipe, tokenizer, runtime
+        self.train_tokens, self.heldout_tokens = train, heldout
+        self.checkpoints, self.sinks, self.ceiling_flops = checkpoints, sinks, ceiling_flops
+        self.windows = Windows(train, recipe.windows, recipe.seed)
+        self.total_steps = recipe.schedule.steps(self.windows.steps_per_pass())
+        self.model = self._new_model().to(runtime.device)
+        self.loss_sum: LossSum = self.model.loss_sum
+        if runtime.compile:
+            self.loss_sum = CompiledLoss(self.model.loss_sum, sinks.note)
+        self.optimizer = make_adamw(self.model, recipe.optim)
+        self.signals = StopSignals()
+        self.evaluator = Evaluator(
+            self.loss_sum,
+            recipe.windows.length,
+            runtime,
+            recipe.windows.micro,
+            on_windows=lambda n_windows: self.signals.check(),
+        )
+        self.state, self.stop_rule = RunState(), self._new_stop_rule()
+        self.n_bad = self.n_returns = 0
+
+    def train(self) -> str:
+        """Train until the stop rule gives a reason; saves the result and returns the reason.
+
+        Raises `Interrupted` after SIGINT or SIGTERM, with the state saved, and `RunFailed` if losses stay
+        not finite.
+        """
+        self.clock = self.saved_at = time.monotonic()
+        with self.signals:
+            try:
+                while (reason := self._stop_reason()) is None:
+                    self._take_step()
+                    self._save_if_due()
+            except Interrupted as interrupt:
+                raise Interrupted(f"{interrupt}; saved {self.save()}; continue with --resume") from None
+            self.save()
+        return reason
+
+    def resume(self) -> None:
+        """Continue from the newest intact checkpoint, naming damaged ones; without any, begin anew."""
+        path, notes = checkpoint.newest_intact(self.checkpoints)
+        for note in notes:
+            self.sinks.note(f"warning: {note}")
+        self.stop_rule = self._new_stop_rule()
+        if path is None:
+            self.model.load_state_dict(self._new_model().state_dict())
+            self.optimizer.state.clear()
+            self.state = RunState()
+        else:
+            checkpoint.restore(path, self.model, self.optimizer)
+            state = checkpoint.load_state(path)
+            self.stop_rule.state = StopState(**state.pop("stop"))
+            self.state = RunState(**state)
+        self.sinks.rewind(self.state.n_steps)
+        self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        self._count_wall()
+        path = checkpoint.save(
+            self.checkpoints,
+            self.state.n_steps,
+            self.model,
+            self.optimizer,
+            {**asdict(self.state), "stop": asdict(self.stop_rule.state)},
+            self.tokenizer,
+            self.recipe.windows.length,
+            self.recipe.checkpoint.keep,
+        )
+        self.saved_at = time.monotonic()
+        return path
+
+    def _stop_reason(self) -> str | None:
+        """Evaluates what is due, then asks the stop rule."""
+        self.signals.check()
+        rule, n_steps = self.stop_rule, self.state.n_steps
+        if rule.look_due(n_steps):
+            name = self.recipe.stopping.measure
+            by_heart = name == "corpus/loss_offset"
+            self.sinks.note(f"step {n_steps - 1}: taking {name} over the whole text")
+            take = self.evaluator.offset_loss if by_heart else self.evaluator.loss
+            loss = take(self.train_tokens)
+            rule.looked(n_steps, loss)
+            self.sinks.write(n_steps - 1, {name: loss})
+        if rule.heldout_due(n_steps) and self.heldout_tokens is not None:
+            loss = self.evaluator.loss(self.heldout_tokens)
+            rule.observe_heldout(n_steps, loss)
+            self.sinks.write(n_steps - 1, {"heldout/loss": loss})
+        self._count_wall()
+        return rule.reason(n_steps, self.state.wall_s)
+
+    def _take_step(self) -> None:
+        """One step, counted and written down; or, if it was not finite, what follows from that."""
+        recipe, step = self.recipe, self.state.n_steps
+        batch = self.windows.batch(step)
+        rate = learning_rate(recipe.schedule, step, self.total_steps)
+        result = training_step(
+            self.model,
+            self.loss_sum,
+            self.optimizer,
+            batch,
+            rate,
+            recipe.windows.micro,
+            recipe.optim.clip,
+            self.runtime,
+        )
+        self.state.n_steps += 1
+        self.state.tokens_seen += batch.n_targets
+        if result.finite:
+            self.stop_rule.observe(step, result.loss)
+        self._write(step, result, rate, batch.n_targets)
+        self._guard(step, result)
+
+    def _write(self, step: int, result: StepResult, rate: float, n_targets: int) -> None:
+        tokens_per_s = n_targets / result.seconds
+        flops = flops_per_token(self.model.config, self.recipe.windows.length)
+        metrics = {
+            "train/loss": result.loss,
+            "train/loss_ema": self.stop_rule.state.loss_ema,
+            "train/learning_rate": rate,
+            "train/grad_norm": result.grad_norm,
+            "train/tokens_seen": self.state.tokens_seen,
+            "train/tokens_per_s": tokens_per_s,
+            "train/mfu": tokens_per_s * flops / self.ceiling_flops,
+            "train/step_s": result.seconds,
+        }
+        self.sinks.write(step, metrics if result.finite else metrics | {"train/update_skipped": 1})
+
+    def _guard(self, step: int, result: StepResult) -> None:
+        """Goes back to the last checkpoint after `BAD_STEPS` steps in a row that were not finite."""
+        if result.finite:
+            self.n_bad = 0
+            return
+        self.n_bad += 1
+        self.sinks.note(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so this update is skipped"
+        )
+        if self.n_bad < BAD_STEPS:
+            return
+        if self.n_returns == MAX_RETURNS:
+            raise RunFailed(
+                f"the loss stayed not finite at step {step} after {MAX_RETURNS} returns to the last checkpoint:"
+                " lower schedule.peak or optim.clip, or use --dtype fp32"
+            )
+        self.n_bad = 0
+        self.n_returns += 1
+        wall_s = self.state.wall_s
+        self.resume()
+        self.state.wall_s = wall_s  # the time was spent, whatever came of it
+
+    def _save_if_due(self) -> None:
+        if self.n_bad == 0 and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
+            self.save()
+
+    def _count_wall(self) -> None:
+        now = time.monotonic()
+        self.state.wall_s += now - self.clock
+        self.clock = now
+
+    def _new_model(self) -> GPT2:
+        torch.manual_seed(self.recipe.seed)
+        return GPT2(self.recipe.model)
+
+    def _new_stop_rule(self) -> StopRule:
+        has_heldout = self.heldout_tokens is not None
+        return StopRule(self.recipe.stopping, self.total_steps, self.windows.steps_per_pass(), has_heldout)

@@ -1,0 +1,83 @@
+"""A run small enough for a test: a network of a few thousand parameters on a text of 200 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.corpus.windows import WindowConfig
+from groundling.model.gpt2 import GPTConfig
+from groundling.optim.adamw import AdamWConfig
+from groundling.optim.schedule import ScheduleConfig
+from groundling.runtime import Runtime
+from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.metrics import Metrics, Sinks
+from groundling.training.stopping import StoppingConfig
+from groundling.training.trainer import Recipe, Trainer
+
+
+class Memory:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self.metrics.append({"step": step, **metrics})
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def rewind(self, n_steps: int) -> None:
+        self.metrics = [line for line in self.metrics if line["step"] < n_steps]
+
+    def close(self) -> None:
+        pass
+
+    def losses(self) -> list[float]:
+        return [line["train/loss"] for line in self.metrics if "train/loss" in line]
+
+
+@pytest.fixture
+def recipe(tiny: GPTConfig) -> Recipe:
+    return Recipe(
+        seed=3,
+        model=tiny,
+        windows=WindowConfig(16, 4),
+        optim=AdamWConfig(weight_decay=0.01),
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=4, total_steps=40, passes=None),
+        stopping=StoppingConfig(max_steps=10),
+        checkpoint=CheckpointConfig(save_every="0"),
+    )
+
+
+MakeTrainer = Callable[..., tuple[Trainer, Memory]]
+
+
+@pytest.fixture
+def make_trainer(recipe: Recipe, tokens: NDArray[np.uint16], cpu: Runtime, tmp_path: Path) -> MakeTrainer:
+    """Makes (trainer, memory); keywords replace sections of the recipe; `name` is the run's folder."""
+
+    def make(name: str = "run", heldout: NDArray[np.uint16] | None = None, **sections: Any) -> tuple[Trainer, Memory]:
+        memory = Memory()
+        trainer = Trainer(
+            replace(recipe, **sections),
+            tokens,
+            heldout,
+            Tokenizer.gpt2(),
+            cpu,
+            tmp_path / name / "checkpoints",
+            Sinks(memory),
+            ceiling_flops=1e9,
+        )
+        return trainer, memory
+
+    return make

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from groundling.training.metrics import JsonLines, read_lines
+
+
+def test_numbers_keep_their_precision_and_lines_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    sink.write(0, {"train/loss": 1 / 3})
+    sink.write(0, {"corpus/loss": 2.5})
+    sink.close()
+    assert path.read_text() == '{"step": 0, "train/loss": 0.3333333333333333}\n{"step": 0, "corpus/loss": 2.5}\n'
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.write(0, {"train/loss": math.nan, "train/grad_norm": math.inf})
+    sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0,
+        "train/loss": None,
+        "train/grad_norm": None,
+    }
+
+
+def test_rewinding_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    for step in range(5):
+        sink.write(step, {"train/loss": float(step)})
+    sink.close()
+    path.write_text(path.read_text() + '{"step": 5, "tra')
+    sink = JsonLines(path)
+    sink.rewind(3)
+    sink.write(3, {"train/loss": 30.0})
+    sink.close()
+    assert [(line["step"], line["train/loss"]) for line in read_lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30.0)]

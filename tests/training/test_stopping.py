@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+
+from groundling.errors import ConfigError
+from groundling.training.stopping import StoppingConfig, StopRule
+
+
+def rule(total_steps: int = 100, **settings: object) -> StopRule:
+    return StopRule(StoppingConfig(**settings), total_steps, steps_per_pass=10, has_heldout=True)  # type: ignore[arg-type]
+
+
+def test_a_batch_below_the_target_is_noted_and_stops_nothing() -> None:
+    r = rule(target=1.0)
+    r.observe(0, 5.0)
+    r.observe(1, 0.5)
+    r.observe(2, 0.4)
+    assert r.state.first_batch_below_target == {"step": 1, "loss": 0.5}
+    assert r.reason(3, 0.0) is None
+
+
+def test_the_reference_rule_stops_on_one_batch() -> None:
+    r = rule(target=1.0, measure="train/loss")
+    r.observe(0, 0.99)
+    assert not r.look_due(1)
+    assert r.reason(1, 0.0) == "target"
+
+
+def test_looks_wait_for_proportional_progress() -> None:
+    r = rule(target=1.0)
+    r.observe(0, 4.0)
+    assert not r.look_due(1)
+    r.state.loss_ema = 1.9
+    assert r.look_due(2)
+    r.looked(2, 1.6)  # the mean must now fall by 1 / 1.6
+    assert not r.look_due(2)
+    r.state.loss_ema = 1.25
+    assert not r.look_due(3)
+    r.state.loss_ema = 1.18
+    assert r.look_due(4)
+    r.looked(4, 0.999)
+    assert r.reason(4, 0.0) == "target"
+
+
+def test_the_end_of_the_schedule_is_always_looked_at() -> None:
+    r = rule(total_steps=7, target=1.0)
+    r.observe(6, 3.0)
+    assert r.look_due(7)
+    r.looked(7, 2.9)
+    assert not r.look_due(7)
+    assert r.reason(7, 0.0) is None  # the rate stays at its floor and the run goes on
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_steps", "wall_s", "expected"),
+    [
+        ({"max_steps": 5}, 4, 0.0, None),
+        ({"max_steps": 5}, 5, 0.0, "max_steps"),
+        ({"max_minutes": 1.0}, 9, 59.9, None),
+        ({"max_minutes": 1.0}, 9, 60.0, "max_minutes"),
+    ],
+)
+def test_limits(settings: dict[str, object], n_steps: int, wall_s: float, expected: str | None) -> None:
+    assert rule(**settings).reason(n_steps, wall_s) == expected
+
+
+def test_a_target_of_zero_is_never_looked_for() -> None:
+    r = rule(total_steps=1, target=0)
+    r.observe(0, 0.0)
+    assert not r.look_due(1)
+
+
+def test_patience_counts_evaluations_without_improvement() -> None:
+    r = rule(patience=2, target=0)
+    for n_steps, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.1)):
+        assert r.heldout_due(n_steps)
+        assert r.reason(n_steps, 0.0) is None
+        r.observe_heldout(n_steps, loss)
+        assert not r.heldout_due(n_steps + 9)
+    assert r.reason(40, 0.0) == "patience"
+
+
+def test_patience_needs_heldout_text() -> None:
+    with pytest.raises(ConfigError, match="heldout"):
+        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False)
