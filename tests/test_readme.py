@@ -1,0 +1,82 @@
+"""Every command in README.md and docs/ runs as it is written, but for what would make it long."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from groundling.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+THE_TWO = {"make train", "make test"}
+"""Run by everyone who follows the README; `make test` is what runs this."""
+
+SHORT = shlex.split(
+    "--max-steps 2 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --windows.batch_size 2"
+    " --windows.micro_batch_size 0 --runtime.compile off --sampling.max_tokens 3 --evaluation.final none"
+)
+"""Added to commands that train: a smaller network, for two steps."""
+
+TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals.\n"
+
+
+def commands() -> list[str]:
+    """The lines that begin with `groundling` or `make` in the pages' code blocks, comments cut off."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        for block in re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text(), re.S | re.M):
+            for line in block.splitlines():
+                command = line.removeprefix("$ ").partition("  #")[0].strip()
+                if command.startswith(("groundling ", "make ")):
+                    found[command] = None
+    return list(found)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The files that the commands name: a novel, a folder of texts, a finished and an interrupted run."""
+    path = tmp_path_factory.mktemp("readme")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(path)
+    patch.setenv("GROUNDLING_CACHE", str(path / "cache"))
+    Path("texts").mkdir()
+    for n, name in enumerate(["my-novel.txt", "texts/one.txt", "texts/two.txt"]):
+        Path(name).write_text("".join(f"{n}.{k} {TEXT}" for k in range(60)))
+    assert main(["train", "--corpus", "my-novel.txt", "--out", "runs/gpt2", *SHORT]) == 0
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c not in THE_TWO])
+def test_command(command: str) -> None:
+    words = shlex.split(command)
+    assert words[0] == "groundling", f"{command}: only `make train` and `make test` are excepted"
+    if words[1] in ("train", "estimate"):
+        words += SHORT
+    if "--resume" in words and "--out" in words:
+        run = words[words.index("--out") + 1]
+        if not Path(run).exists():
+            assert main(["train", "--corpus", "my-novel.txt", "--out", run, *SHORT, "--max-steps", "1"]) == 0
+    assert main(words[1:]) == 0
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(commands()) > 8
+    assert set(commands()) >= THE_TWO
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_nothing_in_the_project_is_large() -> None:
+    listed = os.popen(f"git -C {shlex.quote(str(ROOT))} ls-files -z").read().split("\0")
+    assert [name for name in listed if name and (ROOT / name).stat().st_size > 1_000_000] == []
