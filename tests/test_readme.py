@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from groundling.cli import main
+from groundling.corpus.plays import render_play
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,8 +24,6 @@ SHORT = shlex.split(
     " --windows.micro_batch_size 0 --runtime.compile off --sampling.max_tokens 3 --evaluation.final none"
 )
 """Added to commands that train: a smaller network, for two steps."""
-
-TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals.\n"
 
 
 def commands() -> list[str]:
@@ -39,15 +39,15 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> None:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The files that the commands name: a novel, a folder of texts, a finished and an interrupted run."""
     path = tmp_path_factory.mktemp("readme")
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
     patch.setenv("GROUNDLING_CACHE", str(path / "cache"))
     Path("texts").mkdir()
-    for n, name in enumerate(["my-novel.txt", "texts/one.txt", "texts/two.txt"]):
-        Path(name).write_text("".join(f"{n}.{k} {TEXT}" for k in range(60)))
+    for name, play in {"my-novel.txt": "hamlet", "texts/one.txt": "macbeth", "texts/two.txt": "othello"}.items():
+        Path(name).write_text(render_play(play))
     assert main(["train", "--corpus", "my-novel.txt", "--out", "runs/gpt2", *SHORT]) == 0
     yield
     patch.undo()

@@ -66,14 +66,16 @@ MakeTrainer = Callable[..., tuple[Trainer, Memory]]
 def make_trainer(recipe: Recipe, tokens: NDArray[np.uint16], cpu: Runtime, tmp_path: Path) -> MakeTrainer:
     """Makes (trainer, memory); keywords replace sections of the recipe; `name` is the run's folder."""
 
-    def make(name: str = "run", heldout: NDArray[np.uint16] | None = None, **sections: Any) -> tuple[Trainer, Memory]:
+    def make(
+        name: str = "run", heldout: NDArray[np.uint16] | None = None, runtime: Runtime = cpu, **sections: Any
+    ) -> tuple[Trainer, Memory]:
         memory = Memory()
         trainer = Trainer(
             replace(recipe, **sections),
             tokens,
             heldout,
             Tokenizer.gpt2(),
-            cpu,
+            runtime,
             tmp_path / name / "checkpoints",
             Sinks(memory),
             ceiling_flops=1e9,

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from groundling.training.metrics import JsonLines, read_lines
+from groundling.training.metrics import JsonLines, TensorBoard, read_lines
 
 
 def test_numbers_keep_their_precision_and_lines_their_order(tmp_path: Path) -> None:
@@ -39,3 +39,18 @@ def test_rewinding_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> Non
     sink.write(3, {"train/loss": 30.0})
     sink.close()
     assert [(line["step"], line["train/loss"]) for line in read_lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30.0)]
+
+
+def test_tensorboard_shows_what_was_written(tmp_path: Path) -> None:
+    """Read back with TensorBoard's own reader; steps taken again after a rewind replace the first ones."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoard(tmp_path)
+    for step in range(4):
+        sink.write(step, {"train/loss": float(step)})
+    sink.rewind(2)
+    sink.write(2, {"train/loss": 20.0})
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(0, 0.0), (1, 1.0), (2, 20.0)]

@@ -98,13 +98,14 @@ def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
     estimate = measure(trainer)
     lines = [estimate.sentence()]
     if estimate.total_s > LONG_RUN_S:
-        achieved = estimate.tokens_per_s * flops_per_token(config.model, config.windows.length)
+        achieved_flops = estimate.tokens_per_s * flops_per_token(config.model, config.windows.length)
         sooner = []
         for name in preset_names():
-            other = load_preset(name)
-            cost = run_flops(other, len(trainer.train_tokens))
-            if name != config.preset and cost < run_flops(config, len(trainer.train_tokens)):
-                sooner.append(f"--preset {name} (about {clock(cost / achieved)})")
+            preset = load_preset(name)
+            n_tokens = load_corpus(preset.text, runtime.cache_dir()).train.n_tokens
+            seconds = run_flops(preset, n_tokens) / achieved_flops
+            if name != config.preset and seconds < estimate.train_s:
+                sooner.append(f"--preset {name} (about {clock(seconds)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
         lines.append(f"warning: this is more than {clock(LONG_RUN_S)}; {advice}; going on")
     return lines

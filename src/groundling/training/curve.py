@@ -17,6 +17,7 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     lines = list(read_lines(metrics))
     steps = [line for line in lines if line.get("train/loss") is not None]
@@ -28,11 +29,15 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
         taken = [(line["step"], line[name]) for line in lines if name in line]
         if taken:
             axes.plot(*zip(*taken, strict=True), "o", color=color, label=f"{name} (whole text)")
+            axes.annotate(f"{taken[-1][1]:.3g}", taken[-1], (-6, 4), textcoords="offset points", ha="right")
     if target:
         axes.axhline(target, color="0.3", linewidth=0.8, linestyle="--", label=f"target {target}")
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
     plt.close(figure)
