@@ -47,6 +47,10 @@ def train(*arguments: str) -> list[str]:
     return ["train", "--corpus", "bottles.txt", *SMALL, *arguments]
 
 
+def files_but_cache(path: Path) -> list[Path]:
+    return sorted(found for found in path.rglob("*") if "cache" not in found.parts)
+
+
 def steps(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "train/loss" in line]
@@ -236,14 +240,14 @@ def test_wrong_input_gets_one_sentence(
     Path("unknown-key.yaml").write_text("schedule: {peek: 3}\n")
     if not Path("fifo").exists():
         os.mkfifo("fifo")
-    before = sorted(path for path in workplace.rglob("*") if "cache" not in path.parts)
+    before = files_but_cache(workplace)
     base = [] if "--resume" in arguments else train()
     assert main([*(base or ["train"]), *arguments]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("groundling: ")
     assert words in message
     assert "Traceback" not in message
-    assert sorted(path for path in workplace.rglob("*") if "cache" not in path.parts) == before
+    assert files_but_cache(workplace) == before
 
 
 def test_another_text_or_architecture_is_refused(
@@ -288,10 +292,18 @@ def test_preset_then_file_then_flags(workplace: Path, run: Path) -> None:
 
 
 def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = sorted(workplace.rglob("*"))
+    before = files_but_cache(workplace)
     assert main(["estimate", "--corpus", "bottles.txt", *SMALL]) == 0
     assert "tokens/s" in capsys.readouterr().out
-    assert sorted(workplace.rglob("*")) == before
+    assert files_but_cache(workplace) == before
+
+
+def test_a_long_run_is_told_what_would_finish_sooner(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten million passes over forty bottles take longer than any preset does at the same speed."""
+    assert main(["estimate", "--corpus", "bottles.txt", *SMALL, "--schedule.passes", "1e7"]) == 0
+    printed = capsys.readouterr().out
+    assert "--preset penny (about" in printed
+    assert "going on" in printed
 
 
 def test_doctor_names_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,13 +60,18 @@ def prepare(config: RunConfig) -> Prepared:
         say(f"warning: {warning}")
     with progress_bar("encoding the text") as progress:
         corpus = load_corpus(config.text, runtime.cache_dir(), progress)
-    config = replace(config, model=replace(config.model, n_vocab=corpus.tokenizer.n_vocab))
+    config = with_vocabulary(config, corpus)
     heldout = f"{corpus.heldout.n_tokens:,} held out" if corpus.heldout else "nothing held out"
     say(f"text: {corpus.name}, {corpus.train.n_tokens:,} tokens to train on, {heldout}, {config.model.n_vocab:,} ids")
     say(f"model: {config.model.n_parameters():,} parameters")
     ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
     return Prepared(config, corpus, resolved, ceiling)
+
+
+def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
+    """The configuration with as many ids as the text's tokenizer has."""
+    return replace(config, model=replace(config.model, n_vocab=corpus.tokenizer.n_vocab))
 
 
 def new_run_path(config: RunConfig, corpus_name: str) -> Path:
@@ -102,8 +107,9 @@ def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
         sooner = []
         for name in preset_names():
             preset = load_preset(name)
-            n_tokens = load_corpus(preset.text, runtime.cache_dir()).train.n_tokens
-            seconds = run_flops(preset, n_tokens) / achieved_flops
+            corpus = load_corpus(preset.text, runtime.cache_dir())
+            preset = with_vocabulary(preset, corpus)
+            seconds = run_flops(preset, corpus.train.n_tokens) / achieved_flops
             if name != config.preset and seconds < estimate.train_s:
                 sooner.append(f"--preset {name} (about {clock(seconds)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
