@@ -22,18 +22,19 @@ def test_an_atomic_file_is_whole_or_absent(tmp_path: Path) -> None:
     assert path.read_text() == "whole"
 
 
-def test_an_atomic_directory_replaces_only_when_done(tmp_path: Path) -> None:
+def test_an_atomic_directory_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "directory"
-    with files.atomic_directory(path) as directory:
-        (directory / "a").write_text("first")
     with pytest.raises(RuntimeError), files.atomic_directory(path) as directory:  # noqa: PT012
-        (directory / "a").write_text("second")
+        (directory / "a").write_text("half")
         raise RuntimeError
-    assert (path / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".other.partial").mkdir()  # of a process that was killed
     with files.atomic_directory(path) as directory:
-        (directory / "b").write_text("third")
+        (directory / "a").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["directory"]
-    assert [p.name for p in path.iterdir()] == ["b"]
+    with pytest.raises(OSError, match="not empty"), files.atomic_directory(path) as directory:
+        (directory / "a").write_text("second")
+    assert (path / "a").read_text() == "whole"
 
 
 def test_sums_are_those_of_hashlib(tmp_path: Path) -> None:

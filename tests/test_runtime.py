@@ -57,7 +57,7 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_machine_is_described() -> None:
-    facts = machine.describe(2)
+    facts = machine.describe(2, torch.device("cpu"))
     assert facts["cpu"]
     assert facts["memory_bytes"] is None or facts["memory_bytes"] > 2**28
     peak = machine.peak_memory_bytes(torch.device("cpu"))

@@ -6,13 +6,14 @@ called. Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted (an
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from groundling import __version__
-from groundling.errors import ConfigError, Interrupted, UserError
+from groundling.errors import ConfigError, Interrupted, RunFailed, UserError
 
 COMMANDS = {
     "train": "train a GPT-2 on a text until it knows it",
@@ -21,6 +22,15 @@ COMMANDS = {
     "estimate": "say how long a run would take here, and how much memory",
     "doctor": "print what this machine offers and what will be used",
 }
+
+SYSTEM_REFUSALS = {
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EACCES: "give a path that you may use",
+    errno.EPERM: "give a path that you may use",
+    errno.EROFS: "give a path on a disk that can be written",
+    errno.ENOSPC: "free the disk, then --resume",
+}
+"""What the operating system says of a path that no check of ours foresaw, and what to do."""
 
 HELP = """usage: groundling COMMAND [OPTIONS]
 
@@ -53,12 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"groundling: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("groundling: interrupted", file=sys.stderr)
-        return Interrupted.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in SYSTEM_REFUSALS:
+            raise
+        print(
+            f"groundling: {error.filename or 'a file'}: {error.strerror}: {SYSTEM_REFUSALS[error.errno]}",
+            file=sys.stderr,
+        )
+        return RunFailed.exit_code if error.errno == errno.ENOSPC else UserError.exit_code
+    except KeyboardInterrupt:
+        print("groundling: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -54,8 +54,8 @@ class RunConfig:
     """Prompts of the samples at the end."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}: give 0 or a positive number")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: give 0 or more, below 2**63")
         if self.windows.length > self.model.n_ctx:
             raise ConfigError(
                 f"windows.length is {self.windows.length}, but model.n_ctx is {self.model.n_ctx}: the model has no"

@@ -24,6 +24,8 @@ except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
 HASH_BLOCK_BYTES = 1 << 20
+PARTIAL = ".partial"
+"""Ends the name of what is not whole yet."""
 
 
 def sha256_of(path: Path) -> str:
@@ -50,7 +52,7 @@ def sync_file(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its final name only if the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -64,14 +66,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory that takes its final name, replacing an older one, only if the block ends well.
+    """A directory that takes its final name, which must be free, only if the block ends well.
 
-    Every file in it is synced before the rename.
+    Every file in it is synced before the rename. What an earlier attempt left under a temporary name beside
+    it is removed, so one process at a time may use the parent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (path.with_name(f".{path.name}.{state}") for state in ("partial", "replaced"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for left_over in path.parent.glob(f".*{PARTIAL}"):
+        shutil.rmtree(left_over)
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     temporary.mkdir()
     try:
         yield temporary
@@ -79,13 +82,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors writes files that only their owner reads
             sync_file(entry)
         sync_file(temporary)
-        if path.exists():
-            path.rename(replaced)
         temporary.rename(path)
         sync_file(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,18 +99,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def lock(file: IO[Any], wait: bool) -> None:
+    """Hold an open file for one process, by flock(2), which the kernel releases when the process dies.
+
+    Raises BlockingIOError if another process holds it and `wait` is false. Does nothing on Windows.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory for one process, by flock(2), which the kernel releases when the process dies.
-
-    Raises `CheckpointError` if another process holds it.
-    """
-    if fcntl is None:
-        yield
-        return
+    """Hold a directory for one process. Raises `CheckpointError` if another process holds it."""
     with (directory / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except BlockingIOError:
             raise CheckpointError(
                 f"{directory} is in use by another process: wait for it to end, or give this run another --out"

@@ -73,15 +73,14 @@ def free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """Facts about this machine for a record: what a reader needs to compare two runs."""
-    cuda = torch.cuda.is_available()
+def describe(threads: int, device: torch.device) -> dict[str, Any]:
+    """Facts about this machine and the device used, for a record: what a reader needs to compare two runs."""
     return {
         "cpu": _cpuinfo().get("model name") or platform.processor() or platform.machine(),
         "flags": sorted(cpu_flags().intersection(NOTABLE_FLAGS)),
         "threads": threads,
         "memory_bytes": memory_bytes(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": platform.platform(),
     }
 

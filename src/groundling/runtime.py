@@ -36,6 +36,8 @@ class RuntimeConfig:
     """Number format of the matrix products, bf16 where the hardware has it; weights and optimizer stay in fp32."""
     threads: int = 0
     """CPU threads; 0 means one per core that this process may use."""
+    kernels: Literal["reference"] = "reference"
+    """Backend of the operations that have several (groundling.kernels)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: auto compiles where a compiler exists and warns where none does."""
 
@@ -55,6 +57,10 @@ class Runtime:
     reasons: tuple[tuple[str, str, str], ...]
     """(what, the choice, why), one for each of the four choices."""
     warnings: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, str]:
+        """The choices by name: what must be the same for two runs to agree bit for bit."""
+        return {what: choice for what, choice, _ in self.reasons}
 
     @property
     def dtype_name(self) -> str:
@@ -114,7 +120,7 @@ def _device(name: str) -> tuple[torch.device, str]:
             raise ConfigError(
                 f"runtime.device is {name!r}, but PyTorch sees {torch.cuda.device_count()}: give a lower number"
             )
-        return device, "asked for"
+        return device, f"asked for; it is {torch.cuda.get_device_name(device)}"
     if device.type == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("runtime.device is 'mps', but PyTorch sees no Apple GPU: use --device cpu")

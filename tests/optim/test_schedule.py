@@ -39,3 +39,17 @@ def test_length_follows_the_text_unless_steps_are_given() -> None:
     assert ScheduleConfig(passes=13, total_steps=7).steps(1321 / 8) == 7
     with pytest.raises(ConfigError, match="no length"):
         ScheduleConfig(passes=None)
+
+
+def test_a_short_schedule_warms_up_for_a_quarter_of_it() -> None:
+    config = ScheduleConfig(1.0, 100, "linear", hold_fraction=0.0, floor_fraction=0.0, total_steps=40)
+    rates = [learning_rate(config, step, 40) for step in range(41)]
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[25] == pytest.approx(0.5)
+    assert rates[40] == 0.0
+
+
+@pytest.mark.parametrize("wrong", [{"peak": math.nan}, {"peak": math.inf}, {"passes": math.inf}, {"passes": 0.0}])
+def test_a_schedule_without_numbers_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        ScheduleConfig(**wrong)  # type: ignore[arg-type]

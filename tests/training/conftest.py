@@ -36,6 +36,9 @@ class Memory:
     def note(self, message: str) -> None:
         self.notes.append(message)
 
+    def progress(self, what: str, share: float) -> None:
+        assert 0 <= share <= 1
+
     def rewind(self, n_steps: int) -> None:
         self.metrics = [line for line in self.metrics if line["step"] < n_steps]
 
@@ -77,9 +80,9 @@ def make_trainer(recipe: Recipe, tokens: NDArray[np.uint16], cpu: Runtime, tmp_p
             Tokenizer.gpt2(),
             runtime,
             tmp_path / name / "checkpoints",
-            Sinks(memory),
             ceiling_flops=1e9,
         )
+        trainer.sinks = Sinks(memory)
         return trainer, memory
 
     return make

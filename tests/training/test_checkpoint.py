@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.model import weights
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
@@ -81,7 +81,7 @@ def test_a_save_cut_short_leaves_the_one_before_it(make_trainer: MakeTrainer, mo
         with monkeypatch.context() as patch:
             patch.setattr(target, name, full_disk)
             trainer.state.n_steps = 99
-            with pytest.raises(CheckpointError, match="No space left"):
+            with pytest.raises(RunFailed, match="No space left"):
                 trainer.save()
         assert checkpoint.complete(trainer.checkpoints) == before
         assert [p.name for p in trainer.checkpoints.iterdir()] == [p.name for p in before]
@@ -108,9 +108,17 @@ def test_state_is_plain_json(make_trainer: MakeTrainer) -> None:
 
 @pytest.mark.parametrize(
     ("save_every", "n_steps", "seconds", "due"),
-    [("5", 10, 0, True), ("5", 11, 9e9, False), ("0", 10, 9e9, False), ("2m", 1, 119, False), ("0.5m", 1, 30, True)],
+    [
+        ("5", 10, 0, True),
+        ("5", 11, 9e9, False),
+        ("0", 10, 9e9, False),
+        ("0m", 10, 9e9, False),
+        (500, 1000, 0, True),
+        ("2m", 1, 119, False),
+        ("0.5m", 1, 30, True),
+    ],
 )
-def test_when_a_checkpoint_is_due(save_every: str, n_steps: int, seconds: float, due: bool) -> None:
+def test_when_a_checkpoint_is_due(save_every: int | str, n_steps: int, seconds: float, due: bool) -> None:
     assert CheckpointConfig(save_every).due(n_steps, seconds) is due
 
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
 from groundling.training.metrics import JsonLines, TensorBoard, read_lines
+from groundling.training.progress import Terminal
 
 
 def test_numbers_keep_their_precision_and_lines_their_order(tmp_path: Path) -> None:
@@ -32,6 +38,7 @@ def test_rewinding_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> Non
     sink = JsonLines(path)
     for step in range(5):
         sink.write(step, {"train/loss": float(step)})
+    sink.write(2, {"corpus/loss": 9.0})
     sink.close()
     path.write_text(path.read_text() + '{"step": 5, "tra')
     sink = JsonLines(path)
@@ -54,3 +61,26 @@ def test_tensorboard_shows_what_was_written(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a first step was not finite; as drawn by rich, with the bar and the time that remains."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    terminal = Terminal(total_steps=30_000)
+    screen = io.StringIO()
+    terminal.console = Console(file=screen, force_terminal=True, width=width)
+    terminal.live = Progress(BarColumn(bar_width=8), TextColumn("{task.description}"), console=terminal.console)
+    terminal.task = terminal.live.add_task("", total=30_000)
+    measured = {"train/tokens_per_s": 1234.5, "train/mfu": 0.683, "train/step_s": 1.65}
+    with terminal.live:
+        terminal.write(0, {"train/loss": math.nan, "train/loss_ema": None, **measured})
+        terminal.live.refresh()
+        assert "mean -" in screen.getvalue()
+        terminal.write(12_345, {"train/loss": 10.948163, "train/loss_ema": 10.95, **measured})
+        terminal.progress("corpus/loss", 0.25)
+        terminal.live.refresh()
+        assert "corpus/loss over the whole text: 25%" in screen.getvalue()
+        terminal.write(12_345, {"train/loss": 10.948163, "train/loss_ema": 10.95, **measured})
+        terminal.live.refresh()
+    assert "ETA 8:05:29" in screen.getvalue()

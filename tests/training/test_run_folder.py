@@ -12,45 +12,63 @@ from groundling.training.run_folder import RunFolder
 IDENTITY: dict[str, Any] = {"text": "a" * 64, "tokenizer": "b" * 64, "architecture": {"n_layer": 2}}
 
 
-def begin(path: Path, with_checkpoint: bool = True) -> RunFolder:
+def begin(path: Path, with_steps: bool = True) -> RunFolder:
     folder = RunFolder(path)
-    with folder.open(IDENTITY, resume=False):
-        if with_checkpoint:
-            (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    with folder.open(IDENTITY, "", resume=False):
+        if with_steps:
+            folder.metrics.write_text('{"step": 0}\n')
     return folder
 
 
 def test_a_run_is_continued_only_when_asked(tmp_path: Path) -> None:
     folder = begin(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="--resume"), folder.open(IDENTITY, resume=False):
+    with pytest.raises(CheckpointError, match="--resume"), folder.open(IDENTITY, "", resume=False):
         pass
-    with folder.open(IDENTITY, resume=True):
+    with folder.open(IDENTITY, "", resume=True):
         pass
-    with pytest.raises(CheckpointError, match="no run to resume"), RunFolder(tmp_path / "x").open(IDENTITY, True):
+    with pytest.raises(CheckpointError, match="no run to resume"), RunFolder(tmp_path / "x").open(IDENTITY, "", True):
         pass
 
 
 @pytest.mark.parametrize("what", list(IDENTITY))
 def test_a_run_made_from_something_else_is_refused(tmp_path: Path, what: str) -> None:
     folder = begin(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=f"another {what}"), folder.open(IDENTITY | {what: "other"}, True):
+    with pytest.raises(CheckpointError, match=f"another {what}"), folder.open(IDENTITY | {what: "other"}, "", True):
         pass
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="not empty"), RunFolder(tmp_path).open(IDENTITY, resume=False):
+    with pytest.raises(CheckpointError, match="not empty"), RunFolder(tmp_path).open(IDENTITY, "", resume=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
-    begin(tmp_path / "run", with_checkpoint=False)
-    assert not (tmp_path / "run").exists()
+    begin(tmp_path / "new" / "parents" / "run", with_steps=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    begin(tmp_path / "mine", with_steps=False)
+    assert list((tmp_path / "mine").iterdir()) == []  # the folder was the user's, so it stays
+
+
+def test_a_run_that_failed_keeps_what_it_measured(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(RuntimeError), folder.open(IDENTITY, "", resume=False):  # noqa: PT012
+        folder.metrics.write_text('{"step": 0}\n')
+        raise RuntimeError
+    assert folder.metrics.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(CheckpointError, match="another --out"), RunFolder(path).open(IDENTITY, "", resume=False):
+            pass
 
 
 def _hold(path: Path, held: Any, release: Any) -> None:
-    with RunFolder(path).open(IDENTITY, resume=True):
+    with RunFolder(path).open(IDENTITY, "", resume=True):
         held.set()
         release.wait(30)
 
@@ -62,9 +80,9 @@ def test_a_run_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
     other = context.Process(target=_hold, args=(folder.path, held, release))
     other.start()
     assert held.wait(60)
-    with pytest.raises(CheckpointError, match="in use"), folder.open(IDENTITY, resume=True):
+    with pytest.raises(CheckpointError, match="in use"), folder.open(IDENTITY, "", resume=True):
         pass
     release.set()
     other.join()
-    with folder.open(IDENTITY, resume=True):
+    with folder.open(IDENTITY, "", resume=True):
         pass

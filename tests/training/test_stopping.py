@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from groundling.errors import ConfigError
-from groundling.training.stopping import StoppingConfig, StopRule
+from groundling.training.stopping import StoppingConfig, StopRule, StopState
 
 
 def rule(total_steps: int = 100, **settings: object) -> StopRule:
@@ -40,6 +43,7 @@ def test_looks_wait_for_proportional_progress() -> None:
     assert r.look_due(4)
     r.looked(4, 0.999)
     assert r.reason(4, 0.0) == "target"
+    assert r.reason(5, 0.0) is None  # the weights are others by then
 
 
 def test_the_end_of_the_schedule_is_always_looked_at() -> None:
@@ -48,7 +52,30 @@ def test_the_end_of_the_schedule_is_always_looked_at() -> None:
     assert r.look_due(7)
     r.looked(7, 2.9)
     assert not r.look_due(7)
-    assert r.reason(7, 0.0) is None  # the rate stays at its floor and the run goes on
+    assert r.reason(7, 0.0) is None  # the rate stays at its floor and the run goes on, for half a schedule
+    assert r.reason(10, 0.0) is None
+    assert r.look_due(11)
+    r.looked(11, 2.8)
+    assert r.reason(11, 0.0) == "schedule"
+
+
+def test_the_state_survives_json() -> None:
+    r = rule(target=1.0)
+    r.observe(0, 0.5)
+    r.looked(1, 1.5)
+    assert StopState.from_json(json.loads(json.dumps(asdict(r.state)))) == r.state
+    assert StopState.from_json(json.loads(json.dumps(asdict(StopState())))) == StopState()
+
+
+def test_a_look_at_another_loss_says_nothing() -> None:
+    r = rule(target=1.0)
+    r.observe(0, 1.0)
+    r.looked(1, 0.5)
+    assert r.reached(1)
+    by_heart = rule(target=1.0, measure="corpus/loss_offset")
+    by_heart.state = r.state
+    assert not by_heart.reached(1)
+    assert by_heart.look_due(1)
 
 
 @pytest.mark.parametrize(

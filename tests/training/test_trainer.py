@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from groundling.corpus.windows import WindowConfig
-from groundling.errors import ConfigError, Interrupted, RunFailed
+from groundling.errors import CheckpointError, ConfigError, Interrupted, RunFailed
 from groundling.model.gpt2 import GPT2
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
-from groundling.training import trainer as trainer_module
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import measure
-from groundling.training.step import StepResult, training_step
+from groundling.training.step import training_step
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
 
@@ -66,20 +66,15 @@ def test_resuming_compares_two_runs_that_can_differ(make_trainer: MakeTrainer) -
     assert memory.losses()[1] != whole_memory.losses()[6]
 
 
-def test_a_signal_saves_and_the_run_continues(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_saves_and_the_run_continues(make_trainer: MakeTrainer) -> None:
     whole, whole_memory = make_trainer("whole")
     whole.train()
     cut, cut_memory = make_trainer("cut")
 
-    def step_and_signal(*arguments: Any, **settings: Any) -> StepResult:
-        if cut.state.n_steps == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return training_step(*arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "training_step", step_and_signal)
-        with pytest.raises(Interrupted, match=r"SIGTERM received; saved .*step-00000005; continue with --resume"):
-            cut.train()
+    cut.loss_sum = BeforeLoss(cut, lambda: cut.state.n_steps == 4 and signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"SIGTERM received; saved .*; continue with --resume"):
+        cut.train()
+    assert [path.name for path in checkpoint.complete(cut.checkpoints)] == ["step-00000005"]
     second, memory = make_trainer("cut")
     second.resume()
     second.train()
@@ -91,10 +86,45 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_tr
     first.train()
     newest = checkpoint.complete(first.checkpoints)[-1]
     (newest / "model.safetensors").write_bytes(b"\0" * 100)
-    second, memory = make_trainer()
+    second, memory = make_trainer(checkpoint=CheckpointConfig(save_every="3", keep=9))
     second.resume()
     assert second.state.n_steps == 9
     assert any(newest.name in note and "model.safetensors has changed" in note for note in memory.notes)
+    second.train()
+    names = [path.name for path in checkpoint.complete(second.checkpoints)]
+    assert names == ["step-00000003", "step-00000006", "step-00000009", "step-00000010"]
+    assert checkpoint.damage(checkpoint.complete(second.checkpoints)[-1]) is None
+
+
+def test_damaged_checkpoints_never_crowd_out_new_ones(make_trainer: MakeTrainer) -> None:
+    """The damaged one has the higher number; the run that goes on from before it keeps what it writes."""
+    first, _ = make_trainer(checkpoint=CheckpointConfig(save_every="5", keep=2))
+    first.train()
+    newest = checkpoint.complete(first.checkpoints)[-1]
+    (newest / "state.json").unlink()
+    second, _ = make_trainer(checkpoint=CheckpointConfig(save_every="0", keep=1), stopping=StoppingConfig(max_steps=7))
+    second.resume()
+    second.train()
+    assert [path.name for path in checkpoint.complete(second.checkpoints)] == ["step-00000007"]
+    assert (newest.parent / f"damaged-{newest.name}").exists()
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(make_trainer: MakeTrainer) -> None:
+    first, _ = make_trainer()
+    first.train()
+    for path in checkpoint.complete(first.checkpoints):
+        (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        make_trainer()[0].resume()
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer()
+    left_over = trainer.checkpoints / ".step-00000004.partial"
+    left_over.mkdir(parents=True)
+    (left_over / "model.safetensors").write_bytes(b"half")
+    trainer.train()
+    assert [path.name for path in trainer.checkpoints.iterdir()] == ["step-00000010"]
 
 
 def test_the_target_ends_the_run_on_the_whole_text(make_trainer: MakeTrainer) -> None:
@@ -109,6 +139,30 @@ def test_the_target_ends_the_run_on_the_whole_text(make_trainer: MakeTrainer) ->
     assert all(line["corpus/loss"] >= 1.0 for line in looks[:-1])
     assert len(looks) < 40  # a running mean decides when to look
     assert looks[-1]["step"] == trainer.state.n_steps - 1
+
+
+def test_a_resumed_run_is_judged_by_its_present_target(make_trainer: MakeTrainer) -> None:
+    schedule = ScheduleConfig(peak=1e-2, warmup_steps=10, total_steps=600, hold_fraction=1.0, passes=None)
+    first, _ = make_trainer(schedule=schedule, stopping=StoppingConfig(target=2.5))
+    assert first.train() == "target"
+    same, memory = make_trainer(schedule=schedule, stopping=StoppingConfig(target=2.5))
+    same.resume()
+    assert same.train() == "target"
+    assert memory.losses() == []
+    lower, memory = make_trainer(schedule=schedule, stopping=StoppingConfig(target=1.5))
+    lower.resume()
+    assert lower.train() == "target"
+    assert lower.evaluator.loss(lower.train_tokens) < 1.5
+
+
+def test_a_schedule_that_misses_the_target_ends(make_trainer: MakeTrainer) -> None:
+    trainer, memory = make_trainer(
+        schedule=ScheduleConfig(total_steps=8, passes=None), stopping=StoppingConfig(target=0.01, overtime=0.25)
+    )
+    assert trainer.train() == "schedule"
+    assert trainer.state.n_steps == 10
+    assert [line["step"] for line in memory.metrics if "corpus/loss" in line] == [7, 9]
+    assert any("2 steps at most" in note for note in memory.notes)
 
 
 def test_shifted_grids_can_stop_on_the_offset_loss(make_trainer: MakeTrainer) -> None:
@@ -133,6 +187,18 @@ def test_patience_stops_when_heldout_text_gets_no_better(make_trainer: MakeTrain
         make_trainer(stopping=stopping)
 
 
+class BeforeLoss:
+    """The trainer's loss, with something done each time before it is taken for a gradient."""
+
+    def __init__(self, trainer: Trainer, action: Callable[[], object]) -> None:
+        self.loss_sum, self.action = trainer.loss_sum, action
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.action()
+        return self.loss_sum(inputs, targets)
+
+
 class Poison:
     """Makes chosen calls of the step return or leave numbers that are not finite."""
 
@@ -151,15 +217,13 @@ class Poison:
 
 def test_a_step_that_is_not_finite_is_skipped(make_trainer: MakeTrainer) -> None:
     trainer, memory = make_trainer()
-    trainer.loss_sum = Poison(trainer, {4, 5})
     before: dict[int, torch.Tensor] = {}
-    take = trainer._take_step
 
-    def watched() -> None:
+    def keep() -> None:
         before[trainer.state.n_steps] = trainer.model.head_weight.detach().clone()
-        take()
 
-    trainer._take_step = watched  # type: ignore[method-assign]
+    trainer.loss_sum = BeforeLoss(trainer, keep)
+    trainer.loss_sum = Poison(trainer, {4, 5})
     assert trainer.train() == "max_steps"
     assert torch.equal(before[4], before[5])
     assert torch.equal(before[5], before[6])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -22,9 +21,9 @@ def main(arguments: list[str]) -> int:
         prog="groundling doctor",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)
-    facts = machine.describe(runtime.available_cores())
+    resolved = runtime.resolve(RuntimeConfig())
+    facts = machine.describe(resolved.threads, resolved.device)
     memory, flags = facts["memory_bytes"], facts["flags"]
     amx = "yes" if "amx_bf16" in flags else "no"
     print(f"system      {facts['system']}")
@@ -37,7 +36,6 @@ def main(arguments: list[str]) -> int:
     print(f"token cache {runtime.cache_dir()}")
     print(f"versions    {', '.join(f'{name} {version}' for name, version in machine.versions().items())}")
     print("\nwhat a run uses:")
-    resolved = runtime.resolve(RuntimeConfig())
     for what, choice, why in resolved.reasons:
         print(f"  {what:8} {choice:6} {why}")
     print("\nmatrix ceiling, measured:")

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from groundling.commands.arguments import before_parsing, parse_run, run_parser
 from groundling.commands.session import estimate_lines, prepare
-from groundling.config import DEFAULT_PRESET, preset_path
-from groundling.training.metrics import Sinks
-from groundling.training.trainer import Trainer
+from groundling.config import preset_path
 
 EXAMPLES = """examples:
   groundling estimate                             the main job
@@ -20,19 +18,8 @@ EXAMPLES = """examples:
 def main(arguments: list[str]) -> int:
     """Print the estimate; nothing is written."""
     early = before_parsing(arguments)
-    parser = run_parser("groundling estimate", __doc__ or "", EXAMPLES, preset_path(early.preset or DEFAULT_PRESET))
-    config, _ = parse_run(parser, arguments)
-    prepared = prepare(config)
-    trainer = Trainer(
-        prepared.config.recipe,
-        prepared.corpus.train.tokens,
-        prepared.corpus.heldout.tokens if prepared.corpus.heldout else None,
-        prepared.corpus.tokenizer,
-        prepared.runtime,
-        Path("unused"),
-        Sinks(),
-        prepared.ceiling_flops,
-    )
-    for line in estimate_lines(trainer, prepared.config):
+    parser = run_parser("estimate", __doc__ or "", EXAMPLES, early.preset and preset_path(early.preset))
+    prepared = prepare(parse_run(parser, arguments))
+    for line in estimate_lines(prepared.trainer(Path("unused")), prepared.config):
         print(line)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groundling.commands.model_options import model_parser, resolve_runtime
-from groundling.errors import CheckpointError
+from groundling.errors import CheckpointError, ConfigError
 from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.metrics import read_lines
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one forward pass")
     options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size is {options.batch_size}: give a positive number")
     losses = _losses(Path(options.run), options)
     if options.json:
         print(json.dumps(losses))

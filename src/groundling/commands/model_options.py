@@ -17,7 +17,6 @@ def model_parser(prog: str, description: str, examples: str) -> Parser:
         prog=prog,
         description=description,
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=str, help="run folder, or one of its checkpoints")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -27,7 +26,9 @@ def model_parser(prog: str, description: str, examples: str) -> Parser:
 
 def resolve_runtime(options: argparse.Namespace, dtype: Literal["auto", "fp32", "bf16"]) -> Runtime:
     """The runtime these options mean, uncompiled: a single use does not repay compilation."""
-    resolved = runtime.resolve(RuntimeConfig(options.device, dtype, options.threads, "off"))
+    resolved = runtime.resolve(
+        RuntimeConfig(device=options.device, dtype=dtype, threads=options.threads, compile="off")
+    )
     for warning in resolved.warnings:
         say(f"warning: {warning}")
     return resolved

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from groundling import machine, runtime
+from groundling import kernels, machine, runtime
 from groundling.commands.arguments import load_preset
 from groundling.config import RunConfig, preset_names
 from groundling.corpus.load import Corpus, load_corpus
 from groundling.errors import ConfigError
+from groundling.model.gpt2 import GPTConfig
 from groundling.runtime import Runtime
 from groundling.training.estimate import measure
 from groundling.training.progress import clock, progress_bar
@@ -39,11 +40,26 @@ class Prepared:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
+        heldout = self.corpus.heldout
         return {
             "text": self.corpus.sha256,
+            "held-out text": None if heldout is None else heldout.sha256(),
             "tokenizer": self.corpus.tokenizer.sha256,
             "architecture": asdict(self.config.model),
         }
+
+    def trainer(self, checkpoints: Path) -> Trainer:
+        """A trainer at its first step. Raises `ConfigError` if the settings do not fit the text."""
+        heldout = self.corpus.heldout
+        return Trainer(
+            self.config.recipe,
+            self.corpus.train.tokens,
+            None if heldout is None else heldout.tokens,
+            self.corpus.tokenizer,
+            self.runtime,
+            checkpoints,
+            self.ceiling_flops,
+        )
 
 
 def say(message: str) -> None:
@@ -51,16 +67,25 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Resolve device and text, and measure the machine's matrix ceiling, saying what was chosen and why."""
+def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
+    """Resolve device and text, and measure the machine's matrix ceiling, saying what was chosen and why.
+
+    A resumed run whose text settings are still those of its folder reads the copy there.
+    """
+    kernels.select(config.runtime.kernels)
     resolved = runtime.resolve(config.runtime)
     for what, choice, why in resolved.reasons:
         say(f"{what}: {choice} ({why})")
     for warning in resolved.warnings:
         say(f"warning: {warning}")
-    with progress_bar("encoding the text") as progress:
-        corpus = load_corpus(config.text, runtime.cache_dir(), progress)
-    config = with_vocabulary(config, corpus)
+    if resumed and config.as_dict()["text"] == resumed.settings()["text"]:
+        corpus = resumed.text()
+    else:
+        with progress_bar("encoding the text") as progress:
+            corpus = load_corpus(config.text, runtime.cache_dir(), progress)
+    n_vocab, config = config.model.n_vocab, with_vocabulary(config, corpus)
+    if n_vocab not in (config.model.n_vocab, GPTConfig().n_vocab):
+        say(f"warning: model.n_vocab {n_vocab:,} is not used: the tokenizer has {config.model.n_vocab:,} ids")
     heldout = f"{corpus.heldout.n_tokens:,} held out" if corpus.heldout else "nothing held out"
     say(f"text: {corpus.name}, {corpus.train.n_tokens:,} tokens to train on, {heldout}, {config.model.n_vocab:,} ids")
     say(f"model: {config.model.n_parameters():,} parameters")
@@ -90,12 +115,34 @@ def newest_run(preset: str | None) -> Path:
 
     Raises `ConfigError` if there is none.
     """
-    folders = [RunFolder(path.parent) for path in RUNS.glob("*/identity.json")]
-    folders = [folder for folder in folders if preset in (None, folder.preset())]
-    if not folders:
+    found: list[tuple[float, Path]] = []
+    for path in RUNS.glob("*/identity.json"):
+        folder = RunFolder(path.parent)
+        if preset in (None, folder.settings()["preset"]):
+            written = folder.metrics if folder.metrics.exists() else folder.identity
+            found.append((written.stat().st_mtime, folder.path))
+    if not found:
         of_preset = f" of preset {preset}" if preset else ""
         raise ConfigError(f"there is no run{of_preset} under {RUNS}/ to resume: leave out --resume, or give --out RUN")
-    return max((folder.path for folder in folders), key=lambda path: path.stat().st_mtime)
+    return max(found)[1]
+
+
+def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
+    """A warning for each setting with which the losses of a resumed run can leave those of an uninterrupted one."""
+    before, now = folder.settings(), prepared.config.as_dict()
+    lines = [
+        f"warning: {section}.{name} was {before[section].get(name)} and is {value} now"
+        for section in ("windows", "optim", "schedule")
+        for name, value in now[section].items()
+        if before[section].get(name) != value
+    ]
+    if before["seed"] != now["seed"]:
+        lines.append(f"warning: seed was {before['seed']} and is {now['seed']} now")
+    facts = prepared.runtime.facts()
+    for what, choice in folder.runtime().items():
+        if facts[what] != choice:
+            lines.append(f"warning: {what} was {choice} and is {facts[what]} now")
+    return lines
 
 
 def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:

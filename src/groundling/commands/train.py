@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from groundling import machine
 from groundling.commands.arguments import before_parsing, parse_run, run_parser
-from groundling.commands.session import Prepared, estimate_lines, new_run_path, newest_run, prepare, say
+from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, preset_path
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.evaluation.corpus_loss import N_OFFSETS
 from groundling.files import write_json, write_text
 from groundling.generation.decode import continue_text
@@ -45,16 +45,21 @@ BYTES_PER_PARAMETER = 12
 def main(arguments: list[str]) -> int:
     """Train, evaluate, sample, and write the record; returns the exit code."""
     early = before_parsing(arguments)
-    folder = RunFolder(early.out or newest_run(early.preset)) if early.resume else None
-    parser = run_parser("groundling train", __doc__ or "", EXAMPLES, _defaults(early.preset, folder))
+    resumed = RunFolder(early.out or newest_run(early.preset)) if early.resume else None
+    parser = run_parser("train", __doc__ or "", EXAMPLES, _defaults(early.preset, resumed))
     parser.add_argument("--out", type=str, help="folder of the run; runs/NAME if not given")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
-    config, _ = parse_run(parser, arguments)
-    prepared = prepare(config)
-    folder = folder or RunFolder(early.out or new_run_path(config, prepared.corpus.name))
+    prepared = prepare(parse_run(parser, arguments), resumed)
+    folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
     _check_disk(folder.path, prepared)
-    with folder.open(prepared.identity(), early.resume):
-        _train_in(folder, prepared, early.resume)
+    trainer = prepared.trainer(folder.checkpoints)
+    with trainer.signals, folder.open(prepared.identity(), prepared.config.as_yaml(), early.resume):
+        if resumed:
+            for line in changes_lines(resumed, prepared):
+                say(line)
+        else:
+            folder.keep_text(prepared.corpus, prepared.runtime.facts())
+        _train(trainer, folder, prepared, early.resume)
     return 0
 
 
@@ -64,10 +69,9 @@ def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
         return preset_path(preset or DEFAULT_PRESET)
     if not folder.exists():
         raise CheckpointError(f"{folder.path} holds no run to resume: leave out --resume to begin one")
-    if preset not in (None, folder.preset()):
+    if preset not in (None, made_with := folder.settings()["preset"]):
         raise ConfigError(
-            f"{folder.path} was made with preset {folder.preset()}, not {preset}: leave out --preset,"
-            " or give another --out"
+            f"{folder.path} was made with preset {made_with}, not {preset}: leave out --preset, or give another --out"
         )
     return folder.config
 
@@ -83,34 +87,24 @@ def _check_disk(path: Path, prepared: Prepared) -> None:
         )
 
 
-def _train_in(folder: RunFolder, prepared: Prepared, resume: bool) -> None:
-    config, corpus = prepared.config, prepared.corpus
+def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
+    config = prepared.config
     say(f"run folder: {folder.path}")
-    write_text(folder.config, config.as_yaml())
-    folder.keep_tokens("train", corpus.train)
-    if corpus.heldout:
-        folder.keep_tokens("heldout", corpus.heldout)
-    with _sinks(folder, prepared) as sinks:
-        trainer = Trainer(
-            config.recipe,
-            corpus.train.tokens,
-            corpus.heldout.tokens if corpus.heldout else None,
-            corpus.tokenizer,
-            prepared.runtime,
-            folder.checkpoints,
-            sinks,
-            prepared.ceiling_flops,
-        )
-        for line in estimate_lines(trainer, config):
-            sinks.note(line)
+    with _sinks(folder, trainer.total_steps, config.logging.tensorboard) as trainer.sinks:
         if resume:
             trainer.resume()
+            write_text(folder.config, config.as_yaml())
+        else:
+            for line in estimate_lines(trainer, config):
+                trainer.sinks.note(line)
         reason = trainer.train()
-        sinks.note(f"stopped after {trainer.state.n_steps} steps: {reason}; taking the losses over the whole text")
+        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {reason}")
         start = time.monotonic()
-        losses = _losses(trainer, config.evaluation.final, folder.metrics)
-        taken_s = time.monotonic() - start
-        sinks.write(trainer.state.n_steps - 1, {name: value for name, value in losses.items() if value is not None})
+        try:
+            losses = _final_losses(trainer, config.evaluation.final, folder.metrics)
+        except Interrupted as interrupt:
+            raise Interrupted(f"{interrupt}; the model is saved, and --resume takes its losses") from None
+        evaluation_s = time.monotonic() - start
     checkpoint = find_checkpoint(folder.path)
     record = make_record(
         trainer,
@@ -120,7 +114,7 @@ def _train_in(folder: RunFolder, prepared: Prepared, resume: bool) -> None:
         prepared.identity(),
         config.as_dict(),
         {name.replace("/", "_"): value for name, value in losses.items()},
-        taken_s,
+        evaluation_s,
     )
     write_json(folder.record, record)
     draw_curve(folder.metrics, config.stopping.target, folder.curve)
@@ -130,35 +124,33 @@ def _train_in(folder: RunFolder, prepared: Prepared, resume: bool) -> None:
 
 
 @contextmanager
-def _sinks(folder: RunFolder, prepared: Prepared) -> Iterator[Sinks]:
-    config = prepared.config
-    steps_per_pass = prepared.corpus.train.n_tokens / (config.windows.batch_size * config.windows.length)
-    sinks = Sinks(JsonLines(folder.metrics), Terminal(config.schedule.steps(steps_per_pass)))
-    if config.logging.tensorboard:
-        sinks = Sinks(*sinks.sinks, TensorBoard(folder.path / "tensorboard"))
+def _sinks(folder: RunFolder, total_steps: int, tensorboard: bool) -> Iterator[Sinks]:
+    extra = [TensorBoard(folder.path / "tensorboard")] if tensorboard else []
+    sinks = Sinks(JsonLines(folder.metrics), Terminal(total_steps), *extra)
     try:
         yield sinks
     finally:
         sinks.close()
 
 
-def _losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
+def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
     """The losses over the whole text by house name; None for those that `evaluation.final` leaves out."""
-    n_train = len(trainer.train_tokens)
-    due: dict[str, tuple[int, Callable[[], float]]] = {
-        "corpus/loss": (n_train, lambda: trainer.evaluator.loss(trainer.train_tokens)),
-        "corpus/loss_offset": (N_OFFSETS * n_train, lambda: trainer.evaluator.offset_loss(trainer.train_tokens)),
-    }
-    if (heldout := trainer.heldout_tokens) is not None:
-        due["heldout/loss"] = (len(heldout), lambda: trainer.evaluator.loss(heldout))
-    losses: dict[str, float | None] = dict.fromkeys((*due, "heldout/loss"))
+    n_train, heldout = len(trainer.train_tokens), trainer.heldout_tokens
+    n_read = {"corpus/loss": n_train, "corpus/loss_offset": N_OFFSETS * n_train}
+    if heldout is not None:
+        n_read["heldout/loss"] = len(heldout)
+    losses: dict[str, float | None] = dict.fromkeys((*n_read, "heldout/loss"))
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
-    for name, (n_tokens, take) in due.items():
+    for name, n_tokens in n_read.items():
         seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else 0.0
         if final == "none" or (final == "auto" and seconds > max(QUICK_S, trainer.state.wall_s)):
             trainer.sinks.note(f"{name} is not taken (about {clock(seconds)}): `groundling evaluate` takes it")
-        else:
-            losses[name] = take()
+            continue
+        losses[name] = loss = trainer.take(name)
+        look = trainer.stop_rule.state.look
+        already_written = look and (look.measure, look.n_steps) == (name, trainer.state.n_steps)
+        if trainer.state.n_steps and not already_written:
+            trainer.sinks.write(trainer.state.n_steps - 1, {name: loss})
     return losses
 
 

@@ -13,7 +13,7 @@ class CorpusConfig:
     """Which text is trained on, which is held out, and how both become tokens."""
 
     sources: tuple[str, ...] = ("tiny-shakespeare",)
-    """Packaged text or your own: names, files, folders, globs, a token file (.bin), - for standard input."""
+    """A list of packaged text or your own: names, files, folders, globs, a token file (.bin), - for standard input."""
     heldout: tuple[str, ...] = ()
     """Text that is never trained on, named like sources. Tiny Shakespeare has the 29 other plays (heldout) if
     nothing is given here or by heldout_fraction; other texts have none."""

@@ -23,12 +23,7 @@ from groundling.corpus.documents import Document
 from groundling.corpus.shards import TokenFile
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CorpusError
-from groundling.files import HASH_BLOCK_BYTES, sync_file, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None  # type: ignore[assignment]
+from groundling.files import HASH_BLOCK_BYTES, lock, sync_file, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of text that are done, and all of them."""
@@ -183,8 +178,7 @@ class PartialFile:
         partial = path.with_name(f".{path.name}.partial")
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it with the process
+                lock(file, wait=True)
                 # If whoever had it before has renamed or removed it since, it is no longer the partial file.
                 if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
                     yield cls(file, partial, path.with_name(f".{path.name}.journal.json"), source, dtype)

@@ -22,10 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundling.corpus.shards import Tokens
 from groundling.errors import ConfigError
 from groundling.kernels.reference import IGNORED_TARGET
-
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 PERMUTATION, SHIFT, OFFSETS = 0, 1, 2
 """Purposes of random draws, so that none shares a stream with another."""

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundling.corpus.windows import Tokens, gather, grid, seeded_offsets
+from groundling.corpus.shards import Tokens
+from groundling.corpus.windows import gather, grid, seeded_offsets
 from groundling.runtime import Runtime
 
 N_OFFSETS = 8

@@ -7,7 +7,7 @@ slides: the last half of it is read anew, so that decoding goes on with at least
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,8 +73,13 @@ def continue_text(
     An empty prompt starts after `<|endoftext|>`, which also ends the text where the model draws it.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    return as_text(generate(model, tokens, config, n_window), tokenizer)
+
+
+def as_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of tokens up to `<|endoftext|>`, in pieces of whole characters as soon as their bytes are there."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in generate(model, tokens, config, n_window):
+    for token in tokens:
         if token == tokenizer.end_of_text_id:
             break
         if piece := decoder.decode(tokenizer.decode_bytes([token])):

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from groundling.errors import ConfigError
 
+MIN_TEMPERATURE = 1e-3
+"""Below this, but above 0, quotients leave the range of fp32."""
+
 Processor = Callable[[Sequence[int], Tensor], Tensor]
 
 
@@ -38,8 +41,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}: give a positive number")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature is {self.temperature}: give 0 (always the likeliest token) or more")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature is {self.temperature}: give 0 (always the likeliest token) or {MIN_TEMPERATURE} and more"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: give 0 or more, below 2**63")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:

@@ -5,6 +5,7 @@ Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,7 @@ class AdamWConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give a number from 0 to below 1")
         for name in ("eps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give 0 or more")
 
 

@@ -20,7 +20,7 @@ class ScheduleConfig:
     peak: float = 5e-4
     """Highest learning rate."""
     warmup_steps: int = 100
-    """Steps of linear warm-up; step 0 already moves."""
+    """Steps of linear warm-up, at most a quarter of the schedule; step 0 already moves."""
     decay: Literal["cosine", "linear", "constant"] = "linear"
     """Shape of the way down; constant stays at the peak."""
     hold_fraction: float = 0.4
@@ -35,6 +35,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.passes is None and self.total_steps is None:
             raise ConfigError("the schedule has no length: give schedule.passes or schedule.total_steps")
+        for name in ("peak", "passes"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ConfigError(f"schedule.{name} is {getattr(self, name)}: give a number")
         if self.passes is not None and self.passes <= 0:
             raise ConfigError(f"schedule.passes is {self.passes}: give a positive number")
         if self.total_steps is not None and self.total_steps < 1:
@@ -55,16 +58,22 @@ class ScheduleConfig:
         return max(1, math.ceil(self.passes * steps_per_pass))
 
 
+def warmup(config: ScheduleConfig, total_steps: int) -> int:
+    """Steps of warm-up in a schedule of so many: a short one warms up for a quarter of it at most."""
+    return min(config.warmup_steps, total_steps // 4)
+
+
 def learning_rate(config: ScheduleConfig, step: int, total_steps: int) -> float:
     """The rate of this step, of a schedule of so many steps; past its end, the floor."""
-    if step < config.warmup_steps:
-        return config.peak * (step + 1) / config.warmup_steps
+    warmup_steps = warmup(config, total_steps)
+    if step < warmup_steps:
+        return config.peak * (step + 1) / warmup_steps
     if config.decay == "constant":
         return config.peak
     floor = config.peak * config.floor_fraction
     if step >= total_steps:
         return floor
-    decay_start = config.warmup_steps + config.hold_fraction * (total_steps - config.warmup_steps)
+    decay_start = warmup_steps + config.hold_fraction * (total_steps - warmup_steps)
     if step < decay_start:
         return config.peak
     progress = (step - decay_start) / (total_steps - decay_start)  # in [0, 1)

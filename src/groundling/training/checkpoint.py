@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.files import atomic_directory, sha256_of, write_json
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, GPTConfig
@@ -42,7 +42,7 @@ NAME = "step-{:08d}"
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    save_every: str = "15m"
+    save_every: int | str = "15m"
     """Interval between checkpoints: steps (500), minutes (15m), or 0 for none but the last."""
     keep: int = 2
     """Newest checkpoints that stay on the disk."""
@@ -50,14 +50,17 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep is {self.keep}: give 1 or more")
-        if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.save_every):
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?m", str(self.save_every)):
             raise ConfigError(f"checkpoint.save_every is {self.save_every!r}: give steps (500) or minutes (15m)")
 
     def due(self, n_steps: int, seconds_since_last: float) -> bool:
         """Whether a checkpoint should be written after so many steps, so long after the last one."""
-        if self.save_every.endswith("m"):
-            return seconds_since_last >= 60 * float(self.save_every[:-1])
-        return int(self.save_every) > 0 and n_steps % int(self.save_every) == 0
+        number = float(str(self.save_every).removesuffix("m"))
+        if number == 0:
+            return False
+        if str(self.save_every).endswith("m"):
+            return seconds_since_last >= 60 * number
+        return n_steps % number == 0
 
 
 def save(
@@ -72,7 +75,7 @@ def save(
 ) -> Path:
     """Write a checkpoint after `n_steps` steps and remove all but the newest `keep`; returns its directory.
 
-    Raises `CheckpointError` if the disk is full or cannot be written; older checkpoints then stay.
+    Raises `RunFailed` if the disk is full or cannot be written; older checkpoints then stay.
     """
     path = root / NAME.format(n_steps)
     try:
@@ -85,9 +88,7 @@ def save(
             sums = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
             write_json(directory / MANIFEST, sums)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be written ({error}): free the disk, then --resume"
-        ) from None
+        raise RunFailed(f"the checkpoint {path} cannot be written ({error}): free the disk, then --resume") from None
     for old in complete(root)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -110,15 +111,23 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose sums hold, and a sentence for each newer one that is damaged."""
-    notes: list[str] = []
+def newest_intact(root: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose sums hold, and what is wrong with each newer one."""
+    damaged: dict[Path, str] = {}
     for path in reversed(complete(root)):
         wrong = damage(path)
         if wrong is None:
-            return path, notes
-        notes.append(f"checkpoint {path} is damaged, so the one before it is used: {wrong}")
-    return None, notes
+            return path, damaged
+        damaged[path] = wrong
+    return None, damaged
+
+
+def set_aside(damaged: Path) -> Path:
+    """Rename a damaged checkpoint, so that it neither counts as one nor is lost; returns its new path."""
+    aside = damaged.with_name(f"damaged-{damaged.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    damaged.rename(aside)
+    return aside
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ MEASURED_TOKENS = 2048
 
 FORWARD_SHARE = 1 / 3
 """Share of a step's matrix products that an evaluation needs: forward is 2 of 6 (Kaplan et al. 2020)."""
+GRADIENT_AND_MOMENTS_BYTES = 12
+"""For each parameter, in fp32."""
 LOOKS = 3
 """Full passes for the stop rule that a run is assumed to take."""
 
@@ -68,6 +70,7 @@ def measure(trainer: Trainer) -> Estimate:
     while len(seconds) < WARMUP_STEPS + MEASURED_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_S:
         result = training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
         seconds.append(result.seconds)
+        trainer.signals.check()
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.optimizer.state.clear()
 
@@ -80,7 +83,9 @@ def measure(trainer: Trainer) -> Estimate:
     peak_bytes = machine.peak_memory_bytes(runtime.device)
     memory_bytes = None
     if peak_bytes is not None and before_bytes is not None:
-        memory_bytes = round(before_bytes + (peak_bytes - before_bytes) * micro / n_windows)
+        kept_bytes = GRADIENT_AND_MOMENTS_BYTES * recipe.model.n_parameters()  # whatever the batch
+        of_batch_bytes = max(0, peak_bytes - before_bytes - kept_bytes)
+        memory_bytes = round(peak_bytes + of_batch_bytes * (micro / n_windows - 1))
     return Estimate(step_s, 1 / token_s, train_s, evaluation_s(n_read, 1 / token_s), memory_bytes)
 
 

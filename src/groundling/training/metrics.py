@@ -32,6 +32,7 @@ class Sink(Protocol):
 
     def write(self, step: int, metrics: Metrics) -> None: ...
     def note(self, message: str) -> None: ...
+    def progress(self, what: str, share: float) -> None: ...
     def rewind(self, n_steps: int) -> None: ...
     def close(self) -> None: ...
 
@@ -50,6 +51,11 @@ class Sinks:
         """Tell the user something that is no metric."""
         for sink in self.sinks:
             sink.note(message)
+
+    def progress(self, what: str, share: float) -> None:
+        """Say that `what` is under way and which share of it, from 0 to 1, is done."""
+        for sink in self.sinks:
+            sink.progress(what, share)
 
     def rewind(self, n_steps: int) -> None:
         """Forget steps after the first `n_steps`: they are about to be taken again."""
@@ -76,9 +82,15 @@ class JsonLines:
     def note(self, message: str) -> None:
         pass
 
+    def progress(self, what: str, share: float) -> None:
+        pass
+
     def rewind(self, n_steps: int) -> None:
         self.file.close()
-        kept = [json.dumps(line) for line in read_lines(self.path) if line["step"] < n_steps]
+        # An evaluation at the last step kept is dropped too: it was, or will be, taken again.
+        kept = [
+            json.dumps(line) for line in read_lines(self.path) if line["step"] < n_steps - ("train/loss" not in line)
+        ]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
 
@@ -104,6 +116,9 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, step)
 
     def note(self, message: str) -> None:
+        pass
+
+    def progress(self, what: str, share: float) -> None:
         pass
 
     def rewind(self, n_steps: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from groundling.training.metrics import Metrics
 
@@ -58,8 +58,7 @@ class Terminal:
         self.step_times: deque[float] = deque(maxlen=RATE_STEPS)
         self.printed_at = -PLAIN_INTERVAL_S
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.description}"))
-            self.live = Progress(*columns, console=self.console)
+            self.live = Progress(BarColumn(bar_width=8), TextColumn("{task.description}"), console=self.console)
             self.task = self.live.add_task("", total=total_steps)
             self.live.start()
 
@@ -79,8 +78,15 @@ class Terminal:
     def note(self, message: str) -> None:
         self.console.print(message, markup=False)
 
+    def progress(self, what: str, share: float) -> None:
+        if self.live:
+            self.live.update(self.task, description=f"{what} over the whole text: {share:.0%}")
+        elif time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
+            self.printed_at = time.monotonic()
+            self.console.print(f"{what} over the whole text: {share:.0%}", markup=False)
+
     def rewind(self, n_steps: int) -> None:
-        pass
+        self.step_times.clear()
 
     def close(self) -> None:
         if self.live:
@@ -89,8 +95,10 @@ class Terminal:
     def _line(self, step: int, metrics: Metrics) -> str:
         self.step_times.append(metrics["train/step_s"])
         left_s = max(0, self.total_steps - step - 1) * sum(self.step_times) / len(self.step_times)
-        return (
-            f"step {step}/{self.total_steps}  loss {metrics['train/loss']:.4f}  mean {metrics['train/loss_ema']:.4f}"
-            f"  {metrics['train/tokens_per_s']:,.0f} tokens/s  {metrics['train/mfu']:.0%} of ceiling"
-            f"  ETA {clock(left_s)}"
+        loss, mean = (
+            "-" if value is None else f"{value:.4f}" for value in (metrics["train/loss"], metrics["train/loss_ema"])
+        )
+        return (  # short enough for 80 columns beside the bar
+            f"{step}/{self.total_steps} loss {loss} mean {mean} {metrics['train/tokens_per_s']:,.0f} tokens/s"
+            f" {metrics['train/mfu']:.0%} ETA {clock(left_s)}"
         )

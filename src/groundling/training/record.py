@@ -6,6 +6,7 @@ stands beside it.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from groundling import machine
 from groundling.files import sha256_of
+from groundling.training import checkpoint
 from groundling.training.metrics import read_lines
 from groundling.training.trainer import Trainer
 
@@ -35,6 +37,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds."""
     state, runtime = trainer.state, trainer.runtime
+    assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.model.config.n_parameters(),
         "corpus_sha256": identity["text"],
@@ -55,10 +58,10 @@ def make_record(
         "peak_memory_bytes": machine.peak_memory_bytes(runtime.device),
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,
-        "compiled": runtime.compile,
-        "machine": machine.describe(runtime.threads),
+        "compiled": trainer.compiled,
+        "machine": machine.describe(runtime.threads, runtime.device),
         "versions": machine.versions(),
-        "command": " ".join(["groundling", *sys.argv[1:]]),
+        "command": shlex.join(["groundling", *sys.argv[1:]]),
         "seed": trainer.recipe.seed,
         "config": config,
     }

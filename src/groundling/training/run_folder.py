@@ -5,7 +5,9 @@ from. A folder that could not begin its run does not stay behind.
 
     runs/gpt2/
         config.yaml      the whole configuration, resolved
-        identity.json    what must not change: text, tokenizer, architecture
+        identity.json    what must not change: text, held-out text, tokenizer, architecture
+        origin.json      the text's name and size, and what the run began to compute on
+        tokenizer.json   Hugging Face tokenizers
         train.bin        tokens of the training text (heldout.bin: of the held-out text)
         metrics.jsonl    one line per step, and one per evaluation
         checkpoints/     see checkpoint.py
@@ -23,9 +25,11 @@ from typing import Any
 
 import yaml
 
+from groundling.corpus.load import Corpus
 from groundling.corpus.shards import TokenFile, make_header
+from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError
-from groundling.files import atomic_file, locked, write_json
+from groundling.files import atomic_file, locked, write_json, write_text
 from groundling.training import checkpoint
 
 NO_SUM = "0" * 64
@@ -39,6 +43,8 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.identity = path / "identity.json"
+        self.origin = path / "origin.json"
+        self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.record = path / "record.json"
@@ -49,57 +55,45 @@ class RunFolder:
         """Whether a run has begun here."""
         return self.identity.exists()
 
-    def preset(self) -> str:
-        """The preset that the run was made with.
-
-        Raises `CheckpointError` if its configuration is missing or damaged.
-        """
-        try:
-            return str(yaml.safe_load(self.config.read_text(encoding="utf-8"))["preset"])
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.config} cannot be read ({error}): begin the run anew with another --out"
-            ) from None
-
     @contextlib.contextmanager
-    def open(self, identity: dict[str, Any], resume: bool) -> Iterator[None]:
+    def open(self, identity: dict[str, Any], config: str, resume: bool) -> Iterator[None]:
         """Hold the folder for this process, made new or checked against the identity of the run to continue.
 
-        Raises `CheckpointError` if it is in use, holds a run that was not to be resumed, or one that was
-        made from something else. A new folder is removed again if no checkpoint came of it.
+        `config` is the YAML that a new run begins with. Raises `CheckpointError` if the folder is in use or
+        cannot be made, holds a run that was not to be resumed, or one that was made from something else. A
+        new folder is removed again, with the parents made for it, if no step was taken in it.
         """
         if resume and not self.exists():
             raise CheckpointError(f"{self.path} holds no run to resume: leave out --resume to begin one")
-        if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "already holds a run: give --resume to continue it, or another --out"
-            raise CheckpointError(f"{self.path} {what if self.exists() else 'is not empty: give another --out'}")
-        new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        made: list[Path] = []
+        try:
+            if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                what = "already holds a run: give --resume to continue it, or another --out"
+                raise CheckpointError(f"{self.path} {what if self.exists() else 'is not empty: give another --out'}")
+            made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be used ({error.strerror}): give another --out") from None
         with locked(self.path):
             if resume:
                 self._check(identity)
             else:
+                write_text(self.config, config)
                 write_json(self.identity, identity)
             try:
                 yield
             finally:
-                if not resume and not checkpoint.complete(self.checkpoints):
-                    self._remove(itself=new)
+                if not resume and not self._has_steps():
+                    self._remove(made)
 
-    def keep_tokens(self, name: str, file: TokenFile) -> None:
-        """Keep a copy of the run's tokens in its folder, so that it needs neither the cache nor the text again."""
-        target = self.path / f"{name}.bin"
-        if not target.exists():
-            header = make_header(file.tokens.dtype, file.n_tokens, source=NO_SUM, tokens=file.sha256())
-            with atomic_file(target) as copy:
-                copy.write(header)
-                for tokens in file.scan():
-                    copy.write(tokens.tobytes())
+    def _has_steps(self) -> bool:
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
 
-    def tokens(self, name: str) -> TokenFile | None:
-        """The tokens kept under this name (train, heldout), or None."""
-        path = self.path / f"{name}.bin"
-        return TokenFile.open(path) if path.exists() else None
+    def _remove(self, made: list[Path]) -> None:
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for path in made:  # the folder itself, then its parents
+            path.rmdir()
 
     def _check(self, identity: dict[str, Any]) -> None:
         known = json.loads(self.identity.read_text(encoding="utf-8"))
@@ -109,11 +103,54 @@ class RunFolder:
                     f"{self.path} was made with another {what} ({known.get(what)}, now {value}): give another --out"
                 )
 
-    def _remove(self, itself: bool) -> None:
-        for entry in self.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if itself:
-            self.path.rmdir()
+    def _keep_tokens(self, name: str, file: TokenFile) -> None:
+        target = self.path / f"{name}.bin"
+        if not target.exists():
+            header = make_header(file.tokens.dtype, file.n_tokens, source=NO_SUM, tokens=file.sha256())
+            with atomic_file(target) as copy:
+                copy.write(header)
+                for tokens in file.scan():
+                    copy.write(tokens.tobytes())
+
+    def keep_text(self, corpus: Corpus, runtime: dict[str, str]) -> None:
+        """Keep what the run was made of, so that it needs neither the text nor the cache again."""
+        self._keep_tokens("train", corpus.train)
+        if corpus.heldout is not None:
+            self._keep_tokens("heldout", corpus.heldout)
+        corpus.tokenizer.save(self.tokenizer)
+        text = {name: getattr(corpus, name) for name in ("name", "sha256", "n_bytes", "n_documents")}
+        write_json(self.origin, {"text": text, "tokenizer": corpus.tokenizer.name, "runtime": runtime})
+
+    def text(self) -> Corpus:
+        """The text that `keep_text` kept. Raises `CheckpointError` if it is missing."""
+        train = self.tokens("train")
+        if train is None or not self.origin.exists():
+            raise CheckpointError(f"{self.path} lacks train.bin or origin.json: begin the run anew with another --out")
+        origin = json.loads(self.origin.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.load(self.tokenizer, origin["tokenizer"])
+        return Corpus(tokenizer=tokenizer, train=train, heldout=self.tokens("heldout"), **origin["text"])
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration that the run was begun or last resumed with, as YAML holds it.
+
+        Raises `CheckpointError` if it is missing or damaged.
+        """
+        try:
+            settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            return settings if isinstance(settings["preset"], str) else {}
+        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.config} cannot be read ({error}): begin the run anew with another --out"
+            ) from None
+
+    def runtime(self) -> dict[str, str]:
+        """Device, dtype, threads and compilation of the run's beginning."""
+        return json.loads(self.origin.read_text(encoding="utf-8"))["runtime"]  # type: ignore[no-any-return]
+
+    def tokens(self, name: str) -> TokenFile | None:
+        """The tokens kept under this name (train, heldout), or None."""
+        path = self.path / f"{name}.bin"
+        return TokenFile.open(path) if path.exists() else None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -125,7 +162,9 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"{path} is no run folder: give the folder that `groundling train` printed")
     if (path / checkpoint.MANIFEST).exists():
         return path
-    newest, notes = checkpoint.newest_intact(path / "checkpoints")
+    newest, damaged = checkpoint.newest_intact(path / "checkpoints")
+    if newest is None and damaged:
+        raise CheckpointError(f"every checkpoint of {path} is damaged: begin the run anew with another --out")
     if newest is None:
-        raise CheckpointError("; ".join(notes) or f"{path} holds no checkpoint: train it first, or give another folder")
+        raise CheckpointError(f"{path} holds no checkpoint: train it first, or give another folder")
     return newest

@@ -13,19 +13,23 @@ from groundling.errors import Interrupted
 
 
 class StopSignals:
-    """While entered, remembers the first SIGINT or SIGTERM."""
+    """While entered, which may be more than once, remembers the first SIGINT or SIGTERM."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._depth = 0
 
     def __enter__(self) -> StopSignals:
-        self.received = None
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self._depth == 0:
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._depth += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
         """Raises `Interrupted` if a signal has come."""

@@ -7,8 +7,9 @@ text; the running mean of batch losses only decides when taking that loss is wor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from groundling.errors import ConfigError
 
@@ -32,6 +33,8 @@ class StoppingConfig:
     measure: Literal["corpus/loss", "corpus/loss_offset", "train/loss"] = "corpus/loss"
     """Loss that must be below the target. corpus/loss: the whole text on the training grid. corpus/loss_offset: the
     whole text at 8 other offsets, that is, by heart. train/loss: any one batch (the reference run)."""
+    overtime: float = 0.5
+    """How far a run may go past the end of its schedule, as a share of it, when the target was not met by then."""
     max_steps: int | None = None
     """Steps of the whole run, those before a resume included."""
     max_minutes: float | None = None
@@ -42,34 +45,55 @@ class StoppingConfig:
     """Passes between evaluations of heldout/loss, taken only if patience is set."""
 
     def __post_init__(self) -> None:
-        if self.target < 0:
+        if not 0 <= self.overtime < math.inf:
+            raise ConfigError(f"stopping.overtime is {self.overtime}: give 0 or more")
+        if not 0 <= self.target < math.inf:
             raise ConfigError(f"stopping.target is {self.target}: give a loss of 0 or more")
         if self.max_steps is not None and self.max_steps < 0:
             raise ConfigError(f"stopping.max_steps is {self.max_steps}: give 0 or more")
-        if self.max_minutes is not None and self.max_minutes < 0:
+        if self.max_minutes is not None and not self.max_minutes >= 0:
             raise ConfigError(f"stopping.max_minutes is {self.max_minutes}: give 0 or more")
         if self.patience < 0:
             raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
-        if self.heldout_every <= 0:
+        if not 0 < self.heldout_every < math.inf:
             raise ConfigError(f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes")
 
 
 @dataclass
+class Look:
+    """A loss over the whole text: which one, after how many steps, and the running mean then."""
+
+    measure: str
+    n_steps: int
+    loss: float
+    loss_ema: float | None
+
+
+@dataclass
 class StopState:
-    """What the stop rule remembers; plain numbers, kept in the checkpoint as JSON."""
+    """What was measured that the stop rule reads; plain numbers, kept in the checkpoint as JSON."""
 
     loss_ema: float | None = None
-    look_below: float = 0.0
-    looked_at_step: int = -1
+    last_batch: float | None = None
     first_batch_below_target: dict[str, float] | None = None
-    reached: bool = False
+    look: Look | None = None
     best_heldout: float | None = None
     evaluations_without_improvement: int = 0
     heldout_at_step: int = 0
 
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> StopState:
+        """The state that `dataclasses.asdict` turned into plain numbers."""
+        look = state.pop("look")
+        return cls(**state, look=look and Look(**look))
+
 
 class StopRule:
-    """Reads losses, says when to look at the whole text, and when to stop."""
+    """Reads losses, says when to look at the whole text, and when to stop.
+
+    Every answer is computed from the state and the present config, so a run that is resumed with another
+    target is judged by that one.
+    """
 
     def __init__(self, config: StoppingConfig, total_steps: int, steps_per_pass: float, has_heldout: bool) -> None:
         """Raises `ConfigError` if patience is asked for and there is no held-out text."""
@@ -77,32 +101,49 @@ class StopRule:
             raise ConfigError("stopping.patience needs held-out text: give --heldout or --heldout-fraction")
         self.config = config
         self.total_steps = total_steps
+        self.last_step = total_steps + math.ceil(config.overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
-        self.state = StopState(look_below=FIRST_LOOK * config.target)
+        self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:
         """Take in the loss of a step's own batch."""
-        state = self.state
+        state, target = self.state, self.config.target
         ema = loss if state.loss_ema is None else state.loss_ema
         state.loss_ema = ema + (loss - ema) / EMA_BATCHES
-        if loss < self.config.target:
-            state.first_batch_below_target = state.first_batch_below_target or {"step": step, "loss": loss}
-            state.reached |= self.config.measure == "train/loss"
+        state.last_batch = loss
+        first = state.first_batch_below_target
+        if loss < target and (first is None or first["loss"] >= target):
+            state.first_batch_below_target = {"step": step, "loss": loss}
 
     def look_due(self, n_steps: int) -> bool:
         """Whether a loss over the whole text should be taken after so many steps."""
-        state = self.state
-        if self.config.measure == "train/loss" or not self.config.target or state.looked_at_step >= n_steps:
+        config, look = self.config, self._look()
+        if config.measure == "train/loss" or not config.target or (look and look.n_steps == n_steps):
             return False
-        return n_steps == self.total_steps or (state.loss_ema is not None and state.loss_ema < state.look_below)
+        if n_steps in (self.total_steps, self.last_step):
+            return True
+        ema = self.state.loss_ema
+        if ema is None:
+            return False
+        if look is None or look.loss_ema is None:
+            return ema < FIRST_LOOK * config.target
+        return ema < look.loss_ema * min(NEXT_LOOK, config.target / look.loss)
 
     def looked(self, n_steps: int, loss: float) -> None:
-        """Take in a loss over the whole text; the next look waits for proportional progress."""
-        state, target = self.state, self.config.target
-        state.looked_at_step = n_steps
-        state.reached |= loss < target
-        if state.loss_ema is not None:
-            state.look_below = state.loss_ema * min(NEXT_LOOK, target / loss if loss else 0.0)
+        """Take in the loss over the whole text that is measured."""
+        self.state.look = Look(self.config.measure, n_steps, loss, self.state.loss_ema)
+
+    def reached(self, n_steps: int) -> bool:
+        """Whether the measured loss is known to be below the target after so many steps."""
+        if self.config.measure == "train/loss":
+            return self.state.last_batch is not None and self.state.last_batch < self.config.target
+        look = self._look()
+        return look is not None and look.n_steps == n_steps and look.loss < self.config.target
+
+    def _look(self) -> Look | None:
+        """The last look, if it was at the loss that is measured now."""
+        look = self.state.look
+        return look if look and look.measure == self.config.measure else None
 
     def heldout_due(self, n_steps: int) -> bool:
         """Whether heldout/loss should be taken after so many steps."""
@@ -120,7 +161,7 @@ class StopRule:
     def reason(self, n_steps: int, wall_s: float) -> str | None:
         """Why the run ends after so many steps and seconds, or None."""
         config = self.config
-        if self.state.reached:
+        if self.reached(n_steps):
             return "target"
         if config.patience and self.state.evaluations_without_improvement >= config.patience:
             return "patience"
@@ -128,4 +169,6 @@ class StopRule:
             return "max_steps"
         if config.max_minutes is not None and wall_s >= 60 * config.max_minutes:
             return "max_minutes"
+        if n_steps >= self.last_step:
+            return "schedule"
         return None

@@ -7,15 +7,16 @@ was interrupted; and a run ends only at the top of the loop, for the reason that
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from groundling.corpus.shards import Tokens
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.corpus.windows import Tokens, WindowConfig, Windows
-from groundling.errors import Interrupted, RunFailed
-from groundling.evaluation.corpus_loss import Evaluator, LossSum
+from groundling.corpus.windows import WindowConfig, Windows
+from groundling.errors import CheckpointError, Interrupted, RunFailed
+from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator, LossSum
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.adamw import AdamWConfig, make_adamw
 from groundling.optim.schedule import ScheduleConfig, learning_rate
@@ -67,28 +68,24 @@ class Trainer:
         tokenizer: Tokenizer,
         runtime: Runtime,
         checkpoints: Path,
-        sinks: Sinks,
         ceiling_flops: float,
     ) -> None:
         self.recipe, self.tokenizer, self.runtime = recipe, tokenizer, runtime
         self.train_tokens, self.heldout_tokens = train, heldout
-        self.checkpoints, self.sinks, self.ceiling_flops = checkpoints, sinks, ceiling_flops
+        self.checkpoints, self.ceiling_flops = checkpoints, ceiling_flops
+        self.sinks = Sinks()
+        """Where metrics go; a caller that wants any sets it."""
         self.windows = Windows(train, recipe.windows, recipe.seed)
         self.total_steps = recipe.schedule.steps(self.windows.steps_per_pass())
         self.model = self._new_model().to(runtime.device)
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
-            self.loss_sum = CompiledLoss(self.model.loss_sum, sinks.note)
+            self.loss_sum = CompiledLoss(self.model.loss_sum, warn=lambda message: self.sinks.note(message))
         self.optimizer = make_adamw(self.model, recipe.optim)
         self.signals = StopSignals()
-        self.evaluator = Evaluator(
-            self.loss_sum,
-            recipe.windows.length,
-            runtime,
-            recipe.windows.micro,
-            on_windows=lambda n_windows: self.signals.check(),
-        )
+        self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
         self.state, self.stop_rule = RunState(), self._new_stop_rule()
+        self.saved_step: int | None = None
         self.n_bad = self.n_returns = 0
 
     def train(self) -> str:
@@ -104,15 +101,22 @@ class Trainer:
                     self._take_step()
                     self._save_if_due()
             except Interrupted as interrupt:
-                raise Interrupted(f"{interrupt}; saved {self.save()}; continue with --resume") from None
+                self.save()
+                raise Interrupted(f"{interrupt}; saved {self.checkpoints}; continue with --resume") from None
             self.save()
         return reason
 
     def resume(self) -> None:
-        """Continue from the newest intact checkpoint, naming damaged ones; without any, begin anew."""
-        path, notes = checkpoint.newest_intact(self.checkpoints)
-        for note in notes:
-            self.sinks.note(f"warning: {note}")
+        """Continue from the newest intact checkpoint, naming damaged ones; without any, begin anew.
+
+        Raises `CheckpointError` if there are checkpoints and all are damaged.
+        """
+        path, damaged = checkpoint.newest_intact(self.checkpoints)
+        if damaged and path is None:
+            raise CheckpointError(f"every checkpoint in {self.checkpoints} is damaged: begin anew with another --out")
+        for newer, wrong in damaged.items():
+            aside = checkpoint.set_aside(newer)
+            self.sinks.note(f"warning: {newer} is damaged ({wrong}): kept as {aside.name}, the one before it is used")
         self.stop_rule = self._new_stop_rule()
         if path is None:
             self.model.load_state_dict(self._new_model().state_dict())
@@ -121,15 +125,18 @@ class Trainer:
         else:
             checkpoint.restore(path, self.model, self.optimizer)
             state = checkpoint.load_state(path)
-            self.stop_rule.state = StopState(**state.pop("stop"))
+            self.stop_rule.state = StopState.from_json(state.pop("stop"))
             self.state = RunState(**state)
+            self.saved_step = self.state.n_steps
         self.sinks.rewind(self.state.n_steps)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+    def save(self) -> None:
+        """Write a checkpoint of this moment, unless this step already has one."""
+        if self.saved_step == self.state.n_steps:
+            return
         self._count_wall()
-        path = checkpoint.save(
+        checkpoint.save(
             self.checkpoints,
             self.state.n_steps,
             self.model,
@@ -139,8 +146,34 @@ class Trainer:
             self.recipe.windows.length,
             self.recipe.checkpoint.keep,
         )
-        self.saved_at = time.monotonic()
-        return path
+        self.saved_at, self.saved_step = time.monotonic(), self.state.n_steps
+
+    def take(self, name: str) -> float:
+        """The loss of this house name over its whole text, with progress shown; a look at this step is not repeated.
+
+        Raises `Interrupted` if a signal comes meanwhile.
+        """
+        look = self.stop_rule.state.look
+        if look and (look.measure, look.n_steps) == (name, self.state.n_steps):
+            return look.loss
+        tokens = self.heldout_tokens if name == "heldout/loss" else self.train_tokens
+        assert tokens is not None, f"{name} asked for without its text"
+        n_tokens = len(tokens) * (N_OFFSETS if name == "corpus/loss_offset" else 1)
+        n_read = 0
+
+        def count(n_windows: int) -> None:
+            nonlocal n_read
+            self.signals.check()
+            n_read += n_windows * self.recipe.windows.length
+            self.sinks.progress(name, min(1.0, n_read / n_tokens))
+
+        evaluator = replace(self.evaluator, on_windows=count)
+        return evaluator.offset_loss(tokens) if name == "corpus/loss_offset" else evaluator.loss(tokens)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the loss runs compiled, and has not fallen back."""
+        return isinstance(self.loss_sum, CompiledLoss) and self.loss_sum.function is not self.loss_sum.eager
 
     def _stop_reason(self) -> str | None:
         """Evaluates what is due, then asks the stop rule."""
@@ -148,14 +181,16 @@ class Trainer:
         rule, n_steps = self.stop_rule, self.state.n_steps
         if rule.look_due(n_steps):
             name = self.recipe.stopping.measure
-            by_heart = name == "corpus/loss_offset"
-            self.sinks.note(f"step {n_steps - 1}: taking {name} over the whole text")
-            take = self.evaluator.offset_loss if by_heart else self.evaluator.loss
-            loss = take(self.train_tokens)
+            loss = self.take(name)
             rule.looked(n_steps, loss)
             self.sinks.write(n_steps - 1, {name: loss})
-        if rule.heldout_due(n_steps) and self.heldout_tokens is not None:
-            loss = self.evaluator.loss(self.heldout_tokens)
+            if n_steps == self.total_steps and not rule.reached(n_steps):
+                more = rule.last_step - n_steps
+                self.sinks.note(
+                    f"the schedule has ended above the target: going on at its last rate, {more} steps at most"
+                )
+        if rule.heldout_due(n_steps):
+            loss = self.take("heldout/loss")
             rule.observe_heldout(n_steps, loss)
             self.sinks.write(n_steps - 1, {"heldout/loss": loss})
         self._count_wall()

@@ -1,0 +1,70 @@
+"""From words and files to a configuration: what wins over what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from groundling.cli import main
+from groundling.commands.arguments import SHORTCUTS, before_parsing, load_preset, parse_run, run_parser, written_out
+from groundling.config import RunConfig, preset_names, preset_path
+
+from .bottles import steps, train
+
+
+def parse(*arguments: str) -> RunConfig:
+    preset = before_parsing(arguments).preset
+    return parse_run(run_parser("train", "", "", preset_path(preset or "gpt2")), arguments)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_say_their_name_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_preset(name)
+    assert config.preset == name
+    assert config.text.sources
+    path = tmp_path / "dumped.yaml"
+    path.write_text(config.as_yaml())
+    assert parse_run(run_parser("train", "", "", path), []) == config
+
+
+def test_preset_then_file_then_flags(workplace: Path, run: Path) -> None:
+    """Whatever their order on the line; and a run's own configuration repeats it."""
+    Path("file.yaml").write_text("schedule: {peak: 0.5, warmup_steps: 7}\nseed: 5\n")
+    arguments = ["--seed", "6", "--config", "file.yaml", "--out", "runs/order", "--max-steps", "1"]
+    assert main(train(*arguments)) == 0
+    first = yaml.safe_load((workplace / "runs" / "order" / "config.yaml").read_text())
+    assert (first["seed"], first["schedule"]["peak"], first["schedule"]["warmup_steps"]) == (6, 0.5, 7)
+    assert first["schedule"]["passes"] == load_preset("gpt2").schedule.passes
+    assert main(["train", "--config", "runs/order/config.yaml", "--out", "runs/again"]) == 0
+    again = yaml.safe_load((workplace / "runs" / "again" / "config.yaml").read_text())
+    assert again == first
+    assert steps(workplace / "runs" / "again")[0]["train/loss"] == steps(workplace / "runs" / "order")[0]["train/loss"]
+
+
+def test_later_flags_win_and_names_for_the_same_setting_are_the_same(workplace: Path) -> None:
+    Path("a.yaml").write_text("seed: 1\nschedule: {peak: 0.1}\n")
+    Path("b.yaml").write_text("seed: 2\ncheckpoint: {save_every: 500}\n")
+    assert parse("--max-steps", "5", "--stopping.max_steps", "7").stopping.max_steps == 7
+    assert parse("--stopping.max_steps", "7", "--max-steps=5").stopping.max_steps == 5
+    both = parse("--config", "a.yaml", "--config=b.yaml")
+    assert (both.seed, both.schedule.peak, both.checkpoint.save_every) == (2, 0.1, 500)
+    sized = parse("--model.n_ctx", "256", "--size", "355M", "--model.n_layer", "6")
+    assert (sized.model.n_layer, sized.model.n_head, sized.model.n_ctx) == (6, 16, 256)
+    assert parse("--corpus", "one", "two", "--heldout", "three").text.sources == ("one", "two")
+    assert parse("--corpus", "-").text.sources == ("-",)
+
+
+def test_a_file_may_name_its_preset(workplace: Path) -> None:
+    Path("penny.yaml").write_text("preset: penny\nseed: 3\n")
+    config = parse("--config", "penny.yaml")
+    assert (config.preset, config.seed, config.model) == ("penny", 3, load_preset("penny").model)
+
+
+def test_shortcuts_name_settings_that_exist() -> None:
+    settings = RunConfig().as_dict()
+    for flag, target in SHORTCUTS.items():
+        section, _, name = target.partition(".")
+        assert name in settings[section], flag
+    assert written_out(["--corpus", "a", "b", "--seed", "1"]) == ['--text.sources=["a", "b"]', "--seed", "1"]

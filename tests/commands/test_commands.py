@@ -1,0 +1,121 @@
+"""The commands as a user meets them: what they print, what they leave behind, how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from groundling.cli import COMMANDS, main
+
+from .bottles import SMALL, files_but_cache, steps
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "groundling", "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = "import sys; from groundling.cli import main; main(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    modules = done.stdout.splitlines()[-1]
+    assert "'groundling.cli'" in modules
+    assert not any(f"'{name}'" in modules for name in ("torch", "numpy", "jsonargparse", "tokenizers", "rich", "yaml"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"groundling {command}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "record.json", "loss.png", "samples.txt", "checkpoints"}
+    lines = steps(run)
+    assert [line["step"] for line in lines] == list(range(12))
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "samples.txt").read_text().count("--- ") == 3
+
+
+def test_the_record_holds_what_is_claimed(run: Path) -> None:
+    record = json.loads((run / "record.json").read_text())
+    expected = {
+        *("parameters", "corpus_sha256", "weights_sha256", "tokenizer_sha256", "window", "tokens_seen", "passes"),
+        *("wall_s", "corpus_loss", "corpus_loss_offset", "heldout_loss", "first_batch_below_target", "tokens_per_s"),
+        *("matrix_ceiling_flops", "mfu", "peak_memory_bytes", "machine", "versions", "command", "config", "seed"),
+        "stop_reason",
+    }
+    assert expected - record.keys() == set()
+    assert record["stop_reason"] == "max_steps"
+    assert record["tokens_seen"] == steps(run)[-1]["train/tokens_seen"]
+    assert record["config"]["text"]["sources"] == ["bottles.txt"]
+    assert record["corpus_loss"] > 0
+    assert record["heldout_loss"] > 0
+
+
+def test_evaluate_agrees_with_the_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((run / "record.json").read_text())
+    assert main(["evaluate", str(run), "--json"]) == 0
+    losses = json.loads(capsys.readouterr().out)
+    for name in ("corpus/loss", "corpus/loss_offset", "heldout/loss"):
+        assert losses[name] == pytest.approx(record[name.replace("/", "_")], rel=1e-6)
+    assert losses["train/loss"] == steps(run)[-1]["train/loss"]
+    assert main(["evaluate", str(run)]) == 0
+    assert "corpus/loss_offset" in capsys.readouterr().out
+
+
+def test_sample_repeats_itself_with_a_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["sample", str(run), "--prompt", "40 green", "--seed", seed, "--temperature", "2"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("40 green")
+
+
+def test_sample_reads_a_checkpoint_that_lies_alone(run: Path, tmp_path: Path) -> None:
+    """Everything after training depends on the checkpoint directory alone."""
+    alone = tmp_path / "alone"
+    next((run / "checkpoints").iterdir()).rename(alone)
+    try:
+        assert main(["sample", str(alone), "--max-tokens", "3"]) == 0
+    finally:
+        alone.rename(run / "checkpoints" / "step-00000012")
+
+
+def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_but_cache(workplace)
+    assert main(["estimate", "--corpus", "bottles.txt", *SMALL]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert files_but_cache(workplace) == before
+
+
+def test_a_long_run_is_told_what_would_finish_sooner(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten million passes over forty bottles take longer than any preset does at the same speed."""
+    assert main(["estimate", "--corpus", "bottles.txt", *SMALL, "--schedule.passes", "1e7"]) == 0
+    printed = capsys.readouterr().out
+    assert "--preset penny (about" in printed
+    assert "going on" in printed
+
+
+def test_doctor_names_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("cores", "AMX", "compiler", "GPU", "memory", "disk", "dtype", "TFLOP/s"):
+        assert word in printed

@@ -1,0 +1,139 @@
+"""Runs that are interrupted, killed, moved, changed, and continued."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from groundling.cli import main
+
+from .bottles import SMALL, TEXT, start, steps, train, wait_for
+
+
+def test_a_finished_run_goes_on_for_more_steps(workplace: Path) -> None:
+    assert main(train("--max-steps", "8", "--out", "runs/whole")) == 0
+    assert main(train("--max-steps", "3", "--out", "runs/parts")) == 0
+    assert main(["train", "--resume", "--out", "runs/parts", "--max-steps", "8"]) == 0
+    whole, parts = (workplace / "runs" / name for name in ("whole", "parts"))
+    assert [line["train/loss"] for line in steps(parts)] == [line["train/loss"] for line in steps(whole)]
+    record = json.loads((parts / "record.json").read_text())
+    assert record["weights_sha256"] == json.loads((whole / "record.json").read_text())["weights_sha256"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_killed_and_resumed_equals_one_that_was_not(workplace: Path, number: signal.Signals) -> None:
+    """Bit for bit, also after SIGKILL, where it continues from the last checkpoint."""
+    cut, whole = (workplace / "runs" / f"{name}-{number.name}" for name in ("cut", "whole"))
+    process = start("--out", str(cut), "--save-every", "7", "--max-steps", "100000")
+    wait_for(cut / "metrics.jsonl", "train/loss", 30, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    if number != signal.SIGKILL:
+        assert "--resume" in errors
+        assert "Traceback" not in errors
+    n_steps = str(len(steps(cut)) + 20)
+    assert main(["train", "--resume", "--out", str(cut), "--max-steps", n_steps]) == 0
+    assert main(train("--out", str(whole), "--max-steps", n_steps)) == 0
+    assert [line["train/loss"] for line in steps(cut)] == [line["train/loss"] for line in steps(whole)]
+
+
+def test_a_second_signal_ends_at_once(workplace: Path) -> None:
+    """While the first one's checkpoint is being written, or waits to be, a second does not wait for it."""
+    process = start("--out", "runs/impatient", "--save-every", "0", "--max-steps", "100000")
+    wait_for(workplace / "runs" / "impatient" / "metrics.jsonl", "train/loss", 5, process)
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list((workplace / "runs" / "impatient").glob("checkpoints/step-*")) == []
+
+
+def test_a_run_needs_its_text_no_more(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder has a copy: the text may be gone, and the folder moved, also to a name with magic in it."""
+    Path("letters.txt").write_text(TEXT)
+    arguments = ["train", "--corpus", "letters.txt", "--heldout-fraction", "0.2", *SMALL, "--max-steps", "2"]
+    assert main([*arguments, "--seed", "5", "--out", "runs/letters"]) == 0
+    Path("letters.txt").unlink()
+    moved = tmp_path / "nov[1]*?"
+    (workplace / "runs" / "letters").rename(moved)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", "--out", str(moved), "--max-steps", "3"]) == 0
+    assert yaml.safe_load((moved / "config.yaml").read_text())["seed"] == 5
+    assert len(steps(moved)) == 3
+
+
+def test_standard_input_is_read_once(workplace: Path) -> None:
+    command = [sys.executable, "-m", "groundling", "train", "--corpus", "-", *SMALL, "--out", "runs/piped"]
+    subprocess.run([*command, "--max-steps", "2"], input=TEXT, text=True, check=True, capture_output=True)
+    assert main(["train", "--resume", "--out", "runs/piped", "--max-steps", "3"]) == 0
+
+
+def test_resume_without_a_name_takes_the_run_last_written_to(
+    tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = str(workplace / "bottles.txt")
+    monkeypatch.chdir(tmp_path)
+    base = ["train", "--corpus", text, *SMALL, "--max-steps", "1"]
+    assert main(base) == 0
+    assert main(base) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["gpt2-bottles", "gpt2-bottles-2"]
+    assert main(["train", "--resume", "--out", "runs/gpt2-bottles", "--max-steps", "2"]) == 0
+    assert main(["train", "--resume", "--max-steps", "3"]) == 0
+    assert len(steps(Path("runs/gpt2-bottles"))) == 3
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    sequential = ["--windows.order", "sequential", "--windows.batch_size", "9999"]
+    assert main(["train", "--resume", "--out", str(run), *sequential]) == 2
+    assert (run / "config.yaml").read_text() == before
+    assert main(["train", "--resume", "--out", str(run), "--model.n_layer", "3"]) == 2
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train("--max-steps", "1", "--out", "runs/changed")) == 0
+    resume = ["train", "--resume", "--out", "runs/changed", "--max-steps", "2"]
+    assert main([*resume, "--schedule.peak", "1e-4", "--seed", "8"]) == 0
+    printed = capsys.readouterr().err
+    assert "schedule.peak was 0.0005 and is 0.0001 now" in printed
+    assert "seed was 1337 and is 8 now" in printed
+
+
+def test_a_signal_while_the_losses_are_taken_keeps_the_run(workplace: Path) -> None:
+    """The model is saved by then; --resume takes the losses and writes the record."""
+    late = workplace / "runs" / "late"
+    slow = ("--windows.length", "1", "--windows.batch_size", "1", "--evaluation.final", "all")
+    process = start("--out", str(late), "--max-steps", "1", *slow)
+    wait_for(late / "checkpoints" / "step-00000001" / "manifest.json", "state.json", 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume takes its losses" in errors
+    assert not (late / "record.json").exists()
+    assert main(["train", "--resume", "--out", str(late), "--windows.batch_size", "64"]) == 0
+    assert json.loads((late / "record.json").read_text())["corpus_loss"] > 0
+
+
+def test_another_text_or_architecture_is_refused(
+    run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("other.txt").write_text(TEXT[::-1])
+    resume = ["train", "--resume", "--out", str(run)]
+    assert main([*resume, "--corpus", "other.txt"]) == 2
+    assert "another text" in capsys.readouterr().err
+    assert main([*resume, "--model.n_layer", "3"]) == 2
+    assert "another architecture" in capsys.readouterr().err
+    assert main([*resume, "--heldout-fraction", "0.3"]) == 2
+    assert "another text" in capsys.readouterr().err
+    assert main([*resume, "--preset", "penny"]) == 2
+    assert "preset" in capsys.readouterr().err

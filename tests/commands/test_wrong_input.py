@@ -1,0 +1,117 @@
+"""Wrong input gets one sentence (what, where, what to do), exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from groundling.cli import main
+
+from .bottles import SMALL, files_but_cache, train
+
+WRONG: list[tuple[list[str], str]] = [
+    (["--corpus", "nowhere.txt"], "nowhere.txt"),
+    (["--corpus", "empty.txt"], "empty"),
+    (["--corpus", "binary.txt"], "binary.txt"),
+    (["--corpus", "one.txt", "--tokenizer", "gpt2"], "token"),
+    (["--corpus", "one.txt"], "train:257"),
+    (["--corpus", "fifo"], "fifo"),
+    (["--corpus", "/dev/zero"], "/dev/zero"),
+    (["--corpus", "tiny-shakespear"], "tiny-shakespeare"),
+    (["--tokenizer", "train:20"], "257"),
+    (["--tokenizer", "nothing.json"], "nothing.json"),
+    (["--heldout-fraction", "1.5"], "heldout"),
+    (["--preset", "gpt3"], "gpt2"),
+    (["--config", "nothing.yaml"], "nothing.yaml"),
+    (["--config", "unknown-key.yaml"], "peek"),
+    (["--schedule.peek", "1"], "schedule.peek"),
+    (["--windows.leng", "16"], "windows.leng"),
+    (["--schedule.peak", "fast"], "fast"),
+    (["--windows.length", "64"], "n_ctx"),
+    (["--windows.batch_size", "0"], "batch_size"),
+    (["--model.n_head", "3"], "n_head"),
+    (["--size", "7B"], "124M"),
+    (["--device", "tpu"], "tpu"),
+    (["--dtype", "fp8"], "fp8"),
+    (["--save-every", "often"], "often"),
+    (["--max-steps", "-1"], "max_steps"),
+    (["--stopping.patience", "3"], "held-out"),
+    (["--resume", "--out", "runs/nowhere"], "no run"),
+    (["--resume", "--preset", "penny"], "penny"),
+    (["--out", "bottles.txt"], "bottles.txt"),
+    (["--out", "bottles.txt/run"], "bottles.txt"),
+    (["--out", "x" * 300], "shorter"),
+    (["--out"], "--out"),
+    (["--resume=yes"], "--resume"),
+    (["--corpus"], "--corpus needs a value"),
+    (["--config", "latin1.yaml"], "latin1.yaml"),
+    (["--config", "misplaced.yaml"], "misplaced.yaml sets 'out'"),
+    (["--seed", "18446744073709551616"], "seed"),
+    (["--schedule.passes", ".inf"], "passes"),
+    (["--schedule.peak", ".nan"], "peak"),
+    (["--optim.clip", ".nan"], "clip"),
+    (["--stopping.target", ".nan"], "target"),
+    (["--out", "runs/bottles"], "--resume"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), WRONG, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
+)
+def test_wrong_input_gets_one_sentence(
+    workplace: Path, run: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").touch()
+    Path("one.txt").write_text("a")
+    Path("binary.txt").write_bytes(b"text\0and more")
+    Path("unknown-key.yaml").write_text("schedule: {peek: 3}\n")
+    Path("misplaced.yaml").write_text("out: runs/elsewhere\n")
+    Path("latin1.yaml").write_bytes(b"preset: caf\xe9\n")
+    if not Path("fifo").exists():
+        os.mkfifo("fifo")
+    before = files_but_cache(workplace)
+    base = [] if "--resume" in arguments else train()
+    assert main([*(base or ["train"]), *arguments]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("groundling: ")
+    assert words in message
+    assert "Traceback" not in message
+    assert files_but_cache(workplace) == before
+
+
+def test_wrong_input_in_an_empty_folder_leaves_it_empty(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = str(workplace / "bottles.txt")
+    for arguments in (["--stopping.patience", "3"], ["--windows.order", "sequential", "--windows.batch_size", "9999"]):
+        assert main(["train", "--corpus", text, *SMALL, "--out", "runs/deep/run", *arguments]) == 2
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["evaluate", "RUN", "--batch-size", "-1"], "--batch-size"),
+        (["evaluate", "runs"], "no checkpoint"),
+        (["sample", "RUN", "--temperature", "1e-40"], "temperature"),
+        (["sample", "RUN", "--seed", "99999999999999999999999"], "seed"),
+        (["sample", "RUN", "--prompt", "\udcff"], "UTF-8"),
+        (["sample", "nowhere"], "no run folder"),
+        (["evaluate", "x" * 300], "shorter"),
+        (["sample"], "run"),
+        (["doctor", "--loudly"], "--loudly"),
+    ],
+)
+def test_wrong_input_to_other_commands(
+    run: Path, command: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run) if word == "RUN" else word for word in command]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "train, evaluate" in capsys.readouterr().err
