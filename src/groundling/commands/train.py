@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
     prepared = prepare(parse_run(parser, arguments), resumed)
     folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
-    _check_disk(folder.path, prepared)
+    _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else prepared.config.checkpoint.keep + 1)
     trainer = prepared.trainer(folder.checkpoints)
     with trainer.signals, folder.open(prepared.identity(), prepared.config.as_yaml(), early.resume):
         if resumed:
@@ -76,9 +76,8 @@ def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
     return folder.config
 
 
-def _check_disk(path: Path, prepared: Prepared) -> None:
-    size_bytes = BYTES_PER_PARAMETER * prepared.config.model.n_parameters()
-    needed = (prepared.config.checkpoint.keep + 1) * size_bytes
+def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
+    needed = n_checkpoints * BYTES_PER_PARAMETER * prepared.config.model.n_parameters()
     free = machine.free_disk_bytes(path)
     if free < needed:
         raise ConfigError(

@@ -95,10 +95,12 @@ class Terminal:
     def _line(self, step: int, metrics: Metrics) -> str:
         self.step_times.append(metrics["train/step_s"])
         left_s = max(0, self.total_steps - step - 1) * sum(self.step_times) / len(self.step_times)
+        digits = 4 if self.live else 6  # beside the bar, 80 columns hold no more
         loss, mean = (
-            "-" if value is None else f"{value:.4f}" for value in (metrics["train/loss"], metrics["train/loss_ema"])
+            "-" if value is None else f"{value:.{digits}f}"
+            for value in (metrics["train/loss"], metrics["train/loss_ema"])
         )
-        return (  # short enough for 80 columns beside the bar
+        return (
             f"{step}/{self.total_steps} loss {loss} mean {mean} {metrics['train/tokens_per_s']:,.0f} tokens/s"
             f" {metrics['train/mfu']:.0%} ETA {clock(left_s)}"
         )
