@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,23 @@ def test_resuming_compares_two_runs_that_can_differ(make_trainer: MakeTrainer) -
     second.train()
     assert memory.losses()[0] == whole_memory.losses()[5]
     assert memory.losses()[1] != whole_memory.losses()[6]
+
+
+def test_bf16_learns_like_fp32_and_resumes_bit_for_bit(make_trainer: MakeTrainer) -> None:
+    """Products in bf16, everything else in fp32; slow on a CPU without bf16 units, but the same arithmetic."""
+    whole, whole_memory = make_trainer("fp32")
+    whole.train()
+    bf16 = replace(whole.runtime, dtype=torch.bfloat16)
+    half, half_memory = make_trainer("bf16", runtime=bf16)
+    half.train()
+    assert half_memory.losses() != whole_memory.losses()
+    assert half_memory.losses() == pytest.approx(whole_memory.losses(), abs=2e-2)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+    make_trainer("cut", runtime=bf16, stopping=StoppingConfig(max_steps=4))[0].train()
+    second, memory = make_trainer("cut", runtime=bf16)
+    second.resume()
+    second.train()
+    assert memory.losses() == half_memory.losses()[4:]
 
 
 def test_a_signal_saves_and_the_run_continues(make_trainer: MakeTrainer) -> None:

@@ -32,17 +32,26 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(what: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, gone when done: call what it yields with what was done (and a total, if not given).
+    """A bar on a terminal, gone when done, or a plain line every ten seconds: call what it yields with what was done.
 
     With a total given, calls add up; without one, each says (done so far, total).
     """
     console = Console(file=sys.stderr)
+    printed_at = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        if total is None:
-            yield lambda done, whole: bar.update(task, completed=done, total=whole)
-        else:
-            yield lambda done: bar.advance(task, done)
+
+        def show(done: float, whole: float | None = None) -> None:
+            nonlocal printed_at
+            if whole is None:
+                bar.advance(task, done)
+            else:
+                bar.update(task, completed=done, total=whole)
+            if not console.is_terminal and time.monotonic() - printed_at >= PLAIN_INTERVAL_S:
+                printed_at = time.monotonic()
+                console.print(f"{what}: {bar.tasks[0].percentage:.0f} %", markup=False)
+
+        yield show
 
 
 class Terminal:
