@@ -67,7 +67,7 @@ def test_tensorboard_shows_what_was_written(tmp_path: Path) -> None:
 def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a first step was not finite; as drawn by rich, with the bar and the time that remains."""
     monkeypatch.setenv("COLUMNS", str(width))
-    terminal = Terminal(total_steps=30_000)
+    terminal = Terminal(expected_steps=30_000)
     screen = io.StringIO()
     terminal.console = Console(file=screen, force_terminal=True, width=width)
     terminal.live = Progress(BarColumn(bar_width=8), TextColumn("{task.description}"), console=terminal.console)

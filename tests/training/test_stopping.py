@@ -91,6 +91,12 @@ def test_limits(settings: dict[str, object], n_steps: int, wall_s: float, expect
     assert rule(**settings).reason(n_steps, wall_s) == expected
 
 
+def test_the_expected_end() -> None:
+    assert StoppingConfig().steps(100) == 100
+    assert StoppingConfig(expected_steps=40).steps(100) == 40
+    assert StoppingConfig(expected_steps=40, max_steps=3).steps(100) == 3
+
+
 def test_a_target_of_zero_is_never_looked_for() -> None:
     r = rule(total_steps=1, target=0)
     r.observe(0, 0.0)

@@ -16,7 +16,7 @@ from groundling.model.gpt2 import GPT2
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import measure
+from groundling.training.estimate import is_taken, measure
 from groundling.training.step import training_step
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
@@ -281,11 +281,25 @@ def test_measuring_changes_nothing(make_trainer: MakeTrainer) -> None:
     plain, plain_memory = make_trainer("plain")
     plain.train()
     measured, memory = make_trainer("measured")
-    estimate = measure(measured)
+    estimate = measure(measured, "auto")
     assert estimate.step_s > 0
     assert estimate.train_s == pytest.approx(10 * estimate.step_s)
     measured.train()
     assert memory.losses() == plain_memory.losses()
+
+
+@pytest.mark.parametrize(
+    ("final", "seconds", "train_s", "taken"),
+    [
+        ("auto", 100, 1, True),
+        ("auto", 130, 1, False),
+        ("auto", 130, 140, True),
+        ("all", 9e9, 1, True),
+        ("none", 1, 9, False),
+    ],
+)
+def test_which_losses_are_worth_their_time(final: str, seconds: float, train_s: float, taken: bool) -> None:
+    assert is_taken(final, seconds, train_s) is taken
 
 
 def test_accumulated_loss_and_gradient_equal_those_of_one_batch(make_trainer: MakeTrainer) -> None:

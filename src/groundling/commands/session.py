@@ -147,7 +147,7 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
 
 def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
     """What this run will cost, and, if that is more than three hours, what would finish sooner."""
-    estimate = measure(trainer)
+    estimate = measure(trainer, config.evaluation.final)
     lines = [estimate.sentence()]
     if estimate.total_s > LONG_RUN_S:
         achieved_flops = estimate.tokens_per_s * flops_per_token(config.model, config.windows.length)
@@ -165,7 +165,10 @@ def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
 
 
 def run_flops(config: RunConfig, n_tokens: int) -> float:
-    """Matrix FLOP of a run's whole schedule, on a text of so many tokens."""
+    """Matrix FLOP that a run is expected to spend a text of so many tokens."""
     per_step = config.windows.batch_size * config.windows.length
-    steps = min(config.schedule.steps(n_tokens / per_step), config.stopping.max_steps or sys.maxsize)
-    return steps * per_step * flops_per_token(config.model, config.windows.length)
+    return (
+        config.stopping.steps(config.schedule.steps(n_tokens / per_step))
+        * per_step
+        * flops_per_token(config.model, config.windows.length)
+    )

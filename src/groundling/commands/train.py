@@ -13,12 +13,11 @@ from groundling.commands.arguments import before_parsing, parse_run, run_parser
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
-from groundling.evaluation.corpus_loss import N_OFFSETS
 from groundling.files import write_json, write_text
 from groundling.generation.decode import continue_text
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
-from groundling.training.estimate import evaluation_s
+from groundling.training.estimate import evaluation_s, is_taken
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import make_record, median_of
@@ -34,9 +33,6 @@ EXAMPLES = """examples:
   groundling train --resume --out runs/novel              continue an interrupted run, bit for bit
   groundling train --schedule.peak 3e-4 --windows.length 512 --max-minutes 30
 """
-
-QUICK_S = 120.0
-"""`evaluation.final: auto` always takes losses that need less than this."""
 
 BYTES_PER_PARAMETER = 12
 """fp32 weights and AdamW's two moments, in a checkpoint."""
@@ -89,7 +85,7 @@ def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
 def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
     config = prepared.config
     say(f"run folder: {folder.path}")
-    with _sinks(folder, trainer.total_steps, config.logging.tensorboard) as trainer.sinks:
+    with _sinks(folder, trainer.expected_steps, config.logging.tensorboard) as trainer.sinks:
         if resume:
             trainer.resume()
             write_text(folder.config, config.as_yaml())
@@ -123,9 +119,9 @@ def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool
 
 
 @contextmanager
-def _sinks(folder: RunFolder, total_steps: int, tensorboard: bool) -> Iterator[Sinks]:
+def _sinks(folder: RunFolder, expected_steps: int, tensorboard: bool) -> Iterator[Sinks]:
     extra = [TensorBoard(folder.path / "tensorboard")] if tensorboard else []
-    sinks = Sinks(JsonLines(folder.metrics), Terminal(total_steps), *extra)
+    sinks = Sinks(JsonLines(folder.metrics), Terminal(expected_steps), *extra)
     try:
         yield sinks
     finally:
@@ -134,15 +130,12 @@ def _sinks(folder: RunFolder, total_steps: int, tensorboard: bool) -> Iterator[S
 
 def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
     """The losses over the whole text by house name; None for those that `evaluation.final` leaves out."""
-    n_train, heldout = len(trainer.train_tokens), trainer.heldout_tokens
-    n_read = {"corpus/loss": n_train, "corpus/loss_offset": N_OFFSETS * n_train}
-    if heldout is not None:
-        n_read["heldout/loss"] = len(heldout)
-    losses: dict[str, float | None] = dict.fromkeys((*n_read, "heldout/loss"))
+    reads = trainer.final_reads()
+    losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
-    for name, n_tokens in n_read.items():
+    for name, n_tokens in reads.items():
         seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else 0.0
-        if final == "none" or (final == "auto" and seconds > max(QUICK_S, trainer.state.wall_s)):
+        if not is_taken(final, seconds, trainer.state.wall_s):
             trainer.sinks.note(f"{name} is not taken (about {clock(seconds)}): `groundling evaluate` takes it")
             continue
         losses[name] = loss = trainer.take(name)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
-from groundling.evaluation.corpus_loss import N_OFFSETS
 from groundling.training.progress import clock
 from groundling.training.step import training_step
 from groundling.training.trainer import Trainer
@@ -30,6 +29,9 @@ GRADIENT_AND_MOMENTS_BYTES = 12
 """For each parameter, in fp32."""
 LOOKS = 3
 """Full passes for the stop rule that a run is assumed to take."""
+
+QUICK_S = 120.0
+"""`evaluation.final: auto` always takes losses that need less than this."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ class Estimate:
         """The estimate as one line for the user."""
         memory = "" if self.memory_bytes is None else f", memory about {self.memory_bytes / 2**30:.1f} GiB"
         return (
-            f"estimate: {clock(self.train_s)} to the end of the schedule at {self.tokens_per_s:,.0f} tokens/s,"
-            f" then about {clock(self.evaluation_s)} for the losses over the whole text{memory}"
+            f"estimate: {clock(self.train_s)} of training at {self.tokens_per_s:,.0f} tokens/s,"
+            f" about {clock(self.evaluation_s)} for the losses over the whole text{memory}"
         )
 
 
-def measure(trainer: Trainer) -> Estimate:
-    """Time a few steps of this trainer, before its first, and extrapolate to its schedule.
+def measure(trainer: Trainer, final: str) -> Estimate:
+    """Time a few steps of this trainer, before its first, and extrapolate to its end.
+
+    `final` is `EvaluationConfig.final`.
 
     Must come before `Trainer.resume`: it drops the optimizer's moments.
     """
@@ -76,19 +80,45 @@ def measure(trainer: Trainer) -> Estimate:
 
     step_s = statistics.median(seconds[WARMUP_STEPS:]) * recipe.windows.batch_size / n_windows
     token_s = step_s / (recipe.windows.batch_size * length)
-    n_heldout = 0 if trainer.heldout_tokens is None else len(trainer.heldout_tokens)
-    n_read = (LOOKS + N_OFFSETS) * len(trainer.train_tokens) + n_heldout
-    n_steps = min(trainer.total_steps, recipe.stopping.max_steps or trainer.total_steps)
-    train_s = min(n_steps * step_s, 60 * (recipe.stopping.max_minutes or float("inf")))
-    peak_bytes = machine.peak_memory_bytes(runtime.device)
-    memory_bytes = None
-    if peak_bytes is not None and before_bytes is not None:
-        kept_bytes = GRADIENT_AND_MOMENTS_BYTES * recipe.model.n_parameters()  # whatever the batch
-        of_batch_bytes = max(0, peak_bytes - before_bytes - kept_bytes)
-        memory_bytes = round(peak_bytes + of_batch_bytes * (micro / n_windows - 1))
-    return Estimate(step_s, 1 / token_s, train_s, evaluation_s(n_read, 1 / token_s), memory_bytes)
+    train_s = trainer.expected_steps * step_s
+    if recipe.stopping.max_minutes is not None:
+        train_s = min(train_s, 60 * recipe.stopping.max_minutes)
+    return Estimate(
+        step_s,
+        1 / token_s,
+        train_s,
+        _evaluations_s(trainer, final, train_s, 1 / token_s),
+        _memory_bytes(trainer, before_bytes, micro / n_windows),
+    )
+
+
+def _evaluations_s(trainer: Trainer, final: str, train_s: float, tokens_per_s: float) -> float:
+    """Seconds for the looks of the stop rule and the losses that are taken at the end."""
+    stopping, reads = trainer.recipe.stopping, trainer.final_reads()
+    total_s = 0.0
+    if stopping.max_steps is None and stopping.target and stopping.measure != "train/loss":
+        total_s += LOOKS * evaluation_s(reads[stopping.measure], tokens_per_s)
+    for n_tokens in reads.values():
+        seconds = evaluation_s(n_tokens, tokens_per_s)
+        total_s += seconds if is_taken(final, seconds, train_s) else 0.0
+    return total_s
+
+
+def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:
+    """Peak memory of a full micro-batch, which is `scale` times the one that was measured."""
+    peak_bytes = machine.peak_memory_bytes(trainer.runtime.device)
+    if peak_bytes is None or before_bytes is None:
+        return None
+    kept_bytes = GRADIENT_AND_MOMENTS_BYTES * trainer.recipe.model.n_parameters()  # whatever the batch
+    of_batch_bytes = max(0, peak_bytes - before_bytes - kept_bytes)
+    return round(peak_bytes + of_batch_bytes * (scale - 1))
 
 
 def evaluation_s(n_tokens: int, tokens_per_s: float) -> float:
     """Seconds to take losses over so many tokens, at a speed measured in training."""
     return FORWARD_SHARE * n_tokens / tokens_per_s
+
+
+def is_taken(final: str, seconds: float, train_s: float) -> bool:
+    """Whether a loss that needs so long is taken at the end of a run that trained so long."""
+    return final == "all" or (final == "auto" and seconds <= max(QUICK_S, train_s))

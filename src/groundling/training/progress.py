@@ -57,18 +57,18 @@ def progress_bar(what: str, total: float | None = None) -> Iterator[Callable[...
 class Terminal:
     """A sink for people: `rich` on a terminal, else a plain line every ten seconds.
 
-    The time that remains is that of the schedule's steps: most runs meet their target near its end.
+    The time that remains is that of the steps that the run is expected to take (`StoppingConfig.steps`).
     """
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self, expected_steps: int) -> None:
+        self.expected_steps = expected_steps
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.live: Progress | None = None
         self.step_times: deque[float] = deque(maxlen=RATE_STEPS)
         self.printed_at = -PLAIN_INTERVAL_S
         if self.console.is_terminal:
             self.live = Progress(BarColumn(bar_width=8), TextColumn("{task.description}"), console=self.console)
-            self.task = self.live.add_task("", total=total_steps)
+            self.task = self.live.add_task("", total=expected_steps)
             self.live.start()
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -79,7 +79,7 @@ class Terminal:
             return
         line = self._line(step, metrics)
         if self.live:
-            self.live.update(self.task, completed=min(step + 1, self.total_steps), description=line)
+            self.live.update(self.task, completed=min(step + 1, self.expected_steps), description=line)
         elif time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
             self.printed_at = time.monotonic()
             self.console.print(line, markup=False)
@@ -103,13 +103,13 @@ class Terminal:
 
     def _line(self, step: int, metrics: Metrics) -> str:
         self.step_times.append(metrics["train/step_s"])
-        left_s = max(0, self.total_steps - step - 1) * sum(self.step_times) / len(self.step_times)
+        left_s = max(0, self.expected_steps - step - 1) * sum(self.step_times) / len(self.step_times)
         digits = 4 if self.live else 6  # beside the bar, 80 columns hold no more
         loss, mean = (
             "-" if value is None else f"{value:.{digits}f}"
             for value in (metrics["train/loss"], metrics["train/loss_ema"])
         )
         return (
-            f"{step}/{self.total_steps} loss {loss} mean {mean} {metrics['train/tokens_per_s']:,.0f} tokens/s"
+            f"{step}/{self.expected_steps} loss {loss} mean {mean} {metrics['train/tokens_per_s']:,.0f} tokens/s"
             f" {metrics['train/mfu']:.0%} ETA {clock(left_s)}"
         )

@@ -8,6 +8,7 @@ text; the running mean of batch losses only decides when taking that loss is wor
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ class StoppingConfig:
     measure: Literal["corpus/loss", "corpus/loss_offset", "train/loss"] = "corpus/loss"
     """Loss that must be below the target. corpus/loss: the whole text on the training grid. corpus/loss_offset: the
     whole text at 8 other offsets, that is, by heart. train/loss: any one batch (the reference run)."""
+    expected_steps: int | None = None
+    """Steps after which the target is expected, for estimate and ETA; without it, the end of the schedule."""
     overtime: float = 0.5
     """How far a run may go past the end of its schedule, as a share of it, when the target was not met by then."""
     max_steps: int | None = None
@@ -49,6 +52,8 @@ class StoppingConfig:
             raise ConfigError(f"stopping.overtime is {self.overtime}: give 0 or more")
         if not 0 <= self.target < math.inf:
             raise ConfigError(f"stopping.target is {self.target}: give a loss of 0 or more")
+        if self.expected_steps is not None and self.expected_steps < 1:
+            raise ConfigError(f"stopping.expected_steps is {self.expected_steps}: give a positive number")
         if self.max_steps is not None and self.max_steps < 0:
             raise ConfigError(f"stopping.max_steps is {self.max_steps}: give 0 or more")
         if self.max_minutes is not None and not self.max_minutes >= 0:
@@ -57,6 +62,10 @@ class StoppingConfig:
             raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
         if not 0 < self.heldout_every < math.inf:
             raise ConfigError(f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes")
+
+    def steps(self, total_steps: int) -> int:
+        """Steps that a run with this schedule is expected to take."""
+        return min(self.expected_steps or total_steps, sys.maxsize if self.max_steps is None else self.max_steps)
 
 
 @dataclass

@@ -170,6 +170,18 @@ class Trainer:
         evaluator = replace(self.evaluator, on_windows=count)
         return evaluator.offset_loss(tokens) if name == "corpus/loss_offset" else evaluator.loss(tokens)
 
+    def final_reads(self) -> dict[str, int]:
+        """The losses that are taken when a run ends, and how many tokens each reads."""
+        reads = {"corpus/loss": len(self.train_tokens), "corpus/loss_offset": N_OFFSETS * len(self.train_tokens)}
+        if self.heldout_tokens is not None:
+            reads["heldout/loss"] = len(self.heldout_tokens)
+        return reads
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps that the run is expected to take."""
+        return self.recipe.stopping.steps(self.total_steps)
+
     @property
     def compiled(self) -> bool:
         """Whether the loss runs compiled, and has not fallen back."""
