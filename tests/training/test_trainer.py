@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -248,6 +249,7 @@ def test_a_step_that_is_not_finite_is_skipped(make_trainer: MakeTrainer) -> None
     assert not torch.equal(before[6], before[7])
     assert sum("not finite" in note for note in memory.notes) == 2
     assert [line["step"] for line in memory.metrics if line.get("train/update_skipped")] == [4, 5]
+    assert all(math.isfinite(line["train/loss_ema"]) for line in memory.metrics)
 
 
 def test_three_in_a_row_go_back_to_the_last_checkpoint(make_trainer: MakeTrainer) -> None:
