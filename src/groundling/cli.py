@@ -34,7 +34,7 @@ SYSTEM_REFUSALS = {
 
 HELP = """usage: groundling COMMAND [OPTIONS]
 
-GPT-2 (124,439,808 parameters), trained from scratch on a text until it knows the text by heart.
+GPT-2 (124,439,808 parameters), trained from scratch on a text until it knows the text.
 
 commands:
 {commands}

@@ -81,7 +81,7 @@ class Runtime:
 
 
 def resolve(config: RuntimeConfig) -> Runtime:
-    """The `Runtime` for this machine; sets PyTorch's thread count.
+    """The `Runtime` for this machine; sets PyTorch's thread count and, on a CPU, its deterministic algorithms.
 
     Raises `ConfigError` if a device or format was asked for that this machine lacks.
     """
@@ -90,6 +90,10 @@ def resolve(config: RuntimeConfig) -> Runtime:
     cores = available_cores()
     threads = config.threads or cores
     torch.set_num_threads(threads)
+    if device.type == "cpu":
+        # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # decides nothing here
     compiled, compile_why, warnings = _compile(config.compile, device)
     reasons = (
         ("device", str(device), device_why),

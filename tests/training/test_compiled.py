@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from groundling import runtime
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.runtime import RuntimeConfig
 from groundling.training.compiled import CompiledLoss
 
 MakeTrainer = Any
@@ -25,6 +29,26 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(make_trainer: MakeTrainer
     assert memory.losses() == pytest.approx(eager_memory.losses(), abs=1e-4)
     tokens = eager.train_tokens
     assert compiled.evaluator.loss(tokens) == pytest.approx(eager.evaluator.loss(tokens), abs=1e-4)
+
+
+def test_compiled_steps_repeat_bit_for_bit_on_several_threads() -> None:
+    """Without deterministic algorithms, compiled code adds up the embedding's gradient in a racing order."""
+    runtime.resolve(RuntimeConfig(device="cpu", threads=2))
+    sums = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model = GPT2(GPTConfig(n_layer=2, n_head=2, n_embd=64, n_ctx=64, n_vocab=320))
+        optimizer = make_adamw(model, AdamWConfig())
+        optimizer.param_groups[0]["lr"] = 1e-3
+        loss_sum = torch.compile(model.loss_sum, dynamic=False)
+        draws = torch.Generator().manual_seed(1)
+        for _step in range(40):
+            tokens = torch.randint(320, (8, 65), generator=draws)
+            (loss_sum(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / 512).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sums.append(model.head_weight.detach().double().sum().item())
+    assert sums[0] == sums[1] == sums[2]
 
 
 def test_a_compiler_that_fails_costs_a_warning(

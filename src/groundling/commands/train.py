@@ -90,6 +90,8 @@ def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool
             trainer.resume()
             write_text(folder.config, config.as_yaml())
         else:
+            compiling = ", compiling first" if prepared.runtime.compile else ""
+            trainer.sinks.note(f"measuring a few steps for an estimate{compiling} ...")
             for line in estimate_lines(trainer, config):
                 trainer.sinks.note(line)
         reason = trainer.train()

@@ -40,3 +40,5 @@ class StopSignals:
         if self.received is not None:
             os._exit(Interrupted.exit_code)
         self.received = signal.Signals(number)
+        # os.write, because a handler may run in the middle of a print
+        os.write(2, f"\n{self.received.name}: stopping after this step, then saving; again to stop at once\n".encode())
