@@ -113,3 +113,27 @@ def matrix_ceiling_flops(
             seconds.append(time.perf_counter() - start)
         best = max(best, 2 * m * k * n / min(seconds[CEILING_WARMUPS:]))
     return best
+
+
+BANDWIDTH_BYTES = 1 << 29
+"""Far beyond any cache."""
+BANDWIDTH_REPEATS = 5
+
+
+def read_bandwidth_bytes_per_s(threads: int) -> float:
+    """Measured speed at which the CPU's threads together read memory: the fastest of several readings.
+
+    Decoding cannot be faster than this divided by the bytes of the weights. Uses half a GiB for a moment.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        words = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
+        best = 0.0
+        for _ in range(BANDWIDTH_REPEATS):
+            start = time.perf_counter()
+            words.sum()
+            best = max(best, BANDWIDTH_BYTES / (time.perf_counter() - start))
+        return best
+    finally:
+        torch.set_num_threads(before)

@@ -1,61 +1,101 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
+import pytest
 import torch
 
-from groundling.corpus.tokenizer import Tokenizer
-from groundling.generation.decode import Context, as_text, generate
+from groundling.generation.decode import Stats, Stream, decode, generate
+from groundling.generation.decoder import Decoder, TorchDecoder
+from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.model.gpt2 import GPT2
 
 GREEDY = SamplingConfig(max_tokens=8, temperature=0)
+N_CTX = 16
 
 
-def uncached(model: GPT2, window: Sequence[int]) -> torch.Tensor:
+@pytest.fixture(params=["torch", "native"])
+def decoder(request: pytest.FixtureRequest, model: GPT2) -> Iterator[Decoder]:
+    made = TorchDecoder(model, N_CTX, 3) if request.param == "torch" else NativeDecoder(model, N_CTX, 3, "fp32", 2)
+    with made as decoder:
+        yield decoder
+
+
+def likeliest(model: GPT2, window: list[int]) -> int:
     with torch.no_grad():
-        return model.logits(model.hidden(torch.tensor([window])))[0, -1]
+        return int(model.logits(model.hidden(torch.tensor([window])))[0, -1].argmax())
 
 
-def test_greedy_decoding_is_the_argmax_without_a_cache(model: GPT2) -> None:
+def test_greedy_decoding_is_the_argmax_without_a_cache(model: GPT2, decoder: Decoder) -> None:
     tokens = [1, 2, 3]
-    for token in generate(model, [1, 2, 3], GREEDY):
-        assert token == int(uncached(model, tokens).argmax())
+    for token in generate(decoder, [1, 2, 3], GREEDY):
+        assert token == likeliest(model, tokens)
         tokens.append(token)
     assert len(tokens) == 11
 
 
-def test_the_window_slides_past_n_ctx(model: GPT2) -> None:
-    """n_ctx is 16: after 16 positions the last 8 are read anew, and the logits are those of that window."""
-    context = Context(model, [5])
-    for n_read in range(2, 40):
-        logits = context.append(n_read % 31)
-        n_window = n_read if n_read <= 16 else 8 + (n_read - 17) % 9
-        torch.testing.assert_close(logits, uncached(model, context.tokens[-n_window:]), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("n_prompt", [1, 15, 16, 17, 50])
+def test_the_window_slides_past_its_end(model: GPT2, decoder: Decoder, n_prompt: int) -> None:
+    """After 16 positions the last 8 are read anew; a longer prompt is read from its end."""
+    tokens = [n % 31 for n in range(n_prompt)]
+    n_window = min(n_prompt, N_CTX)
+    for token in generate(decoder, tokens, SamplingConfig(max_tokens=40, temperature=0)):
+        assert token == likeliest(model, tokens[-n_window:])
+        tokens.append(token)
+        n_window = n_window + 1 if n_window < N_CTX else N_CTX // 2
 
 
-def test_a_long_prompt_is_read_from_its_end(model: GPT2) -> None:
-    prompt = [n % 31 for n in range(50)]
-    torch.testing.assert_close(Context(model, prompt).logits, uncached(model, prompt[-16:]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(Context(model, prompt, 6).logits, uncached(model, prompt[-6:]), rtol=1e-5, atol=1e-5)
+def test_a_batch_gives_each_prompt_what_it_gets_alone(decoder: Decoder) -> None:
+    """More streams than slots, prompts and lengths all different, some past the window."""
+    requests = [
+        ([n % 31 for n in range(i, 2 * i + 1)], SamplingConfig(max_tokens=3 + 5 * (i % 4), top_k=7, seed=i))
+        for i in range(9)
+    ]
+    alone = [list(generate(decoder, prompt, config)) for prompt, config in requests]
+    streams = [Stream(prompt, config) for prompt, config in requests]
+    for _ in decode(decoder, streams):
+        pass
+    assert [stream.generated for stream in streams] == alone
+    assert [stream.finish_reason for stream in streams] == ["length"] * 9
 
 
-def test_a_seed_repeats_and_another_differs(model: GPT2) -> None:
+def test_a_seed_repeats_and_another_differs(decoder: Decoder) -> None:
     def draw(seed: int) -> list[int]:
-        return list(generate(model, [1], SamplingConfig(max_tokens=20, temperature=1.0, top_k=0, seed=seed)))
+        return list(generate(decoder, [1], SamplingConfig(max_tokens=20, temperature=1.0, top_k=0, seed=seed)))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
-def test_pieces_are_whole_characters() -> None:
-    """A character whose bytes are several tokens comes as one piece, as soon as its last byte is there."""
-    tokenizer = Tokenizer.gpt2()
-    text = "naïve 🙂 日本"
-    tokens = tokenizer.encode(text)
-    assert any("�" in tokenizer.decode([token]) for token in tokens)  # some tokens are part of a character
-    pieces = list(as_text(tokens, tokenizer))
-    assert "".join(pieces) == text
-    assert all("�" not in piece for piece in pieces)
-    assert "".join(as_text([*tokens, tokenizer.end_of_text_id, *tokens], tokenizer)) == text
-    assert "".join(as_text(tokens[:-1], tokenizer)).endswith("�")  # cut inside a character
+def test_a_stream_ends_at_the_end_token_or_when_told(decoder: Decoder) -> None:
+    tokens = list(generate(decoder, [4], GREEDY))
+    ends = Stream([4], GREEDY, end_token=tokens[3])
+    told = Stream([4], GREEDY)
+    responses = []
+    for stream, response in decode(decoder, [ends, told]):
+        if stream is told and len(told.generated) == 2:
+            told.finish("stop")
+        elif stream is ends:
+            responses.append(response)
+    assert ends.generated == tokens[: tokens.index(tokens[3]) + 1]
+    assert told.generated == tokens[:2]
+    assert [response.finish_reason for response in responses] == [None] * (len(responses) - 1) + ["stop"]
+    assert decoder.length(0) == decoder.length(1) == 0  # their slots are free again
+
+
+def test_an_abandoned_generator_frees_its_slots(decoder: Decoder) -> None:
+    tokens = generate(decoder, [4], GREEDY)
+    next(tokens)
+    tokens.close()  # type: ignore[attr-defined]
+    assert [decoder.length(slot) for slot in range(3)] == [0, 0, 0]
+
+
+def test_stats_count_what_happened(decoder: Decoder) -> None:
+    stats = Stats()
+    for _ in decode(decoder, [Stream([1, 2], GREEDY), Stream([3], GREEDY)], stats):
+        pass
+    assert (stats.n_tokens, stats.n_turns, stats.n_decoded, stats.n_prompt_tokens) == (16, 16, 14, 3)
+    assert stats.tokens_per_s is not None
+    assert stats.tokens_per_s > 0
+    assert (stats.acceptance, stats.passes_saved) == (None, 0.0)

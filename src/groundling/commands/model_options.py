@@ -1,14 +1,27 @@
-"""What the commands that use a trained model share: which run, on which device."""
+"""What the commands that use a trained model share: which run, on which device, decoded how."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 from groundling import runtime
 from groundling.commands.arguments import Parser
 from groundling.commands.session import say
+from groundling.commands.tracing import Tracer
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.evaluation.suffix_array import SuffixMatcher
+from groundling.generation.decoder import Decoder
+from groundling.generation.open import open_decoder
+from groundling.generation.speculate import CorpusDrafter, Drafter, PromptDrafter, first_of
+from groundling.model.formats import WEIGHT_FORMATS, WeightFormat
+from groundling.model.gpt2 import GPT2
 from groundling.runtime import Runtime, RuntimeConfig
+from groundling.training.checkpoint import load_model
+from groundling.training.run_folder import RunFolder, find_checkpoint
 
 
 def model_parser(prog: str, description: str, examples: str) -> Parser:
@@ -24,6 +37,23 @@ def model_parser(prog: str, description: str, examples: str) -> Parser:
     return parser
 
 
+def add_decoding_options(parser: Parser) -> None:
+    """--weights and --drafts."""
+    parser.add_argument(
+        "--weights",
+        choices=list(WEIGHT_FORMATS),
+        default="bf16",
+        help="format that decoding reads the weights in; `groundling evaluate --weights` shows what it costs in loss",
+    )
+    parser.add_argument(
+        "--drafts",
+        choices=["auto", "text", "prompt", "none"],
+        default="auto",
+        help="guess tokens from the training text and the prompt (auto, text), or the prompt alone, and verify them"
+        " together: changes the speed, never the output",
+    )
+
+
 def resolve_runtime(options: argparse.Namespace, dtype: Literal["auto", "fp32", "bf16"]) -> Runtime:
     """The runtime these options mean, uncompiled: a single use does not repay compilation."""
     resolved = runtime.resolve(
@@ -32,3 +62,50 @@ def resolve_runtime(options: argparse.Namespace, dtype: Literal["auto", "fp32", 
     for warning in resolved.warnings:
         say(f"warning: {warning}")
     return resolved
+
+
+def folder_of(run: Path, checkpoint: Path) -> RunFolder:
+    """The run folder that a checkpoint, named itself or by its run, belongs to."""
+    return RunFolder(run if run != checkpoint else run.parent.parent)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A trained model, with what decoding and tracing need of its run."""
+
+    path: Path
+    folder: RunFolder
+    model: GPT2
+    tokenizer: Tokenizer
+    window: int
+    runtime: Runtime
+    form: WeightFormat
+    drafts: str
+
+    def decoder(self, n_slots: int) -> Decoder:
+        """A decoder for so many texts at a time, as the options ask."""
+        return open_decoder(self.model, self.window, self.runtime, self.form, n_slots, say)
+
+    @cached_property
+    def tracer(self) -> Tracer:
+        """The training text, ready to be searched. Raises `CheckpointError` if the folder has none."""
+        return Tracer.of_run(self.path)
+
+    def drafter(self) -> Drafter | None:
+        """A drafter for one stream, as the options ask; auto means the training text if it is there."""
+        if self.drafts == "none":
+            return None
+        has_text = self.folder.tokens("train") is not None
+        if self.drafts == "prompt" or (self.drafts == "auto" and not has_text):
+            return PromptDrafter()
+        return first_of(CorpusDrafter(SuffixMatcher(self.tracer.array)), PromptDrafter())
+
+
+def open_run(options: Any) -> OpenRun:
+    """The run that RUN, --device, --threads, --weights and --drafts mean."""
+    path = Path(options.run)
+    checkpoint = find_checkpoint(path)
+    resolved = resolve_runtime(options, "fp32")
+    model, tokenizer, window = load_model(checkpoint, resolved.device)
+    folder = folder_of(path, checkpoint)
+    return OpenRun(path, folder, model, tokenizer, window, resolved, options.weights, options.drafts)

@@ -1,46 +1,220 @@
-"""`groundling sample`: continue a prompt with a trained model."""
+"""`groundling sample`: continue prompts with a trained model."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from docstring_parser import parse_from_object
 
-from groundling.commands.model_options import model_parser, resolve_runtime
+from groundling.commands.arguments import Parser
+from groundling.commands.model_options import OpenRun, add_decoding_options, model_parser, open_run
+from groundling.commands.session import say
+from groundling.commands.tracing import Trace, standard_output
 from groundling.errors import ConfigError
-from groundling.generation.decode import continue_text
-from groundling.generation.sampling import SamplingConfig
-from groundling.training.checkpoint import load_model
-from groundling.training.run_folder import find_checkpoint
+from groundling.generation.decode import FinishReason, Stats
+from groundling.generation.sampling import PRESETS, SamplingConfig
+from groundling.generation.text import repeated, write
 
 EXAMPLES = """examples:
   groundling sample runs/gpt2 --prompt "ROMEO:"
   groundling sample runs/gpt2 --prompt "To be or not" --temperature 0 --max-tokens 50
-  groundling sample runs/gpt2 --prompt "First Citizen:" --top-k 50 --top-p 0.9 --repetition-penalty 1.1 --seed 7
+  groundling sample runs/gpt2 --prompt "ROMEO:" --prompt "JULIET:" -n 3 --seed 7 --stop "\\n\\n"
+  groundling sample runs/gpt2 --prompt-file scene.txt --trace
+  groundling sample runs/gpt2 --prompt-lines names.txt --preset reference --json > samples.jsonl
+  echo "First Citizen:" | groundling sample runs/gpt2 --prompt-file - --stats
 """
+
+MAX_SLOTS = 16
+"""Samples decoded together."""
+
+MAX_PROMPT_BYTES = 1 << 20
+"""Far more than any window holds."""
+
+
+@dataclass
+class Written:
+    """One sample as far as it is written."""
+
+    prompt: str
+    seed: int
+    text: str = ""
+    finish_reason: FinishReason | None = None
 
 
 def main(arguments: list[str]) -> int:
-    """Print the prompt and, as it is generated, its continuation."""
+    """Print each prompt and, as it is generated, its continuation."""
     parser = model_parser("groundling sample", __doc__ or "", EXAMPLES)
-    parser.add_argument("--prompt", type=str, default="", help="text to continue; empty starts a new text")
-    defaults = SamplingConfig()
+    _add_prompt_options(parser)
+    _add_sampling_options(parser)
+    add_decoding_options(parser)
+    parser.add_argument("--trace", action="store_true", help="colour what stands in the training text, and say where")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a sample, one a line")
+    parser.add_argument("--stats", action="store_true", help="say how fast, and what drafts saved")
+    options = parser.parse_args(arguments)
+    sampling = _sampling(options)
+    if options.n < 1:
+        raise ConfigError(f"-n is {options.n}: give a positive number of samples")
+    requests = repeated(_prompts(options), sampling, options.n)
+    run = open_run(options)
+    stats = Stats()
+    with run.decoder(min(len(requests), MAX_SLOTS)) as decoder:
+        drafters = [run.drafter() for _ in requests]
+        pieces = write(decoder, run.tokenizer, requests, drafters, stats)
+        samples = [Written(prompt, config.seed) for prompt, config in requests]
+        _show(samples, _updates(samples, pieces), options, run)
+    if options.stats:
+        for line in _stats_lines(stats, run):
+            say(line)
+    return 0
+
+
+def _add_prompt_options(parser: Parser) -> None:
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompt-file", action="append", default=[], metavar="FILE", help="file with one prompt; - is standard input"
+    )
+    parser.add_argument(
+        "--prompt-lines", action="append", default=[], metavar="FILE", help="file with a prompt on every line"
+    )
+    parser.add_argument("-n", type=int, default=1, help="samples of each prompt; the i-th has seed + i")
+
+
+def _add_sampling_options(parser: Parser) -> None:
+    names = "; ".join(f"{name}: {_described(config)}" for name, config in PRESETS.items())
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="default", help=f"sampling settings to start from ({names})"
+    )
     help_texts = {field.arg_name: field.description for field in parse_from_object(SamplingConfig).params}
     for field in fields(SamplingConfig):
-        default = getattr(defaults, field.name)
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=help_texts[field.name])
-    options = parser.parse_args(arguments)
-    sampling = SamplingConfig(**{field.name: options[field.name] for field in fields(SamplingConfig)})
+        if field.name == "stop":
+            help_text = f"{help_texts['stop']} May be given several times; \\n is a line's end"
+            parser.add_argument(flag, action="append", default=[], metavar="TEXT", help=help_text)
+        else:
+            kind = type(getattr(PRESETS["default"], field.name))
+            parser.add_argument(flag, type=kind, default=None, help=help_texts[field.name])
+
+
+def _described(config: SamplingConfig) -> str:
+    """The settings that differ from doing nothing, in few words."""
+    if config.temperature == 0:
+        return "always the likeliest token"
+    words = [f"temperature {config.temperature:g}", f"top-k {config.top_k}", f"top-p {config.top_p:g}"]
+    return ", ".join([*words, f"repetition penalty {config.repetition_penalty:g}"])
+
+
+def _sampling(options: Any) -> SamplingConfig:
+    """The preset's settings, with those that were given in their place."""
+    chosen = PRESETS[options.preset]
+    values = {field.name: getattr(chosen, field.name) for field in fields(SamplingConfig)}
+    values |= {name: options[name] for name in values if options[name] not in (None, [])}
+    values["stop"] = tuple(stop.replace("\\n", "\n").replace("\\t", "\t") for stop in values["stop"])
+    return SamplingConfig(**values)
+
+
+def _prompts(options: Any) -> list[str]:
+    """All prompts, in the order of their flags' kinds; one empty prompt, which starts a new text, if there is none."""
+    prompts = list(options.prompt)
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError("the prompt is not valid UTF-8: give it in the terminal's encoding") from None
+    prompts += [_read_prompt(name) for name in options.prompt_file]
+    for name in options.prompt_lines:
+        lines = [line for line in _read_prompt(name).splitlines() if line.strip()]
+        if not lines:
+            raise ConfigError(f"{name} has no line with a prompt in it")
+        prompts += lines
+    return prompts or [""]
+
+
+def _read_prompt(name: str) -> str:
+    """The text of a file or of standard input, without the line ends that close it."""
     try:
-        options.prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError("the prompt is not valid UTF-8: give it in the terminal's encoding") from None
-    checkpoint = find_checkpoint(Path(options.run))
-    model, tokenizer, window = load_model(checkpoint, resolve_runtime(options, "fp32").device)
-    print(options.prompt, end="", flush=True)
-    for piece in continue_text(model, tokenizer, options.prompt, sampling, window):
-        print(piece, end="", flush=True)
-    print()
-    return 0
+        if name == "-":
+            content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                content = file.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise ConfigError(f"{name} is longer than {MAX_PROMPT_BYTES:,} bytes: give a shorter prompt")
+        return content.decode("utf-8").replace("\r\n", "\n").rstrip("\n")
+    except OSError as error:
+        raise ConfigError(f"the prompt {name} cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt {name} is not UTF-8 (at byte {error.start}): give a text file") from None
+
+
+def _updates(samples: Sequence[Written], pieces: Iterator[Any]) -> Iterator[tuple[int, str]]:
+    """New text by sample, in the order of samples: the first that is not finished is streamed, others wait."""
+    at, shown = 0, [0] * len(samples)
+    for piece in pieces:
+        sample = samples[piece.which]
+        sample.text += piece.text
+        sample.finish_reason = piece.finish_reason
+        while at < len(samples):
+            new = samples[at].text[shown[at] :]
+            shown[at] += len(new)
+            if new or samples[at].finish_reason:
+                yield at, new
+            if not samples[at].finish_reason:
+                break
+            at += 1
+
+
+def _show(samples: Sequence[Written], updates: Iterator[tuple[int, str]], options: Any, run: OpenRun) -> None:
+    begun = -1
+    for index, text in updates:
+        sample = samples[index]
+        if options.json:
+            if sample.finish_reason:
+                print(json.dumps(_as_json(sample, options, run), ensure_ascii=False), flush=True)
+            continue
+        if index != begun:
+            begun = index
+            if len(samples) > 1:
+                print(f"{'' if index == 0 else chr(10)}--- sample {index + 1} of {len(samples)}, seed {sample.seed}")
+            if not options.trace:
+                print(sample.prompt, end="", flush=True)
+        if options.trace:
+            if sample.finish_reason:
+                _trace(sample, run).print(standard_output())
+            continue
+        print(text, end="\n" if sample.finish_reason else "", flush=True)
+
+
+def _as_json(sample: Written, options: Any, run: OpenRun) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "prompt": sample.prompt,
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "seed": sample.seed,
+    }
+    if options.trace:
+        facts["trace"] = _trace(sample, run).as_dict()
+    return facts
+
+
+def _trace(sample: Written, run: OpenRun) -> Trace:
+    """What of a sample is copied, its prompt not counted."""
+    prompt = run.tokenizer.encode(sample.prompt)
+    return run.tracer.trace(prompt + run.tokenizer.encode(sample.text), len(prompt))
+
+
+def _stats_lines(stats: Stats, run: OpenRun) -> Iterator[str]:
+    yield f"{stats.n_prompt_tokens:,} tokens of prompts read in {stats.prompt_s:.2f} s"
+    speed = "no token after it" if stats.tokens_per_s is None else f"{stats.tokens_per_s:,.1f} tokens/s after it"
+    yield f"{stats.n_tokens:,} tokens generated, {speed} ({run.form} weights, {run.runtime.threads} threads)"
+    if stats.acceptance is not None:
+        yield (
+            f"{stats.n_drafted:,} tokens drafted, {stats.acceptance:.0%} accepted,"
+            f" {stats.passes_saved:.0%} of the passes over the weights saved"
+        )
+    elif run.drafts != "none":
+        yield "no tokens drafted: nothing in the context stood in the training text or before"

@@ -14,7 +14,8 @@ from groundling.commands.session import Prepared, changes_lines, estimate_lines,
 from groundling.config import DEFAULT_PRESET, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.files import write_json, write_text
-from groundling.generation.decode import continue_text
+from groundling.generation.open import open_decoder
+from groundling.generation.text import continue_text
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
 from groundling.training.estimate import evaluation_s, is_taken
@@ -173,8 +174,9 @@ def _sample(folder: RunFolder, prepared: Prepared, checkpoint: Path) -> None:
     """Continue the run's prompts with the checkpoint as it was saved, and keep what came."""
     model, tokenizer, window = load_model(checkpoint, prepared.runtime.device)
     texts = []
+    decoder = open_decoder(model, window, prepared.runtime, warn=say)
     for prompt in prepared.config.prompts:
-        text = "".join(continue_text(model, tokenizer, prompt, prepared.config.sampling, window))
+        text = "".join(continue_text(decoder, tokenizer, prompt, prepared.config.sampling))
         print(f"\n--- {prompt}\n{prompt}{text}")
         texts.append(f"--- {prompt}\n{prompt}{text}\n")
     write_text(folder.samples, "\n".join(texts))

@@ -33,8 +33,12 @@ class SamplingConfig:
     """Draw among this many likeliest tokens; 0 among all."""
     top_p: float = 1.0
     """Draw among the likeliest tokens that together have this probability; 1 among all."""
+    min_p: float = 0.0
+    """Draw among tokens with at least this share of the likeliest one's probability; 0 among all."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already in the context; 1 does nothing."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the sample when they appear; they are not part of it."""
     seed: int = 1337
     """Seed of the draws."""
 
@@ -51,8 +55,20 @@ class SamplingConfig:
             raise ConfigError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: give a number above 0 and up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p is {self.min_p}: give a number from 0 to 1")
+        if "" in self.stop:
+            raise ConfigError("stop has an empty text, which would stop at once: leave it out")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ConfigError(f"repetition_penalty is {self.repetition_penalty}: give a positive number")
+
+
+PRESETS: dict[str, SamplingConfig] = {
+    "default": SamplingConfig(),
+    "greedy": SamplingConfig(temperature=0),
+    "reference": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.1, max_tokens=100),
+}
+"""Settings by name; `reference` has the defaults of the reference run's public demo."""
 
 
 def repetition_penalty(penalty: float) -> Processor:
@@ -87,12 +103,18 @@ def top_p(p: float) -> Processor:
     """Keeps the fewest likeliest tokens with a total probability of at least p. Source: Holtzman et al. 2020."""
 
     def process(tokens: Sequence[int], logits: Tensor) -> Tensor:
-        ordered, order = logits.sort(descending=True)
+        possible = torch.isfinite(logits).nonzero().flatten()  # few after top_k, and sorting costs most
+        ordered, order = logits[possible].sort(descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens already have
-        return logits.index_fill(0, order[before >= p], -math.inf)
+        return logits.index_fill(0, possible[order[before >= p]], -math.inf)
 
     return process
+
+
+def min_p(share: float) -> Processor:
+    """Removes tokens with less than this share of the likeliest one's probability. Source: Nguyen et al. 2024."""
+    return lambda tokens, logits: logits.masked_fill(logits < logits.max() + math.log(share), -math.inf)
 
 
 def processors(config: SamplingConfig) -> list[Processor]:
@@ -106,12 +128,19 @@ def processors(config: SamplingConfig) -> list[Processor]:
         chain.append(top_k(config.top_k))
     if config.temperature and config.top_p < 1:
         chain.append(top_p(config.top_p))
+    if config.temperature and config.min_p:
+        chain.append(min_p(config.min_p))
     return chain
 
 
 def draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
-    """One token id from processed logits (n_vocab,): the likeliest at temperature 0, else a draw."""
+    """One token id from processed logits (n_vocab,) on the CPU: the likeliest at temperature 0, else a draw.
+
+    A draw takes one uniform number, by inverting the distribution function; so a seed's n-th number belongs
+    to the n-th token, however the tokens before it were found.
+    """
     if config.temperature == 0:
         return int(logits.argmax())
-    probabilities = logits.float().softmax(-1).cpu()  # drawn on the CPU, so that a seed means the same everywhere
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    cumulative = logits.softmax(-1).cumsum(0, dtype=torch.float64)
+    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(logits) - 1))

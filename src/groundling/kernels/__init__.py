@@ -30,9 +30,9 @@ def select(name: str) -> None:
     _backend = BACKENDS[name]
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
     """Softmax attention in which a query sees the keys up to its own position; see `reference.py`."""
-    return _backend.causal_attention(query, key, value)  # type: ignore[no-any-return]
+    return _backend.causal_attention(query, key, value, visible)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

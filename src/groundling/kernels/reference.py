@@ -13,14 +13,17 @@ IGNORED_TARGET = -100
 """Target that no loss counts (PyTorch's own default): the filling after the end of a short window."""
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
     """Softmax attention, scaled by 1/sqrt(D), in which a query sees the keys up to its own position.
 
     query (B, H, T, D); key and value (B, H, S, D) with S >= T: the queries are the last T of the S
-    positions, as they are when earlier keys come from a cache. Returns (B, H, T, D).
+    positions, as they are when earlier keys come from a cache. Where the windows of a batch differ in length,
+    `visible` (B, 1, T, S) says what each query sees instead. Returns (B, H, T, D).
     Source: Vaswani et al. 2017, section 3.2.1.
     """
     T, S = query.size(2), key.size(2)
+    if visible is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
     if T == S:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     if T == 1:  # one new position sees everything

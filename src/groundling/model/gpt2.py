@@ -21,7 +21,7 @@ from groundling import kernels
 from groundling.errors import ConfigError
 
 if TYPE_CHECKING:
-    from groundling.model.cache import KVCache, LayerCache
+    from groundling.model.cache import LayerReading, Reading
 
 INIT_STD = 0.02
 """Standard deviation of the initial weights (GPT-2's released code)."""
@@ -72,15 +72,17 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, past: LayerReading | None) -> Tensor:
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        if cache is not None:
-            key, value = cache.append(key, value)  # (B, H, S, D), S positions so far
-        mixed = kernels.causal_attention(query, key, value)  # (B, H, T, D)
+        visible = None
+        if past is not None:
+            key, value = past.append(key, value)  # (B, H, S, D), S positions so far
+            visible = past.visible
+        mixed = kernels.causal_attention(query, key, value, visible)  # (B, H, T, D)
         return self.c_proj(mixed.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
 
@@ -102,8 +104,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, past: LayerReading | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
@@ -117,14 +119,11 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+    def forward(self, tokens: Tensor, reading: Reading | None) -> Tensor:
+        positions = torch.arange(tokens.size(1), device=tokens.device) if reading is None else reading.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layers[layer])
-        if cache is not None:
-            cache.advance(tokens.size(1))
+            x = block(x, None if reading is None else reading.layers[layer])
         return self.ln_f(x)  # type: ignore[no-any-return]
 
 
@@ -158,12 +157,12 @@ class GPT2(nn.Module):
         """The head's matrix (n_vocab, C), which is also the token embedding."""
         return self.lm_head.weight
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, reading: Reading | None = None) -> Tensor:
         """Final hidden states (B, T, C) for token ids (B, T).
 
-        With a cache, the tokens follow the positions that it holds, and it grows by theirs.
+        With a `Reading` of a cache, the tokens follow the positions that it holds, and are kept there.
         """
-        return self.transformer(tokens, cache)  # type: ignore[no-any-return]
+        return self.transformer(tokens, reading)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities (..., n_vocab) for hidden states (..., C)."""

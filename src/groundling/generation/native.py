@@ -1,0 +1,143 @@
+"""Decoding on a CPU in C++: `kernels/decode.cpp`, given a model's weights.
+
+Invariant: logits depend on nothing but the sequence, to the last bit (see the kernel); with fp32 weights
+they are those of the network within rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groundling.generation.decoder import Chunk
+from groundling.kernels.build import library
+from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, pack
+from groundling.model.gpt2 import GPT2
+
+MAX_ROWS = 256
+"""Tokens read in one pass; longer prompts are read in several."""
+PADDING = 16
+"""Matrix rows are filled with zeros to a multiple of this, as the kernel expects."""
+
+
+class NativeDecoder:
+    """A decoder that keeps its own packed copy of the weights.
+
+    While it is open PyTorch is held to one thread, because its waiting threads would fight the kernel's for
+    the cores. Raises `BuildError` if the kernel cannot be compiled.
+    """
+
+    def __init__(self, model: GPT2, n_window: int, n_slots: int, form: WeightFormat, n_threads: int) -> None:
+        self._library = library("decode")
+        self._library.groundling_open.restype = ctypes.c_void_p
+        config = model.config
+        self.n_window, self.n_slots = min(n_window, config.n_ctx), n_slots
+        self._n_vocab = config.n_vocab
+        self._lengths = [0] * n_slots
+        self._max_rows = max(MAX_ROWS, n_slots)
+        self._tensors = _tensors(model, form)  # the kernel reads them where they are
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._tensors]
+        n_layer, n_head, n_embd, n_ctx = config.n_layer, config.n_head, config.n_embd, config.n_ctx
+        sizes = (n_layer, n_head, n_embd, n_ctx, config.n_vocab, self.n_window, n_slots, self._max_rows)
+        self._network = ctypes.c_void_p(
+            self._library.groundling_open(
+                (ctypes.c_int64 * len(sizes))(*sizes),
+                WEIGHT_FORMATS.index(form),
+                n_threads,
+                (ctypes.c_void_p * len(addresses))(*addresses),
+            )
+        )
+        self._logits = torch.empty(1, self._n_vocab)
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def length(self, slot: int) -> int:
+        return self._lengths[slot]
+
+    def rewind(self, slot: int, length: int) -> None:
+        assert length <= self._lengths[slot]
+        self._lengths[slot] = length
+
+    def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        counts = [len(chunk.tokens) for chunk in chunks]
+        n_outputs = [chunk.n_outputs for chunk in chunks]
+        tokens = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
+        slots = np.repeat(np.array([chunk.slot for chunk in chunks], dtype=np.int32), counts)
+        starts = [self._lengths[chunk.slot] for chunk in chunks]
+        positions = np.concatenate(
+            [np.arange(start, start + n, dtype=np.int32) for start, n in zip(starts, counts, strict=True)]
+        )
+        assert positions.max() < self.n_window
+        ends = np.cumsum(counts)
+        outputs = np.concatenate(
+            [np.arange(end - n, end, dtype=np.int32) for end, n in zip(ends, n_outputs, strict=True)]
+        )
+        if len(self._logits) < len(outputs):
+            self._logits = torch.empty(len(outputs), self._n_vocab)
+        done = 0
+        for first in range(0, len(tokens), self._max_rows):
+            rows = slice(first, first + self._max_rows)
+            wanted = outputs[(outputs >= first) & (outputs < first + self._max_rows)] - first
+            self._pass(tokens[rows], slots[rows], positions[rows], wanted.astype(np.int32), self._logits[done:])
+            done += len(wanted)
+        for chunk, start, n in zip(chunks, starts, counts, strict=True):
+            self._lengths[chunk.slot] = start + n
+        return list(torch.split(self._logits[: len(outputs)], n_outputs))
+
+    def _pass(
+        self, tokens: np.ndarray, slots: np.ndarray, positions: np.ndarray, outputs: np.ndarray, logits: Tensor
+    ) -> None:
+        self._library.groundling_read(
+            self._network,
+            ctypes.c_int64(len(tokens)),
+            *(ctypes.c_void_p(array.ctypes.data) for array in (tokens, slots, positions)),
+            ctypes.c_int64(len(outputs)),
+            ctypes.c_void_p(outputs.ctypes.data),
+            ctypes.c_void_p(logits.data_ptr() if len(outputs) else 0),
+        )
+
+    def close(self) -> None:
+        if self._network:
+            self._library.groundling_close(self._network)
+            self._network = ctypes.c_void_p()
+            torch.set_num_threads(self._torch_threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_network"):
+            self.close()
+
+
+def _tensors(model: GPT2, form: WeightFormat) -> list[Tensor | None]:
+    """The model's tensors in the order of the kernel's `groundling_open`."""
+
+    def matrix(weight: Tensor) -> list[Tensor | None]:
+        packed = pack(weight.detach(), form)
+        return [F.pad(packed.weight, (0, -packed.weight.size(1) % PADDING)).contiguous(), packed.scale]
+
+    def linear(layer: nn.Linear) -> list[Tensor | None]:
+        return [*matrix(layer.weight), plain(layer.bias)]
+
+    def plain(tensor: Tensor) -> Tensor:
+        return tensor.detach().float().contiguous()
+
+    def norm(layer: nn.LayerNorm) -> list[Tensor | None]:
+        return [plain(layer.weight), plain(layer.bias)]
+
+    body = model.transformer
+    tensors = [*matrix(model.head_weight), plain(body.wpe.weight), *norm(body.ln_f)]
+    for block in body.h:
+        tensors += [*norm(block.ln_1), *linear(block.attn.c_attn), *linear(block.attn.c_proj)]  # type: ignore[arg-type, union-attr]
+        tensors += [*norm(block.ln_2), *linear(block.mlp.c_fc), *linear(block.mlp.c_proj)]  # type: ignore[arg-type, union-attr]
+    return tensors

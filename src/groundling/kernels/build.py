@@ -1,0 +1,72 @@
+"""Our C++, compiled where it runs.
+
+Invariant: a library is used only if it was made from this very source, by this compiler, for this CPU; it
+appears under its final name whole or not at all, so processes may compile side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from groundling import machine, runtime
+
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+TIMEOUT_S = 300
+
+
+class BuildError(Exception):
+    """A library that cannot be had here, in one sentence; everything works without it, more slowly."""
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """The library made of `kernels/NAME.cpp`, compiled at its first use on this machine and then cached.
+
+    Raises `BuildError` if there is no C++ compiler, or it fails.
+    """
+    compiler = runtime.cpp_compiler()
+    if compiler is None:
+        raise BuildError("there is no C++ compiler (g++ or clang++)")
+    source = Path(__file__).with_name(f"{name}.cpp")
+    flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    made_of = [source.read_text(encoding="utf-8"), *flags, _version(compiler), *sorted(machine.cpu_flags())]
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
+    path = runtime.cache_dir() / "kernels" / f"{name}-{key[:24]}.so"
+    if not path.exists():
+        _compile([compiler, *flags, str(source)], path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}): delete it") from None
+
+
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"])
+
+
+def _compile(command: list[str], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _run([*command, "-o", str(temporary)])
+        temporary.replace(path)
+    except OSError as error:
+        raise BuildError(f"{path} cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
+    except subprocess.CalledProcessError as error:
+        first_line = (error.stderr.strip() or "no message").partition("\n")[0]
+        raise BuildError(f"{Path(command[0]).name} failed: {first_line}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} cannot be run ({error})") from None

@@ -1,0 +1,494 @@
+// One forward pass of GPT-2 over a few rows (tokens) of several sequences, for decoding on a CPU.
+//
+// Reading the weights is what a decoded token costs, so every row of a pass shares one reading of them:
+// the tokens of a prompt, the drafted tokens that a pass verifies, and the newest tokens of all sequences
+// in a batch are all just rows.
+//
+// Invariant: a row's logits depend, to the last bit, on nothing but its own sequence up to its position:
+// not on the other rows of the pass, nor on how many there are, nor on the number of threads. Every output
+// is summed over lanes in one fixed order, whatever tile computes it.
+//
+// Weights are fp32, bf16 or int8 with one fp32 scale a row; all arithmetic is fp32. Matrices are (out, in),
+// their rows padded with zeros to a multiple of 16. `kernels/build.py` compiles this file, `generation/native.py` binds it.
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+// Compilers widen short vectors clumsily where one instruction does it.
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+// Lanes of a vector, and the tile of outputs (weight rows x tokens) whose sums fit the registers beside
+// the operands: 16 registers with AVX2, 32 with AVX-512 and NEON.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 4, kTileTokens = 6;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 3, kTileTokens = 4;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kTileRows = 4, kTileTokens = 6;
+#else
+constexpr int kLanes = 4, kTileRows = 3, kTileTokens = 4;
+#endif
+constexpr int kPanel = 4 * kTileRows * 4;  // weight rows that a thread takes at once: they stay in its L2
+constexpr int kPad = 16;
+constexpr float kLayerNormEps = 1e-5f;  // GPT-2's
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <class V>
+inline V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);  // unaligned
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+// a * b + c, rounded once: spelled out, because compilers contract the sum in some tiles and not in others.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec splat(float value) { return value - Vec{}; }
+
+inline float sum(Vec value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+struct Fp32 {
+  using Element = float;
+  static Vec read(const float* from) { return load<Vec>(from); }
+  static float write(float value) { return value; }
+};
+
+struct Bf16 {  // the upper half of an fp32
+  using Element = uint16_t;
+  static Vec read(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+    return (Vec)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
+  }
+  static uint16_t write(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  }
+};
+
+struct Int8 {
+  using Element = int8_t;
+  static Vec read(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Vec);
+#endif
+  }
+};
+
+// e^x by x = n ln 2 + r and the Taylor series of e^r, |r| <= ln 2 / 2, to r^7 / 7!: within 2 units of the last place.
+inline Vec exponential(Vec x) {
+  x = x < -87.f ? splat(-87.f) : x;
+  x = x > 88.f ? splat(88.f) : x;
+  const Vec shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + shift;
+  const Vec n = shifted - shift;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts (Cody and Waite 1980)
+  Vec y = splat(1.f / 5040);
+  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = y * r + c;
+  return y * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// GPT-2's GELU, 0.5 x (1 + tanh(u)), with the tanh written as a logistic function: x / (1 + e^(-2u)).
+inline Vec gelu(Vec x) {
+  const Vec u = 0.79788456f * (x + 0.044715f * x * x * x);  // sqrt(2 / pi)
+  return x / (1.f + exponential(-2.f * u));
+}
+
+class Barrier {
+ public:
+  explicit Barrier(int n) : n_(n) {}
+  void wait() {
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
+      if (spins > 10000) std::this_thread::yield();
+  }
+
+ private:
+  const int n_;
+  std::atomic<int> arrived_{0}, round_{0};
+};
+
+struct Matrix {
+  const void* weight = nullptr;  // (n_out, padded(n_in))
+  const float* scale = nullptr;  // (n_out,), int8 only
+  const float* bias = nullptr;   // (n_out,), or none
+  int64_t n_out = 0, n_in = 0;
+};
+
+struct Norm {
+  const float *weight, *bias;
+};
+
+struct Layer {
+  Norm ln_1, ln_2;
+  Matrix c_attn, attn_proj, c_fc, mlp_proj;
+};
+
+// What to do with an output beside storing it.
+enum class Then { kStore, kAdd, kGelu, kCache };
+
+struct Network {
+  int64_t n_layer, n_head, n_embd, n_ctx, n_vocab, n_window, n_slots, max_rows;
+  int format;  // 0 fp32, 1 bf16, 2 int8
+  int n_threads;
+  Matrix head;
+  const float* wpe;
+  Norm ln_f;
+  std::vector<Layer> layers;
+
+  int64_t width, head_width;  // padded n_embd, padded head size
+  std::vector<float> x, normed, qkv, mixed, wide;
+  std::vector<float> cache_fp32;
+  std::vector<uint16_t> cache_bf16;
+  std::vector<std::vector<float>> scores;
+
+  // The pass at work.
+  const int32_t *tokens, *slots, *positions, *outputs;
+  int64_t n_rows, n_outputs;
+  float* logits;
+  std::vector<std::atomic<int64_t>> taken;  // work handed out, by phase
+
+  Barrier barrier;
+  std::vector<std::thread> threads;
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::atomic<int64_t> pass{0};
+  bool closing = false;
+
+  explicit Network(int n) : n_threads(n), taken(0), barrier(n) {}
+
+  int64_t cache_index(int64_t layer, int which, int64_t slot, int64_t head, int64_t position) const {
+    return ((((layer * 2 + which) * n_slots + slot) * n_head + head) * n_window + position) * head_width;
+  }
+
+  // A thread's share of a phase: takes pieces of work until none is left.
+  template <class Work>
+  void share(int& phase, int64_t n_pieces, Work work) {
+    std::atomic<int64_t>& next = taken[phase++];
+    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < n_pieces;) work(piece);
+    barrier.wait();
+  }
+
+  void embed(int64_t row) {
+    float* to = &x[row * width];
+    const int64_t token = tokens[row];
+    const float* position = wpe + positions[row] * n_embd;
+    for (int64_t c = 0; c < n_embd; ++c) {
+      const int64_t at = token * padded(n_embd) + c;
+      float value;
+      if (format == 0) {
+        value = static_cast<const float*>(head.weight)[at];
+      } else if (format == 1) {
+        const uint32_t bits = uint32_t{static_cast<const uint16_t*>(head.weight)[at]} << 16;
+        std::memcpy(&value, &bits, sizeof value);
+      } else {
+        value = static_cast<const int8_t*>(head.weight)[at] * head.scale[token];
+      }
+      to[c] = value + position[c];
+    }
+  }
+
+  void normalise(const float* from, const Norm& norm, float* to) const {
+    double total = 0, squares = 0;
+    for (int64_t c = 0; c < n_embd; ++c) total += from[c];
+    const float mean = static_cast<float>(total / n_embd);
+    for (int64_t c = 0; c < n_embd; ++c) squares += (from[c] - mean) * (from[c] - mean);
+    const float scale = 1.f / std::sqrt(static_cast<float>(squares / n_embd) + kLayerNormEps);
+    for (int64_t c = 0; c < n_embd; ++c) to[c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
+  }
+
+  void keep(int64_t layer, int64_t row, int64_t n, float value) {  // output n of c_attn: query, key or value
+    if (n < n_embd) {
+      qkv[row * n_embd + n] = value;
+      return;
+    }
+    const int64_t c = n % n_embd, head_size = n_embd / n_head;
+    const int64_t at =
+        cache_index(layer, n / n_embd - 1, slots[row], c / head_size, positions[row]) + c % head_size;
+    if (format == 0)
+      cache_fp32[at] = value;
+    else
+      cache_bf16[at] = Bf16::write(value);
+  }
+
+  template <class Format, int kRows, int kTokens>
+  void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row, Then then, float* out,
+            int64_t out_width, int64_t layer) {
+    const int64_t stride = padded(m.n_in);
+    const auto* weight = static_cast<const typename Format::Element*>(m.weight) + n * stride;
+    Vec sums[kRows][kTokens] = {};
+    for (int64_t k = 0; k < stride; k += kLanes) {
+      Vec inputs[kTokens];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) inputs[t] = load<Vec>(in + (row + t) * in_width + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec weights = Format::read(weight + r * stride + k);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) sums[r][t] = multiply_add(weights, inputs[t], sums[r][t]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTokens; ++t) {
+        float value = sum(sums[r][t]);
+        if (m.scale) value *= m.scale[n + r];
+        if (m.bias) value += m.bias[n + r];
+        float* to = out + (row + t) * out_width + n + r;
+        if (then == Then::kCache)
+          keep(layer, row + t, n + r, value);
+        else
+          *to = then == Then::kAdd ? *to + value : value;
+      }
+  }
+
+  template <class Format, int kRows>
+  void tiles(const Matrix& m, int64_t n, int64_t n_end, const float* in, int64_t in_width, int64_t row,
+             int64_t n_tokens, Then then, float* out, int64_t out_width, int64_t layer) {
+    const auto all = [&](auto tokens) {
+      constexpr int kTokens = decltype(tokens)::value;
+      int64_t at = n;
+      for (; at + kRows <= n_end; at += kRows)
+        tile<Format, kRows, kTokens>(m, at, in, in_width, row, then, out, out_width, layer);
+      for (; at < n_end; ++at) tile<Format, 1, kTokens>(m, at, in, in_width, row, then, out, out_width, layer);
+    };
+    switch (n_tokens) {
+      case 1: return all(std::integral_constant<int, 1>{});
+      case 2: return all(std::integral_constant<int, 2>{});
+      case 3: return all(std::integral_constant<int, 3>{});
+      default: return all(std::integral_constant<int, kTileTokens>{});
+    }
+  }
+
+  // out (n_in rows, m.n_out) from in (n_in rows, m.n_in), a panel of outputs at a time.
+  void linear(int& phase, const Matrix& m, const float* in, int64_t in_width, int64_t n, Then then, float* out,
+              int64_t out_width, int64_t layer = 0) {
+    share(phase, (m.n_out + kPanel - 1) / kPanel, [&](int64_t panel) {
+      const int64_t begin = panel * kPanel, end = std::min(m.n_out, begin + kPanel);
+      for (int64_t row = 0; row < n;) {
+        const int64_t left = n - row;
+        const int64_t count = left >= kTileTokens ? kTileTokens : std::min<int64_t>(left, 3);
+        if (format == 0)
+          tiles<Fp32, kTileRows>(m, begin, end, in, in_width, row, count, then, out, out_width, layer);
+        else if (format == 1)
+          tiles<Bf16, kTileRows>(m, begin, end, in, in_width, row, count, then, out, out_width, layer);
+        else
+          tiles<Int8, kTileRows>(m, begin, end, in, in_width, row, count, then, out, out_width, layer);
+        if (then == Then::kGelu)
+          for (int64_t t = row; t < row + count; ++t)
+            for (int64_t at = begin; at < end; at += kLanes)  // rows are padded, so a last vector may run over
+              store(out + t * out_width + at, gelu(load<Vec>(out + t * out_width + at)));
+        row += count;
+      }
+    });
+  }
+
+  template <class Format>
+  void attend(int64_t layer, int64_t row, int64_t head, const typename Format::Element* cache, float* weights) {
+    const int64_t head_size = n_embd / n_head, n = positions[row] + 1;
+    const auto* keys = cache + cache_index(layer, 0, slots[row], head, 0);
+    const auto* values = cache + cache_index(layer, 1, slots[row], head, 0);
+    float query[head_width], mixture[head_width];
+    std::memset(query, 0, sizeof query);
+    std::memcpy(query, &qkv[row * n_embd + head * head_size], head_size * sizeof(float));
+    const float scale = 1.f / std::sqrt(static_cast<float>(head_size));
+    float largest = -INFINITY;
+    for (int64_t s = 0; s < n; ++s) {
+      Vec dot{};
+      for (int64_t d = 0; d < head_width; d += kLanes)
+        dot = multiply_add(load<Vec>(query + d), Format::read(keys + s * head_width + d), dot);
+      weights[s] = sum(dot) * scale;
+      largest = std::max(largest, weights[s]);
+    }
+    for (int64_t s = n; s < n + kLanes; ++s) weights[s] = -INFINITY;
+    Vec total{};
+    for (int64_t s = 0; s < n; s += kLanes) {
+      const Vec scores = load<Vec>(weights + s);
+      const Vec terms = scores == -INFINITY ? Vec{} : exponential(scores - largest);
+      store(weights + s, terms);
+      total += terms;
+    }
+    const float inverse = 1.f / sum(total);
+    std::memset(mixture, 0, sizeof mixture);
+    for (int64_t s = 0; s < n; ++s) {
+      const Vec share = splat(weights[s] * inverse);
+      for (int64_t d = 0; d < head_width; d += kLanes)
+        store(mixture + d, multiply_add(share, Format::read(values + s * head_width + d), load<Vec>(mixture + d)));
+    }
+    std::memcpy(&mixed[row * width + head * head_size], mixture, head_size * sizeof(float));
+  }
+
+  // Every thread runs the whole pass; `share` divides each phase among them.
+  void run(int thread) {
+    int phase = 0;
+    float* weights = scores[thread].data();
+    const int64_t wide_width = padded(4 * n_embd);
+    share(phase, n_rows, [&](int64_t row) { embed(row); });
+    for (int64_t l = 0; l < n_layer; ++l) {
+      const Layer& layer = layers[l];
+      share(phase, n_rows, [&](int64_t row) { normalise(&x[row * width], layer.ln_1, &normed[row * width]); });
+      linear(phase, layer.c_attn, normed.data(), width, n_rows, Then::kCache, qkv.data(), 0, l);
+      share(phase, n_rows * n_head, [&](int64_t piece) {
+        if (format == 0)
+          attend<Fp32>(l, piece / n_head, piece % n_head, cache_fp32.data(), weights);
+        else
+          attend<Bf16>(l, piece / n_head, piece % n_head, cache_bf16.data(), weights);
+      });
+      linear(phase, layer.attn_proj, mixed.data(), width, n_rows, Then::kAdd, x.data(), width);
+      share(phase, n_rows, [&](int64_t row) { normalise(&x[row * width], layer.ln_2, &normed[row * width]); });
+      linear(phase, layer.c_fc, normed.data(), width, n_rows, Then::kGelu, wide.data(), wide_width);
+      linear(phase, layer.mlp_proj, wide.data(), wide_width, n_rows, Then::kAdd, x.data(), width);
+    }
+    share(phase, n_outputs, [&](int64_t i) { normalise(&x[outputs[i] * width], ln_f, &normed[i * width]); });
+    linear(phase, head, normed.data(), width, n_outputs, Then::kStore, logits, n_vocab);
+  }
+
+  void serve(int thread) {
+    for (int64_t seen = 0;;) {
+      for (int spins = 0; pass.load(std::memory_order_acquire) == seen && spins < 20000; ++spins) {
+      }
+      if (pass.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return pass.load(std::memory_order_acquire) != seen; });
+      }
+      ++seen;
+      if (closing) return;
+      run(thread);
+    }
+  }
+
+  void begin_pass() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      pass.fetch_add(1, std::memory_order_release);
+    }
+    wake.notify_all();
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// sizes: n_layer n_head n_embd n_ctx n_vocab n_window n_slots max_rows. tensors: the embedding (weight,
+// scale), the position table, ln_f (weight, bias), then for each layer ln_1 (weight, bias), c_attn (weight,
+// scale, bias), attn.c_proj (same), ln_2, c_fc, mlp.c_proj. They are not copied and must outlive the network.
+void* groundling_open(const int64_t* sizes, int format, int n_threads, const void* const* tensors) {
+  auto* net = new Network(n_threads);
+  net->n_layer = sizes[0], net->n_head = sizes[1], net->n_embd = sizes[2], net->n_ctx = sizes[3];
+  net->n_vocab = sizes[4], net->n_window = sizes[5], net->n_slots = sizes[6], net->max_rows = sizes[7];
+  net->format = format;
+  const int64_t C = net->n_embd, rows = net->max_rows;
+  const auto floats = [&] { return static_cast<const float*>(*tensors++); };
+  const auto matrix = [&](int64_t n_out, int64_t n_in, bool bias) {
+    Matrix m;
+    m.weight = *tensors++;
+    m.scale = floats();
+    m.bias = bias ? floats() : nullptr;
+    m.n_out = n_out, m.n_in = n_in;
+    return m;
+  };
+  const auto norm = [&] {
+    const float* weight = floats();
+    return Norm{weight, floats()};
+  };
+  net->head = matrix(net->n_vocab, C, false);
+  net->wpe = floats();
+  net->ln_f = norm();
+  for (int64_t l = 0; l < net->n_layer; ++l) {
+    Layer layer;
+    layer.ln_1 = norm();
+    layer.c_attn = matrix(3 * C, C, true);
+    layer.attn_proj = matrix(C, C, true);
+    layer.ln_2 = norm();
+    layer.c_fc = matrix(4 * C, C, true);
+    layer.mlp_proj = matrix(C, 4 * C, true);
+    net->layers.push_back(layer);
+  }
+  net->width = padded(C), net->head_width = padded(C / net->n_head);
+  for (auto* buffer : {&net->x, &net->normed, &net->mixed}) buffer->assign(rows * net->width, 0.f);
+  net->qkv.assign(rows * C, 0.f);
+  net->wide.assign(rows * padded(4 * C), 0.f);
+  const int64_t cache = net->n_layer * 2 * net->n_slots * net->n_head * net->n_window * net->head_width;
+  if (format == 0)
+    net->cache_fp32.assign(cache, 0.f);
+  else
+    net->cache_bf16.assign(cache, 0);
+  net->scores.assign(n_threads, std::vector<float>(net->n_window + 2 * kLanes));
+  net->taken = std::vector<std::atomic<int64_t>>(3 + 7 * net->n_layer);
+  for (int thread = 1; thread < n_threads; ++thread)
+    net->threads.emplace_back([net, thread] { net->serve(thread); });
+  return net;
+}
+
+// Reads row i = tokens[i] at positions[i] of sequence slots[i], whose earlier positions must have been read,
+// before or in this pass; writes the logits (n_outputs, n_vocab) that follow the rows named in `outputs`.
+void groundling_read(void* network, int64_t n_rows, const int32_t* tokens, const int32_t* slots,
+                     const int32_t* positions, int64_t n_outputs, const int32_t* outputs, float* logits) {
+  auto* net = static_cast<Network*>(network);
+  net->tokens = tokens, net->slots = slots, net->positions = positions, net->outputs = outputs;
+  net->n_rows = n_rows, net->n_outputs = n_outputs, net->logits = logits;
+  for (auto& count : net->taken) count.store(0, std::memory_order_relaxed);
+  net->begin_pass();
+  net->run(0);
+}
+
+void groundling_close(void* network) {
+  auto* net = static_cast<Network*>(network);
+  net->closing = true;
+  net->begin_pass();
+  for (auto& thread : net->threads) thread.join();
+  delete net;
+}
+
+}  // extern "C"
