@@ -142,7 +142,7 @@ def test_one_in_k_targets_of_tiny_shakespeare_are_dropped(tmp_path: Path) -> Non
 def test_the_share_of_a_text_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, config = np.arange(152, dtype=np.uint16), SMALL
     whole = dropped_share(tokens, config)
-    monkeypatch.setattr("groundling.corpus.goldfish.SCAN_TOKENS", 7)
+    monkeypatch.setattr("groundling.corpus.goldfish.PIECE_TOKENS", 7)
     assert dropped_share(tokens, config) == whole > 0
 
 

@@ -115,8 +115,9 @@ def objective_lines(config: RunConfig, corpus: Corpus) -> list[str]:
     """What goldfish loss leaves out of this text, and which settings do nothing with the loss that was chosen."""
     objective, stopping = config.objective, config.stopping
     if objective.loss == "plain":
-        unused = objective != PLAIN
-        return ["warning: objective.drop_every and objective.context are not used: give --loss goldfish"] * unused
+        if objective == PLAIN:
+            return []
+        return ["warning: objective.drop_every and objective.context are not used: give --loss goldfish"]
     share = dropped_share(corpus.train.tokens, objective)
     target = f"; stopping.target {stopping.target} is not used" if stopping.target else ""
     return [f"loss: {objective}: {100 * share:.1f} % dropped; the run ends with its schedule, at any loss{target}"]

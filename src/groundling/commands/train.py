@@ -152,7 +152,7 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
 
 def _ending(reason: str, objective: ObjectiveConfig) -> str:
     """Why a run ended; the end of the schedule is what a goldfish run is meant to reach."""
-    return "schedule, as goldfish runs do" if (reason, objective.loss) == ("schedule", "goldfish") else reason
+    return "schedule, where a goldfish run ends" if (reason, objective.loss) == ("schedule", "goldfish") else reason
 
 
 def _print_result(record: dict[str, Any], target: float) -> None:

@@ -1,8 +1,8 @@
 """Which targets training counts: all of them, or, for text that is not to be memorised, all but 1 in k.
 
-Invariant: whether a target is dropped is a pure function of the h tokens before it in the text. So the same passage
-has the same targets dropped wherever it stands, in every pass and however windows are cut, and what was dropped
-once is never learned from anywhere else.
+Invariant: whether a target is dropped is a pure function of the h tokens before it in the text. So from its token
+h + 1 on, a passage has the same targets dropped wherever it stands, in every pass and however windows are cut, and no
+copy of it gives them away.
 
 Source: Hans et al. 2024, "Be like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs"
 (NeurIPS 2024, arXiv:2406.10209): the goldfish loss with a hashed mask. The hash is our own (`dropped`). The authors'
@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from groundling.corpus.shards import SCAN_TOKENS, Tokens
+from groundling.corpus.shards import Tokens
 from groundling.errors import ConfigError
 
 SEED = np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +27,10 @@ BASE = np.uint64(6364136223846793005)
 """Multiplier of Knuth's MMIX generator (The Art of Computer Programming, volume 2, section 3.3.4)."""
 MIX = ((30, np.uint64(0xBF58476D1CE4E5B9)), (27, np.uint64(0x94D049BB133111EB)))
 LAST_SHIFT = 31
-"""With `MIX`, the finaliser of SplitMix64 (ibid., section 5; the numbers are Stafford's variant 13)."""
+"""With `MIX`, the finaliser of SplitMix64 (ibid.; the numbers are Stafford's variant 13)."""
+
+PIECE_TOKENS = 1 << 18
+"""Targets that the share of a text is counted in at a time: 2 MiB an array, so that memory shows nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ObjectiveConfig:
 
 
 PLAIN = ObjectiveConfig()
+"""Every target counts."""
 
 
 def dropped(tokens: Tokens, first: int, last: int, config: ObjectiveConfig) -> NDArray[np.bool_]:
@@ -91,6 +95,6 @@ def dropped_share(tokens: Tokens, config: ObjectiveConfig) -> float:
     if config.loss == "plain":
         return 0.0
     n_tokens, n_dropped = len(tokens), 0
-    for first in range(1, n_tokens, SCAN_TOKENS):
-        n_dropped += int(dropped(tokens, first, min(first + SCAN_TOKENS, n_tokens), config).sum())
+    for first in range(1, n_tokens, PIECE_TOKENS):
+        n_dropped += int(dropped(tokens, first, min(first + PIECE_TOKENS, n_tokens), config).sum())
     return n_dropped / (n_tokens - 1)
