@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from groundling.corpus.config import CorpusConfig
+from groundling.corpus.goldfish import ObjectiveConfig
 from groundling.corpus.windows import WindowConfig
 from groundling.errors import ConfigError
 from groundling.evaluation.corpus_loss import EvaluationConfig
@@ -41,6 +42,7 @@ class RunConfig:
     """Seed of the weights and of the order of windows."""
     text: CorpusConfig = field(default_factory=CorpusConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: GPTConfig = field(default_factory=GPTConfig)
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -65,7 +67,16 @@ class RunConfig:
     @property
     def recipe(self) -> Recipe:
         """The sections that the trainer receives."""
-        return Recipe(self.seed, self.model, self.windows, self.optim, self.schedule, self.stopping, self.checkpoint)
+        return Recipe(
+            self.seed,
+            self.model,
+            self.windows,
+            self.optim,
+            self.schedule,
+            self.stopping,
+            self.checkpoint,
+            self.objective,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, dictionaries and numbers, as YAML and JSON hold them."""

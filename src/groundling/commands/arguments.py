@@ -30,6 +30,7 @@ SHORTCUTS = {
     "heldout": "text.heldout",
     "heldout-fraction": "text.heldout_fraction",
     "tokenizer": "text.tokenizer",
+    "loss": "objective.loss",
     "max-steps": "stopping.max_steps",
     "max-minutes": "stopping.max_minutes",
     "save-every": "checkpoint.save_every",

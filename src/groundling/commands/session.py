@@ -13,6 +13,7 @@ from typing import Any
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import load_preset
 from groundling.config import RunConfig, preset_names
+from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, load_corpus
 from groundling.errors import ConfigError
 from groundling.model.gpt2 import GPTConfig
@@ -46,6 +47,7 @@ class Prepared:
             "held-out text": None if heldout is None else heldout.sha256(),
             "tokenizer": self.corpus.tokenizer.sha256,
             "architecture": asdict(self.config.model),
+            "loss": str(self.config.objective),
         }
 
     def trainer(self, checkpoints: Path) -> Trainer:
@@ -88,6 +90,9 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
         say(f"warning: model.n_vocab {n_vocab:,} is not used: the tokenizer has {config.model.n_vocab:,} ids")
     heldout = f"{corpus.heldout.n_tokens:,} held out" if corpus.heldout else "nothing held out"
     say(f"text: {corpus.name}, {corpus.train.n_tokens:,} tokens to train on, {heldout}, {config.model.n_vocab:,} ids")
+    for line in objective_lines(config, corpus):
+        say(line)
+    config = with_end(config)
     say(f"model: {config.model.n_parameters():,} parameters")
     ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
@@ -97,6 +102,25 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
 def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     """The configuration with as many ids as the text's tokenizer has."""
     return replace(config, model=replace(config.model, n_vocab=corpus.tokenizer.n_vocab))
+
+
+def with_end(config: RunConfig) -> RunConfig:
+    """The configuration with the end that its loss has: text that is not to be memorised has no target to reach."""
+    if config.objective.loss == "plain":
+        return config
+    return replace(config, stopping=config.stopping.without_target())
+
+
+def objective_lines(config: RunConfig, corpus: Corpus) -> list[str]:
+    """What goldfish loss leaves out of this text, and which settings do nothing with the loss that was chosen."""
+    objective, stopping = config.objective, config.stopping
+    if objective.loss == "plain":
+        if objective == PLAIN:
+            return []
+        return ["warning: objective.drop_every and objective.context are not used: give --loss goldfish"]
+    share = dropped_share(corpus.train.tokens, objective)
+    target = f"; stopping.target {stopping.target} is not used" if stopping.target else ""
+    return [f"loss: {objective}: {100 * share:.1f} % dropped; the run ends with its schedule, at any loss{target}"]
 
 
 def new_run_path(config: RunConfig, corpus_name: str) -> Path:

@@ -12,6 +12,7 @@ from groundling import machine
 from groundling.commands.arguments import before_parsing, parse_run, run_parser
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, preset_path
+from groundling.corpus.goldfish import ObjectiveConfig
 from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.files import write_json, write_text
 from groundling.generation.open import open_decoder
@@ -31,6 +32,7 @@ EXAMPLES = """examples:
   groundling train --preset penny                         a small model, in a few minutes
   groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
   groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
+  groundling train --corpus letters.txt --loss goldfish   for a text that is not to be memorised
   groundling train --resume --out runs/novel              continue an interrupted run, bit for bit
   groundling train --schedule.peak 3e-4 --windows.length 512 --max-minutes 30
 """
@@ -96,7 +98,7 @@ def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool
             for line in estimate_lines(trainer, config):
                 trainer.sinks.note(line)
         reason = trainer.train()
-        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {reason}")
+        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {_ending(reason, config.objective)}")
         start = time.monotonic()
         try:
             losses = _final_losses(trainer, config.evaluation.final, folder.metrics)
@@ -149,10 +151,17 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     return losses
 
 
+def _ending(reason: str, objective: ObjectiveConfig) -> str:
+    """Why a run ended; the end of the schedule is what a goldfish run is meant to reach."""
+    return "schedule, where a goldfish run ends" if (reason, objective.loss) == ("schedule", "goldfish") else reason
+
+
 def _print_result(record: dict[str, Any], target: float) -> None:
     """What was reached, in words that do not mix up the grid and by heart."""
     passes, wall_s = record["passes"], clock(record["wall_s"])
     print(f"parameters          {record['parameters']:,}")
+    if record["goldfish_dropped"] is not None:
+        print(f"loss                {record['loss']}: {100 * record['goldfish_dropped']:.1f} % dropped")
     print(f"steps               {record['steps']:,} = {passes:.1f} passes over the text in {wall_s}")
     if record["tokens_per_s"]:
         print(f"speed               {record['tokens_per_s']:,.0f} tokens/s, {record['mfu']:.0%} of the matrix ceiling")
@@ -167,6 +176,8 @@ def _print_result(record: dict[str, Any], target: float) -> None:
 def _verdict(loss: float | None, target: float, what: str) -> str:
     if loss is None:
         return "not taken"
+    if not target:
+        return f"{loss:.6f}  (no target)"
     return f"{loss:.6f}  {'known' if loss < target else 'not known'} {what} (target {target})"
 
 

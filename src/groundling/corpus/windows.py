@@ -5,7 +5,8 @@ text exactly once, in the `permuted` orders; no sampler state exists that a chec
 
 A *window* is a start and a length n <= T: inputs are tokens [start, start + n), targets the same moved
 by one. A *grid* with offset o cuts the text at o, o + T, o + 2T ...; its first and last window may be
-short. Short windows are filled up to T with targets that no loss counts.
+short. Short windows are filled up to T with targets that no loss counts; so are the targets of training that
+goldfish loss drops (`goldfish.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import bisect
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundling.corpus.goldfish import PLAIN, ObjectiveConfig, dropped
 from groundling.corpus.shards import Tokens
 from groundling.errors import ConfigError
 from groundling.kernels.reference import IGNORED_TARGET
@@ -62,11 +64,14 @@ class WindowConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets (B, T) as int64, and how many of the targets count."""
+    """Inputs and targets (B, T) as int64."""
 
     inputs: Tensor
     targets: Tensor
     n_targets: int
+    """Targets that count."""
+    n_read: int
+    """Predictions of the text in these windows, those included whose target is dropped."""
 
     def split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Micro-batches of at most `size` windows."""
@@ -74,7 +79,7 @@ class Batch:
             yield self.inputs[first : first + size], self.targets[first : first + size]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device), self.targets.to(device), self.n_targets)
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
 
 def grid(n_tokens: int, length: int, offset: int = 0) -> NDArray[np.int64]:
@@ -87,14 +92,20 @@ def grid(n_tokens: int, length: int, offset: int = 0) -> NDArray[np.int64]:
     return np.stack([starts, ends - starts], axis=1)
 
 
-def gather(tokens: Tokens, windows: NDArray[np.int64], length: int) -> Batch:
-    """The batch of these windows (start, n), short ones filled up to `length`."""
+def gather(tokens: Tokens, windows: NDArray[np.int64], length: int, objective: ObjectiveConfig = PLAIN) -> Batch:
+    """The batch of these windows (start, n), short ones filled up to `length`, with the targets that it counts."""
     inputs = np.zeros((len(windows), length), dtype=np.int64)
     targets = np.full((len(windows), length), IGNORED_TARGET, dtype=np.int64)
+    n_targets = 0
     for row, (start, n) in enumerate(windows):
         inputs[row, :n] = tokens[start : start + n]
         targets[row, :n] = tokens[start + 1 : start + n + 1]
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), int(windows[:, 1].sum()))
+        n_targets += int(n)
+        if objective.loss == "goldfish":
+            left_out = dropped(tokens, start + 1, start + n + 1, objective)
+            targets[row, :n][left_out] = IGNORED_TARGET
+            n_targets -= int(left_out.sum())
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), n_targets, int(windows[:, 1].sum()))
 
 
 def seeded_offsets(length: int, n_offsets: int) -> list[int]:
@@ -116,11 +127,12 @@ def _generator(seed: int, purpose: int, n_pass: int) -> np.random.Generator:
 class Windows:
     """The batches of a run over one token array."""
 
-    def __init__(self, tokens: Tokens, config: WindowConfig, seed: int) -> None:
+    def __init__(self, tokens: Tokens, config: WindowConfig, seed: int, objective: ObjectiveConfig = PLAIN) -> None:
         """Raises `ConfigError` if the text is too short for one sequential batch."""
         self.tokens = tokens
         self.config = config
         self.seed = seed
+        self.objective = objective
         self._pass = functools.lru_cache(maxsize=2)(self.pass_windows)  # a batch may lie across two passes
         self._first_index = [0]  # of each pass so far, in windows since the start of the run
         n_needed = config.batch_size * config.length + 1
@@ -136,7 +148,7 @@ class Windows:
             return self._sequential(step)
         B = self.config.batch_size
         rows = [self._window(index) for index in range(step * B, (step + 1) * B)]
-        return gather(self.tokens, np.stack(rows), self.config.length)
+        return gather(self.tokens, np.stack(rows), self.config.length, self.objective)
 
     def steps_per_pass(self) -> float:
         """Steps after which the text has been read once (for shifted grids, within one window)."""
@@ -165,4 +177,4 @@ class Windows:
         B, T = self.config.batch_size, self.config.length
         start = step % ((len(self.tokens) - 1) // (B * T)) * B * T
         starts = start + T * np.arange(B)
-        return gather(self.tokens, np.stack([starts, np.full(B, T)], axis=1), T)
+        return gather(self.tokens, np.stack([starts, np.full(B, T)], axis=1), T, self.objective)

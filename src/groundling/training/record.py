@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from groundling import machine
+from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
 from groundling.training import checkpoint
 from groundling.training.metrics import read_lines
@@ -35,8 +36,11 @@ def make_record(
     losses: dict[str, Any],
     evaluation_s: float,
 ) -> dict[str, Any]:
-    """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds."""
-    state, runtime = trainer.state, trainer.runtime
+    """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds.
+
+    `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
+    """
+    state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.model.config.n_parameters(),
@@ -45,6 +49,8 @@ def make_record(
         "tokenizer_sha256": identity["tokenizer"],
         "window": trainer.recipe.windows.length,
         "steps": state.n_steps,
+        "loss": str(objective),
+        "goldfish_dropped": dropped_share(trainer.train_tokens, objective) if objective.loss == "goldfish" else None,
         "tokens_seen": state.tokens_seen,
         "passes": state.tokens_seen / (len(trainer.train_tokens) - 1),
         "wall_s": state.wall_s,

@@ -1,11 +1,11 @@
 """A run's folder: where its files stand, and what may be continued in it.
 
-Invariant: one process at a time, and only with the text, tokenizer and architecture that it was made
-from. A folder that could not begin its run does not stay behind.
+Invariant: one process at a time, and only with the text, tokenizer, architecture and loss that it was made
+with. A folder that could not begin its run does not stay behind.
 
     runs/gpt2/
         config.yaml      the whole configuration, resolved
-        identity.json    what must not change: text, held-out text, tokenizer, architecture
+        identity.json    what must not change: text, held-out text, tokenizer, architecture, loss
         origin.json      the text's name and size, and what the run began to compute on
         tokenizer.json   Hugging Face tokenizers
         train.bin        tokens of the training text (heldout.bin: of the held-out text)
@@ -34,6 +34,10 @@ from groundling.training import checkpoint
 
 NO_SUM = "0" * 64
 """A run's copy of tokens is not looked up by what it was made of."""
+
+
+UNSAID = {"loss": "plain"}
+"""What identities leave out that were written before there was a choice."""
 
 
 class RunFolder:
@@ -96,7 +100,7 @@ class RunFolder:
             path.rmdir()
 
     def _check(self, identity: dict[str, Any]) -> None:
-        known = json.loads(self.identity.read_text(encoding="utf-8"))
+        known = UNSAID | json.loads(self.identity.read_text(encoding="utf-8"))
         for what, value in identity.items():
             if known.get(what) != value:
                 raise CheckpointError(

@@ -41,7 +41,10 @@ def training_step(
     clip: float,
     runtime: Runtime,
 ) -> StepResult:
-    """Train on a batch with this learning rate; `loss_sum` is the model's own, possibly compiled."""
+    """Train on a batch with this learning rate; `loss_sum` is the model's own, possibly compiled.
+
+    The loss is the mean over the targets that count. A batch without any has none (nan), and changes nothing.
+    """
     start = time.perf_counter()
     batch = batch.to(runtime.device)
     optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from groundling.errors import ConfigError
@@ -62,6 +62,10 @@ class StoppingConfig:
             raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
         if not 0 < self.heldout_every < math.inf:
             raise ConfigError(f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes")
+
+    def without_target(self) -> StoppingConfig:
+        """The same limits for a run that ends with its schedule, whatever its loss is by then."""
+        return replace(self, target=0.0, overtime=0.0, expected_steps=None)
 
     def steps(self, total_steps: int) -> int:
         """Steps that a run with this schedule is expected to take."""
