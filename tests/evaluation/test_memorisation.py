@@ -44,6 +44,7 @@ def test_the_spans_are_the_maximal_ones(training: list[int], text: list[int], mi
     assert list(copies.spans) == [span for span in expected if span.length >= minimum]
     covered = [max((s.length for s in expected if s.start <= n < s.stop), default=0) for n in range(len(text))]
     assert copies.covered.tolist() == covered
+    assert copies.longest_span == max(expected, key=lambda span: span.length, default=None)
     assert copies.n_tokens == len(text)
     if text:
         assert copies.share(minimum) == sum(length >= minimum for length in covered) / len(text)

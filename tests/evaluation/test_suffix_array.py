@@ -106,6 +106,11 @@ def test_an_id_that_the_text_cannot_hold_is_refused(tokens: NDArray[np.uint16]) 
         SuffixArray.build(tokens).interval([70_000])
 
 
+def test_an_id_that_the_text_cannot_hold_ends_a_match(tokens: NDArray[np.uint16]) -> None:
+    matcher = SuffixMatcher(SuffixArray.build(tokens))
+    assert [matcher.append(token) for token in (int(tokens[0]), 70_000, int(tokens[0]))] == [1, 0, 1]
+
+
 def test_the_index_is_kept_and_opened_again(tokens: NDArray[np.uint16], tmp_path: Path) -> None:
     warnings: list[str] = []
     first = opened(tokens, tmp_path, warnings)

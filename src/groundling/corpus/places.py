@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from groundling.corpus import plays
 from groundling.corpus.shards import Tokens
-from groundling.corpus.sources import COLLECTIONS, TINY_SHAKESPEARE, packaged_names
+from groundling.corpus.sources import TINY_SHAKESPEARE, packaged_names
 from groundling.corpus.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 12
@@ -105,7 +105,7 @@ class Places:
         (before_bytes, before_lines), (n_bytes, n_lines) = self._before(begin), self._before(position)
         # A token that begins with a line end and goes on in the next line stands in the next.
         token = self._tokenizer.token_bytes[int(self._tokens[position])]
-        leading = token[: len(token) - len(token.lstrip())]
+        leading = token[: len(token) - len(token.lstrip())] if token.strip() else b""
         place = Place(self._name(number), 1 + n_lines - before_lines + leading.count(b"\n"))
         passages = self._passages_of(number)
         n_bytes += len(leading) - before_bytes
@@ -127,11 +127,10 @@ class Places:
         return len(self._tokens) if last else int(self._begins[number + 1]) - 1
 
     def _name(self, number: int) -> str:
-        if len(self._begins) == len(self._documents):
+        last = len(self._documents) - 1
+        if number < last or len(self._begins) <= len(self._documents):
             return self._documents[number]
-        if number + 1 < len(self._documents):
-            return self._documents[number]
-        return f"{self._documents[-1]}, document {number + 2 - len(self._documents):,}"
+        return f"{self._documents[last]}, document {number - last + 1:,}"
 
     def _passages(self, number: int) -> Sequence[Passage]:
         """The speeches of a document, empty unless it is a packaged text or the beginning of one."""

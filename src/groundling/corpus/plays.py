@@ -86,9 +86,10 @@ _SPEAKER = re.compile(r"\*\*(.+?)\*\*")
 _BROKEN_NAME = re.compile(r"\n\n([A-Z][A-Za-z]*) *\n\n\*\*")
 
 _TITLE = re.compile(r"\s*#\s+(.+)")
-# Some headings lack their marks: "SCENE II: Belmont. ...", "EPILOGUE", and **Scene III**, which is printed as a speaker.
+# Some headings lack their marks: "SCENE II: Belmont. ...", "EPILOGUE", and **Scene III**, printed as a speaker.
 _HEADING = re.compile(
-    r"\#+\ (?:(?:ACT|SCENE)\ [IVX]+|PROLOGUE|Prologue|EPILOGUE)\b | SCENE\ [IVX]+(?=:) | EPILOGUE$ | \*\*Scene\ [IVX]+\b",
+    r"""\#+\ (?:(?:ACT|SCENE)\ [IVX]+|PROLOGUE|Prologue|EPILOGUE)\b
+    | SCENE\ [IVX]+(?=:) | EPILOGUE$ | \*\*Scene\ [IVX]+\b""",
     re.VERBOSE,
 )
 # Two scenes have no heading at all; these are their first lines.

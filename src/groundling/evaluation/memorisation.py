@@ -58,6 +58,8 @@ class Copies:
     """Those of at least the minimum asked for, by start. They may overlap, and none lies inside another."""
     covered: NDArray[np.int32]
     """For each token the length of the longest span that it lies in, short ones included; 0 if there is none."""
+    longest_span: Span | None
+    """The longest of all, short ones included, the first of equals; None if no token stands in the training text."""
 
     @property
     def n_tokens(self) -> int:
@@ -90,23 +92,33 @@ def find_copies(
     lengths: list[NDArray[np.int32]] = []
     block: list[int] = []
     n_tokens, length = 0, 0
-    minimum = max(1, minimum)
+    longest: Span | None = None
+
+    def end(length: int, low: int, high: int) -> None:
+        """Take up the match that ended with the last token."""
+        nonlocal longest
+        surpasses = length > (longest.length if longest else 0)
+        if surpasses or length >= max(1, minimum):
+            span = Span(n_tokens - length, length, high - low, array.first_position(low, high))
+            longest = span if surpasses else longest
+            if length >= minimum:
+                spans.append(span)
+
     for token in tokens:
-        (low, high), before = matcher.interval, length
+        before, interval = length, matcher.interval
         length = matcher.append(token)
-        if length <= before and before >= minimum:  # the match before it was not extended
-            spans.append(Span(n_tokens - before, before, high - low, array.first_position(low, high)))
+        if length <= before:  # it was not extended by this token
+            end(before, *interval)
         block.append(length)
         n_tokens += 1
         if len(block) == PROGRESS_TOKENS:
             lengths.append(np.array(block, dtype=np.int32))
             on_tokens(len(block))
             block = []
-    if length >= minimum:
-        spans.append(Span(n_tokens - length, length, matcher.count, matcher.position))
+    end(length, *matcher.interval)
     lengths.append(np.array(block, dtype=np.int32))
     on_tokens(len(block))
-    return Copies(tuple(spans), _cover(np.concatenate(lengths)))
+    return Copies(tuple(spans), _cover(np.concatenate(lengths)), longest)
 
 
 def _cover(matches: NDArray[np.int32]) -> NDArray[np.int32]:

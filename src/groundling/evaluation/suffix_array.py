@@ -50,16 +50,18 @@ def _ignore(message: str) -> None:
 class SuffixArray:
     """The sorted suffixes of a text of up to 2**31 - 1 tokens; `build` or `open_or_build` makes one.
 
-    Tokens go in and out as ids. A pattern with an id that the text's type cannot hold raises OverflowError.
+    Tokens go in and out as ids. A pattern with an id from `n_ids` on raises OverflowError.
     """
 
     def __init__(self, text: bytes | mmap.mmap, start: int, token_bytes: int, order: NDArray[np.int32]) -> None:
         self.n_tokens = len(order)
         self._text = text  # big-endian tokens from `start` to its end, where slices end by themselves
         self._start = start
+        self.n_ids = 1 << 8 * token_bytes
+        """Ids that the text's type can hold; a larger one stands nowhere."""
         self._token_bytes = token_bytes
         self._order = order
-        self._entries = memoryview(order)  # gives int, several times as quickly as NumPy gives its scalars
+        self._entries = order.data  # gives int, several times as quickly as NumPy gives its scalars
 
     @classmethod
     def build(cls, tokens: Tokens) -> Self:
@@ -262,6 +264,9 @@ class SuffixMatcher:
     def append(self, token: int) -> int:
         """Add a token to the context and return the new length of the match."""
         array = self.array
+        if token >= array.n_ids:
+            self.reset()
+            return 0
         encoded = array.encode((token,))
         low, high = array.narrowed(self._low, self._high, self.length, encoded)
         self._matched += encoded
