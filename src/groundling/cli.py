@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a GPT-2 on a text until it knows it",
     "evaluate": "print the losses of a run over the whole text",
     "sample": "continue a prompt with a trained model",
+    "trace": "show which parts of a text stand word for word in a run's training text",
     "estimate": "say how long a run would take here, and how much memory",
     "doctor": "print what this machine offers and what will be used",
 }

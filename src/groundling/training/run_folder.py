@@ -7,6 +7,7 @@ with. A folder that could not begin its run does not stay behind.
         config.yaml      the whole configuration, resolved
         identity.json    what must not change: text, held-out text, tokenizer, architecture, loss
         origin.json      the text's name and size, and what the run began to compute on
+        places.json      the names of the text's documents, in order
         tokenizer.json   Hugging Face tokenizers
         train.bin        tokens of the training text (heldout.bin: of the held-out text)
         metrics.jsonl    one line per step, and one per evaluation
@@ -26,6 +27,7 @@ from typing import Any
 import yaml
 
 from groundling.corpus.load import Corpus
+from groundling.corpus.places import packaged_documents
 from groundling.corpus.shards import TokenFile, make_header
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError
@@ -48,6 +50,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.identity = path / "identity.json"
         self.origin = path / "origin.json"
+        self.places = path / "places.json"
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -123,7 +126,25 @@ class RunFolder:
             self._keep_tokens("heldout", corpus.heldout)
         corpus.tokenizer.save(self.tokenizer)
         text = {name: getattr(corpus, name) for name in ("name", "sha256", "n_bytes", "n_documents")}
+        write_json(self.places, {"documents": list(corpus.document_names)})
         write_json(self.origin, {"text": text, "tokenizer": corpus.tokenizer.name, "runtime": runtime})
+
+    def document_names(self) -> tuple[str, ...]:
+        """The names of the training text's documents; of a run that did not keep them, what its settings still tell.
+
+        Raises `CheckpointError` if neither can be read.
+        """
+        try:
+            return tuple(map(str, json.loads(self.places.read_text(encoding="utf-8"))["documents"]))
+        except FileNotFoundError:
+            pass  # a run from before they were kept
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.places} cannot be read ({error}): remove it to do without") from None
+        try:
+            sources = [str(source) for source in self.settings()["text"]["sources"]]
+        except (TypeError, KeyError):
+            return ()
+        return packaged_documents(sources) or (", ".join(sources),)
 
     def text(self) -> Corpus:
         """The text that `keep_text` kept. Raises `CheckpointError` if it is missing."""
