@@ -54,7 +54,7 @@ def ours(folder: Path, checkpoint: Path, form: str, drafts: str) -> Write:
     decoder = open_decoder(model, window, resolved, form)
     del model
     gc.collect()
-    array = SuffixArray.build(RunFolder(folder).tokens("train").tokens) if drafts == "text" else None
+    array = SuffixArray.build(RunFolder(folder).tokens("train").tokens) if drafts else None
 
     def write(prompt: list[int], n: int) -> list[int]:
         drafter = first_of(CorpusDrafter(SuffixMatcher(array)), PromptDrafter()) if array else None
@@ -188,7 +188,7 @@ def main() -> None:
 
     checkpoint = find_checkpoint(options.run)
     folder = RunFolder(options.run)
-    model, tokenizer, window = load_model(checkpoint, "cpu")
+    model, _, window = load_model(checkpoint, "cpu")
     text = folder.tokens("train").tokens
     starts = [window * round(i * (len(text) // window - 1) / options.prompts) for i in range(options.prompts)]
     prompts = [text[start : start + options.prompt_tokens].tolist() for start in starts]
@@ -212,8 +212,14 @@ def main() -> None:
             foreign_formats.write_ctranslate2(hf, root / kind, kind)
         plans: list[tuple[str, int, Callable[..., Write], tuple[Any, ...], int]] = [
             *(
-                (f"groundling {form}{' text drafts' if drafts == 'text' else ''}", n_bytes[form], ours, (folder.path, checkpoint, form, drafts), n)
-                for drafts in ("none", "text")
+                (
+                    f"groundling {form}{drafts and ' drafts'}",
+                    n_bytes[form],
+                    ours,
+                    (folder.path, checkpoint, form, drafts),
+                    n,
+                )
+                for drafts in ("", "text")
                 for form in ("fp32", "bf16", "int8")
             ),
             ("llama.cpp F16", n_bytes["bf16"], llama_cpp, (root / "F16.gguf", n_ctx), n),

@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from groundling.commands.model_options import model_parser, resolve_runtime
+from groundling.commands.model_options import folder_of, model_parser, resolve_runtime
 from groundling.errors import CheckpointError, ConfigError
 from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator
+from groundling.model.formats import WEIGHT_FORMATS, round_weights
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.metrics import read_lines
 from groundling.training.progress import progress_bar
-from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.run_folder import find_checkpoint
 
 EXAMPLES = """examples:
   groundling evaluate runs/gpt2
   groundling evaluate runs/gpt2 --json
+  groundling evaluate runs/gpt2 --weights int8    beside them the losses of the weights rounded to int8
 """
 
 MEANINGS = {
@@ -31,37 +33,60 @@ def main(arguments: list[str]) -> int:
     """Print the four losses of a run."""
     parser = model_parser("groundling evaluate", __doc__ or "", EXAMPLES)
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="format of the products")
+    parser.add_argument(
+        "--weights",
+        choices=list(WEIGHT_FORMATS),
+        default="fp32",
+        help="also take the losses of the weights as `groundling sample` reads them in this format",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one forward pass")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}: give a positive number")
-    losses = _losses(Path(options.run), options)
+    losses, rounded = _losses(Path(options.run), options)
     if options.json:
-        print(json.dumps(losses))
+        print(json.dumps(losses | ({options.weights: rounded} if rounded else {})))
         return 0
+    if rounded:
+        print(f"{'':18}  {'fp32':>10}  {options.weights:>10}")
     for name, loss in losses.items():
-        print(f"{name:18}  {'none' if loss is None else f'{loss:.6f}':>10}  {MEANINGS[name]}")
+        second = f"  {_digits(rounded.get(name)):>10}" if rounded else ""
+        print(f"{name:18}  {_digits(loss):>10}{second}  {MEANINGS[name]}")
     return 0
 
 
-def _losses(run: Path, options: Any) -> dict[str, float | None]:
+def _digits(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.6f}"
+
+
+def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """The run's losses; and those over the whole text with its weights in another format, if one is asked for."""
     checkpoint = find_checkpoint(run)
-    folder = RunFolder(run if run != checkpoint else run.parent.parent)
+    folder = folder_of(run, checkpoint)
     train, heldout = folder.tokens("train"), folder.tokens("heldout")
     if train is None:
         raise CheckpointError(f"{folder.path} lacks train.bin, the tokens of its text: give the folder of the run")
     runtime = resolve_runtime(options, options.dtype)
     model, _, window = load_model(checkpoint, runtime.device)
+    n_readings = 1 if options.weights == "fp32" else 2
     n_tokens = (1 + N_OFFSETS) * train.n_tokens + (heldout.n_tokens if heldout else 0)
-    with progress_bar("reading the text", n_tokens / window) as advance:
+    with progress_bar("reading the text", n_readings * n_tokens / window) as advance:
         evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
-        return {
-            "train/loss": _last_batch_loss(folder.metrics, load_state(checkpoint)["n_steps"]),
-            "corpus/loss": evaluator.loss(train.tokens),
-            "corpus/loss_offset": evaluator.offset_loss(train.tokens),
-            "heldout/loss": evaluator.loss(heldout.tokens) if heldout else None,
-        }
+
+        def whole_text() -> dict[str, float | None]:
+            return {
+                "corpus/loss": evaluator.loss(train.tokens),
+                "corpus/loss_offset": evaluator.offset_loss(train.tokens),
+                "heldout/loss": evaluator.loss(heldout.tokens) if heldout else None,
+            }
+
+        last = _last_batch_loss(folder.metrics, load_state(checkpoint)["n_steps"])
+        losses = {"train/loss": last} | whole_text()
+        if options.weights == "fp32":
+            return losses, {}
+        round_weights(model, options.weights)
+        return losses, whole_text()
 
 
 def _last_batch_loss(metrics: Path, n_steps: int) -> float | None:

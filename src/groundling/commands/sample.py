@@ -59,6 +59,8 @@ def main(arguments: list[str]) -> int:
     sampling = _sampling(options)
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}: give a positive number of samples")
+    if options.n > 1 and sampling.temperature == 0:
+        say(f"warning: at temperature 0 the {options.n} samples of a prompt are all the same")
     requests = repeated(_prompts(options), sampling, options.n)
     run = open_run(options)
     stats = Stats()
