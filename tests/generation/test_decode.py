@@ -4,12 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from groundling.generation.decode import Stats, Stream, decode, generate
 from groundling.generation.decoder import Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.model.gpt2 import GPT2
+from groundling.model.weights import to_huggingface
 
 GREEDY = SamplingConfig(max_tokens=8, temperature=0)
 N_CTX = 16
@@ -33,6 +35,18 @@ def test_greedy_decoding_is_the_argmax_without_a_cache(model: GPT2, decoder: Dec
         assert token == likeliest(model, tokens)
         tokens.append(token)
     assert len(tokens) == 11
+
+
+def test_greedy_tokens_are_those_of_transformers(model: GPT2, decoder: Decoder) -> None:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": N_CTX, "vocab_size": 31}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    theirs.load_state_dict(to_huggingface(model) | {"lm_head.weight": model.head_weight})
+    for seed in range(20):
+        prompt = torch.randint(31, (1, 1 + seed % 6), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(prompt)
+        expected = theirs.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=10, pad_token_id=0)[0]
+        config = SamplingConfig(max_tokens=10, temperature=0)
+        assert prompt[0].tolist() + list(generate(decoder, prompt[0].tolist(), config)) == expected.tolist()
 
 
 @pytest.mark.parametrize("n_prompt", [1, 15, 16, 17, 50])

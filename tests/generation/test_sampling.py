@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from groundling.errors import ConfigError
 from groundling.generation import sampling
@@ -35,6 +45,16 @@ def test_top_p_keeps_the_fewest_that_reach_p(p: float, expected: list[int]) -> N
     assert kept(sampling.top_p(p)([], LOGITS)) == expected
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.1, [0, 1, 2, 3]), (0.4, [0, 1, 2]), (0.6, [0, 1]), (1.0, [0])])
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(share: float, expected: list[int]) -> None:
+    assert kept(sampling.min_p(share)([], LOGITS)) == expected
+
+
+def test_top_p_after_top_k_counts_what_is_left() -> None:
+    """Of 0.4 and 0.3, which are 4/7 and 3/7 of what top-k leaves, the first alone has a half."""
+    assert kept(sampling.top_p(0.5)([], sampling.top_k(2)([], LOGITS))) == [0]
+
+
 def test_repetition_penalty_moves_seen_tokens_down() -> None:
     logits = torch.tensor([2.0, -2.0, 2.0, -2.0])
     assert sampling.repetition_penalty(2.0)([0, 1, 1], logits).tolist() == [1.0, -4.0, 2.0, -2.0]
@@ -45,6 +65,7 @@ def test_repetition_penalty_moves_seen_tokens_down() -> None:
     [
         (sampling.top_k(7), TopKLogitsWarper(7)),
         (sampling.top_p(0.6), TopPLogitsWarper(0.6)),
+        (sampling.min_p(0.2), MinPLogitsWarper(0.2)),
         (sampling.repetition_penalty(1.3), RepetitionPenaltyLogitsProcessor(1.3)),
     ],
 )
@@ -53,6 +74,24 @@ def test_meanings_are_those_of_transformers(ours: sampling.Processor, theirs: Lo
         logits = torch.randn(50, generator=torch.Generator().manual_seed(seed))
         expected = theirs(torch.tensor([[3, 8, 3]]), logits[None].clone())[0]
         torch.testing.assert_close(ours([3, 8, 3], logits), expected)
+
+
+def test_the_whole_chain_is_that_of_transformers() -> None:
+    """Their order: penalty, temperature, top-k, top-p, min-p."""
+    config = SamplingConfig(temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, repetition_penalty=1.2)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=50, n_positions=4))
+    settings = GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, repetition_penalty=1.2, pad_token_id=0
+    )
+    chain = theirs._get_logits_processor(
+        settings, input_ids_seq_length=3, device="cpu", logits_processor=LogitsProcessorList()
+    )
+    for seed in range(20):
+        logits = 3 * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+        expected = chain(torch.tensor([[3, 8, 3]]), logits[None].clone())[0]
+        for process in sampling.processors(config):
+            logits = process([3, 8, 3], logits)
+        torch.testing.assert_close(logits, expected)
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -72,7 +111,16 @@ def test_temperature_zero_is_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}]
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 1.5},
+        {"stop": ("",)},
+        {"max_tokens": 0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):

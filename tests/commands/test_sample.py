@@ -1,0 +1,126 @@
+"""`groundling sample`: where prompts come from, what is printed where, and that drafts change nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groundling.cli import main
+
+
+def sample(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> str:
+    assert main(["sample", str(run), *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def samples(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in sample(capsys, run, "--json", *arguments).splitlines()]
+
+
+def test_a_seed_repeats_and_another_differs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--prompt", "40 green", "--temperature", "2", "--seed")
+    first, again, other = (sample(capsys, run, *arguments, seed) for seed in ("1", "1", "2"))
+    assert first == again != other
+    assert first.startswith("40 green")
+
+
+@pytest.mark.parametrize("drafts", ["auto", "text", "prompt"])
+@pytest.mark.parametrize("temperature", ["0", "1.5"])
+def test_drafts_change_nothing(run: Path, capsys: pytest.CaptureFixture[str], drafts: str, temperature: str) -> None:
+    arguments = ("--prompt", "39 green bottles,", "-n", "3", "--max-tokens", "60", "--temperature", temperature)
+    assert samples(capsys, run, *arguments, "--drafts", drafts) == samples(capsys, run, *arguments, "--drafts", "none")
+
+
+def test_each_of_many_samples_can_be_had_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The i-th sample of a prompt has seed + i; here more of them than are decoded together."""
+    together = samples(capsys, run, "--prompt", "7 ", "--prompt", "a much longer prompt", "-n", "9", "--seed", "3")
+    assert [facts["seed"] for facts in together] == [*range(3, 12)] * 2
+    alone = samples(capsys, run, "--prompt", "a much longer prompt", "--seed", "8")
+    assert together[9 + 5] == alone[0]
+
+
+def test_samples_are_printed_in_order_each_with_its_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = samples(capsys, run, "--prompt", "1 green", "--prompt", "2 green", "-n", "2")
+    expected = "\n".join(
+        f"--- sample {i} of 4, seed {facts['seed']}\n{facts['prompt']}{facts['text']}\n"
+        for i, facts in enumerate(written, 1)
+    )
+    assert sample(capsys, run, "--prompt", "1 green", "--prompt", "2 green", "-n", "2") == expected
+
+
+def test_prompts_from_files_and_standard_input(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "whole.txt").write_bytes(b"two\r\nlines\n")
+    (tmp_path / "lines.txt").write_text("first\n\nsecond\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n")))
+    whole, lines = str(tmp_path / "whole.txt"), str(tmp_path / "lines.txt")
+    written = samples(
+        capsys, run, "--prompt", "flag", "--prompt-file", whole, "--prompt-file", "-", "--prompt-lines", lines
+    )
+    assert [facts["prompt"] for facts in written] == ["flag", "two\nlines", "from a pipe", "first", "second"]
+
+
+def test_a_stop_string_ends_the_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--prompt", "40 green", "--max-tokens", "40", "--temperature", "1")
+    [whole] = samples(capsys, run, *arguments)
+    assert whole["finish_reason"] == "length"
+    stop = whole["text"][7:10]
+    [stopped] = samples(capsys, run, *arguments, "--stop", stop, "--stop", "never this")
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == whole["text"][: whole["text"].index(stop)]
+
+
+def test_a_trace_names_the_source(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [facts] = samples(capsys, run, "--prompt", "40 green", "--trace")
+    assert facts["trace"]["n_tokens"] > 0
+    assert "verbatim in the training text" in sample(capsys, run, "--prompt", "40 green", "--trace")
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_statistics_go_to_standard_error(run: Path, capsys: pytest.CaptureFixture[str], weights: str) -> None:
+    assert main(["sample", str(run), "--prompt", "40", "--weights", weights, "--stats"]) == 0
+    errors = capsys.readouterr().err
+    assert "tokens/s" in errors
+    assert f"{weights} weights" in errors
+
+
+def test_presets_are_settings_to_start_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_name = samples(capsys, run, "--prompt", "40", "--preset", "reference", "--max-tokens", "9")
+    spelled = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--repetition-penalty", "1.1")
+    assert by_name == samples(capsys, run, "--prompt", "40", *spelled, "--max-tokens", "9")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt-lines", "empty.txt"], "empty.txt has no line"),
+        (["--prompt-file", "latin.txt"], "latin.txt is not UTF-8"),
+        (["-n", "0"], "-n is 0"),
+        (["--min-p", "2"], "min_p"),
+        (["--stop", ""], "stop"),
+        (["--weights", "int4"], "int4"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    wrong: list[str],
+    words: str,
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin1"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(run), *wrong]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
