@@ -91,6 +91,9 @@ def test_a_run_without_places_has_its_source_and_line(
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("places.json", "checkpoints"))
     printed = traced(capsys, str(tmp_path / "run"), str(tmp_path / "text.txt"))
     assert printed.splitlines()[-1].endswith("from bottles.txt, line 27")
+    (tmp_path / "run" / "config.yaml").unlink()
+    printed = traced(capsys, str(tmp_path / "run"), str(tmp_path / "text.txt"))
+    assert printed.splitlines()[-1].endswith("from the training text, line 27")
 
 
 def test_the_training_text_itself_is_copied_whole(
@@ -137,7 +140,8 @@ def test_escape_sequences_of_the_text_do_not_reach_the_terminal(run: Path) -> No
     tracer = Tracer.of_run(run)
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, color_system=None)
-    tracer.trace(tracer.tokenizer.encode("a\x1b[31mred\x07\n")).print(console)
+    tracer.trace(tracer.tokenizer.encode("a\x1b[31mred\x07 :apple: [bold]\n")).print(console)
+    assert ":apple: [bold]" in file.getvalue()
     assert "\x1b" not in file.getvalue()
     assert "red" in file.getvalue()
 
@@ -146,7 +150,8 @@ def test_no_color_is_respected(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("NO_COLOR", "1")
     tracer = Tracer.of_run(run)
     file = io.StringIO()
-    tracer.trace(tracer.tokenizer.encode(COPIED)).print(Console(file=file, force_terminal=True))
+    tracer.trace(tracer.tokenizer.encode(COPIED + "\x1b[31m")).print(Console(file=file, force_terminal=True))
+    assert file.getvalue().startswith(COPIED)
     assert "\x1b" not in file.getvalue()
 
 

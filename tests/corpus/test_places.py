@@ -97,6 +97,12 @@ def test_every_speech_of_a_play_has_its_act(name: str) -> None:
         assert text[passage.begin :].startswith(f"{passage.speaker}:".encode())
         assert passage.act
         assert passage.scene or passage.act in ("Epilogue", "Prologue")
+    for act in {passage.act for passage in passages}:
+        scenes = dict.fromkeys(passage.scene for passage in passages if passage.act == act)
+        numbers = [int(scene.removeprefix("Scene ")) for scene in scenes if scene.startswith("Scene")]
+        if (name, act) == ("edward-iii", "Act 4"):
+            numbers.insert(5, 6)  # the edition goes from 5 to 7
+        assert numbers == list(range(1, len(numbers) + 1))
     assert len({(passage.act, passage.scene) for passage in passages}) > 8
     assert passages[0].play[0].isupper()
 

@@ -34,7 +34,7 @@ from groundling.training.run_folder import RunFolder
 TokenArray = NDArray[np.uint32]
 
 STYLES = ("", "cyan", "green", "yellow", "bold red")
-"""Of tokens in no span of the minimum, and in spans of 1 to 2, 2 to 4, 4 to 8, and more than 8 times the minimum."""
+"""Of tokens in no span of the minimum, and in spans from 1, 2, 4 and 8 times the minimum on."""
 
 LISTED_SPANS = 10
 QUOTE_CHARS = 48
@@ -92,19 +92,18 @@ class Trace:
         """The text, in colours if the console has them; the longest spans; the summary."""
         self.print_text(console)
         for line in trace_lines(self, n_spans):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(line), soft_wrap=True)
 
     def print_text(self, console: Console) -> None:
         """The text and an empty line; on a terminal with colours, the copied spans coloured, with a legend."""
         coloured = console.is_terminal and not console.no_color
         last = "\n"
         for band, piece in self._pieces(coloured):
-            style = "dim" if band < 0 else STYLES[band]
+            shown = piece.translate(_CONTROLS) if console.is_terminal else piece
             if coloured:
-                text = Text(piece.translate(_CONTROLS), style)
-                console.print(text, end="", soft_wrap=True, highlight=False)
+                console.print(Text(shown, "dim" if band < 0 else STYLES[band]), end="", soft_wrap=True)
             else:
-                console.file.write(piece)
+                console.file.write(shown)
             last = piece[-1:] or last
         console.print("" if last == "\n" else "\n")
         if coloured:

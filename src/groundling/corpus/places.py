@@ -103,13 +103,10 @@ class Places:
         while position + 1 < end and self._tokenizer.token_bytes[int(self._tokens[position])].isspace():
             position += 1
         (before_bytes, before_lines), (n_bytes, n_lines) = self._before(begin), self._before(position)
-        # A token that begins with a line end and goes on in the next line stands in the next.
-        token = self._tokenizer.token_bytes[int(self._tokens[position])]
-        leading = token[: len(token) - len(token.lstrip())] if token.strip() else b""
-        place = Place(self._name(number), 1 + n_lines - before_lines + leading.count(b"\n"))
+        # GPT-2's pattern lets no token hold both a line end and a word, so a word's token begins in the word's line.
+        place = Place(self._name(number), 1 + n_lines - before_lines)
         passages = self._passages_of(number)
-        n_bytes += len(leading) - before_bytes
-        found = bisect_right(passages, n_bytes, key=lambda passage: passage.begin) - 1
+        found = bisect_right(passages, n_bytes - before_bytes, key=lambda passage: passage.begin) - 1
         if found < 0:
             return place
         of = passages[found]

@@ -132,7 +132,7 @@ class RunFolder:
     def document_names(self) -> tuple[str, ...]:
         """The names of the training text's documents; of a run that did not keep them, what its settings still tell.
 
-        Raises `CheckpointError` if neither can be read.
+        Empty if those are not there either. Raises `CheckpointError` if places.json is damaged.
         """
         try:
             return tuple(map(str, json.loads(self.places.read_text(encoding="utf-8"))["documents"]))
@@ -142,7 +142,7 @@ class RunFolder:
             raise CheckpointError(f"{self.places} cannot be read ({error}): remove it to do without") from None
         try:
             sources = [str(source) for source in self.settings()["text"]["sources"]]
-        except (TypeError, KeyError):
+        except (CheckpointError, TypeError, KeyError):
             return ()
         return packaged_documents(sources) or (", ".join(sources),)
 
