@@ -8,6 +8,8 @@ import torch
 
 from groundling import machine, runtime
 from groundling.commands.arguments import Parser
+from groundling.model.formats import read_bytes
+from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import DTYPES, RuntimeConfig
 
 EXAMPLES = """examples:
@@ -43,6 +45,11 @@ def main(arguments: list[str]) -> int:
         used = "  <- used" if dtype is resolved.dtype else ""
         ceiling = machine.matrix_ceiling_flops(resolved.device, dtype, resolved.synchronize, SHAPES)
         print(f"  {name}  {ceiling / 1e12:7.3f} TFLOP/s{used}")
+    bandwidth = machine.read_bandwidth_bytes_per_s(resolved.threads)
+    with torch.device("meta"):
+        weight_bytes = read_bytes(GPT2(GPTConfig()), "bf16")
+    print(f"\nreading memory, measured:\n  {bandwidth / 1e9:.1f} GB/s on {resolved.threads} threads,", end="")
+    print(f" so the 124M model writes at most {bandwidth / weight_bytes:.0f} tokens/s without drafts (bf16 weights)")
     if resolved.device.type == "cuda":
         print(f"\nGPU memory  {torch.cuda.get_device_properties(resolved.device).total_memory / 2**30:.1f} GiB")
     return 0
