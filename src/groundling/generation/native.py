@@ -12,7 +12,6 @@ from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundling.generation.decoder import Chunk
@@ -22,8 +21,6 @@ from groundling.model.gpt2 import GPT2
 
 MAX_ROWS = 256
 """Tokens read in one pass; longer prompts are read in several."""
-PADDING = 16
-"""Matrix rows are filled with zeros to a multiple of this, as the kernel expects."""
 
 
 class NativeDecoder:
@@ -36,12 +33,13 @@ class NativeDecoder:
     def __init__(self, model: GPT2, n_window: int, n_slots: int, form: WeightFormat, n_threads: int) -> None:
         self._library = library("decode")
         self._library.groundling_open.restype = ctypes.c_void_p
+        self._library.groundling_arranged.restype = ctypes.c_int64
         config = model.config
         self.n_window, self.n_slots = min(n_window, config.n_ctx), n_slots
         self._n_vocab = config.n_vocab
         self._lengths = [0] * n_slots
         self._max_rows = max(MAX_ROWS, n_slots)
-        self._tensors = _tensors(model, form)  # the kernel reads them where they are
+        self._tensors = _tensors(model, form, self._library)  # the kernel reads them where they are
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._tensors]
         n_layer, n_head, n_embd, n_ctx = config.n_layer, config.n_head, config.n_embd, config.n_ctx
         sizes = (n_layer, n_head, n_embd, n_ctx, config.n_vocab, self.n_window, n_slots, self._max_rows)
@@ -119,12 +117,16 @@ class NativeDecoder:
             self.close()
 
 
-def _tensors(model: GPT2, form: WeightFormat) -> list[Tensor | None]:
-    """The model's tensors in the order of the kernel's `groundling_open`."""
+def _tensors(model: GPT2, form: WeightFormat, kernel: ctypes.CDLL) -> list[Tensor | None]:
+    """The model's tensors in the order of the kernel's `groundling_open`, matrices as it reads them."""
 
     def matrix(weight: Tensor) -> list[Tensor | None]:
         packed = pack(weight.detach(), form)
-        return [F.pad(packed.weight, (0, -packed.weight.size(1) % PADDING)).contiguous(), packed.scale]
+        rows, sizes = packed.weight.contiguous(), [ctypes.c_int64(size) for size in weight.shape]
+        arranged = torch.empty(kernel.groundling_arranged(*sizes), dtype=rows.dtype)
+        addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows, arranged)]
+        kernel.groundling_arrange(WEIGHT_FORMATS.index(form), *sizes, *addresses)
+        return [arranged, packed.scale]
 
     def linear(layer: nn.Linear) -> list[Tensor | None]:
         return [*matrix(layer.weight), plain(layer.bias)]

@@ -8,8 +8,7 @@
 // not on the other rows of the pass, nor on how many there are, nor on the number of threads. Every output
 // is summed over lanes in one fixed order, whatever tile computes it.
 //
-// Weights are fp32, bf16 or int8 with one fp32 scale a row; all arithmetic is fp32. Matrices are (out, in),
-// their rows padded with zeros to a multiple of 16. `kernels/build.py` compiles this file, `generation/native.py` binds it.
+// Weights are fp32, bf16 or int8 with one fp32 scale a row; all arithmetic is fp32. `kernels/build.py` compiles this file, `generation/native.py` binds it.
 
 #include <atomic>
 #include <cmath>
@@ -29,19 +28,21 @@
 
 namespace {
 
-// Lanes of a vector, and the tile of outputs (weight rows x tokens) whose sums fit the registers beside
-// the operands: 16 registers with AVX2, 32 with AVX-512 and NEON.
+// Lanes of a vector, and the tile of outputs (weight rows x tokens) whose sums stay in registers beside the
+// operands: there are 16 with AVX2, 32 with AVX-512 and NEON.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 4, kTileTokens = 6;
+constexpr int kLanes = 16, kTileRows = 4;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTileRows = 3, kTileTokens = 4;
+constexpr int kLanes = 8, kTileRows = 2;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kTileRows = 4, kTileTokens = 6;
+constexpr int kLanes = 4, kTileRows = 4;
 #else
-constexpr int kLanes = 4, kTileRows = 3, kTileTokens = 4;
+constexpr int kLanes = 4, kTileRows = 2;
 #endif
-constexpr int kPanel = 4 * kTileRows * 4;  // weight rows that a thread takes at once: they stay in its L2
-constexpr int kPad = 16;
+constexpr int kTileTokens = 6;
+constexpr int kPanelRows = 4;     // weight rows that lie side by side in memory, so that reading them is one stream
+constexpr int kPiecePanels = 12;  // panels that a thread takes at once: they stay in its L2 while tokens pass by
+constexpr int kPad = 32;          // inputs are filled with zeros to a multiple of this
 constexpr float kLayerNormEps = 1e-5f;  // GPT-2's
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -72,6 +73,17 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// Holds a value in a register: compilers would rather load it again for each use, and loads are scarcer than sums.
+inline void in_register(Vec& value) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(value));
+#elif defined(__AVX__)
+  __asm__("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
 inline Vec splat(float value) { return value - Vec{}; }
 
 inline float sum(Vec value) {
@@ -84,14 +96,36 @@ inline float sum(Vec value) {
 
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
+// Floats between two rows of a buffer: never a multiple of 4 KiB, at which rows would meet in the same cache lines.
+inline int64_t row_width(int64_t n) { return padded(n) + 16; }
+
+// A format reads the vectors of a unit (kVectors of them, side by side) of a weight row, and vectors of the cache.
 struct Fp32 {
   using Element = float;
+  static constexpr int kVectors = 1;
+  static constexpr int kAheadBytes = 0;
+  static Vec vector(const float* unit, int) { return read(unit); }
+  static float at(const float* unit, int64_t i) { return unit[i]; }
   static Vec read(const float* from) { return load<Vec>(from); }
   static float write(float value) { return value; }
 };
 
 struct Bf16 {  // the upper half of an fp32
   using Element = uint16_t;
+  // A unit is kLanes words: the first kLanes elements in their lower halves, the next in their upper ones.
+  static constexpr int kVectors = 2;
+  static constexpr int kAheadBytes = 0;
+  static Vec vector(const uint16_t* unit, int which) {
+    const Words words = load<Words>(unit);
+    return which ? (Vec)(words & 0xffff0000u) : (Vec)(words << 16);
+  }
+  static int64_t place(int64_t i) { return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1; }  // little-endian
+  static float at(const uint16_t* unit, int64_t i) {
+    const uint32_t bits = uint32_t{unit[place(i)]} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
   static Vec read(const uint16_t* from) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
@@ -110,6 +144,12 @@ struct Bf16 {  // the upper half of an fp32
 
 struct Int8 {
   using Element = int8_t;
+  static constexpr int kVectors = 1;
+  // Asked for this far ahead: the hardware's own prefetching fell behind here (1.3 times slower on one AVX2 core),
+  // and not with wider formats.
+  static constexpr int kAheadBytes = 2048;
+  static Vec vector(const int8_t* unit, int) { return read(unit); }
+  static float at(const int8_t* unit, int64_t i) { return unit[i]; }
   static Vec read(const int8_t* from) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
@@ -160,7 +200,7 @@ class Barrier {
 };
 
 struct Matrix {
-  const void* weight = nullptr;  // (n_out, padded(n_in))
+  const void* weight = nullptr;  // (panels, units of padded(n_in), kPanelRows, elements of a unit)
   const float* scale = nullptr;  // (n_out,), int8 only
   const float* bias = nullptr;   // (n_out,), or none
   int64_t n_out = 0, n_in = 0;
@@ -187,7 +227,7 @@ struct Network {
   Norm ln_f;
   std::vector<Layer> layers;
 
-  int64_t width, head_width;  // padded n_embd, padded head size
+  int64_t width, head_width;  // of a row of n_embd, of a padded head
   std::vector<float> x, normed, qkv, mixed, wide;
   std::vector<float> cache_fp32;
   std::vector<uint16_t> cache_bf16;
@@ -222,21 +262,20 @@ struct Network {
 
   void embed(int64_t row) {
     float* to = &x[row * width];
-    const int64_t token = tokens[row];
     const float* position = wpe + positions[row] * n_embd;
     for (int64_t c = 0; c < n_embd; ++c) {
-      const int64_t at = token * padded(n_embd) + c;
-      float value;
-      if (format == 0) {
-        value = static_cast<const float*>(head.weight)[at];
-      } else if (format == 1) {
-        const uint32_t bits = uint32_t{static_cast<const uint16_t*>(head.weight)[at]} << 16;
-        std::memcpy(&value, &bits, sizeof value);
-      } else {
-        value = static_cast<const int8_t*>(head.weight)[at] * head.scale[token];
-      }
+      const float value = format == 0   ? element<Fp32>(head, tokens[row], c)
+                          : format == 1 ? element<Bf16>(head, tokens[row], c)
+                                        : element<Int8>(head, tokens[row], c) * head.scale[tokens[row]];
       to[c] = value + position[c];
     }
+  }
+
+  template <class Format>
+  static float element(const Matrix& m, int64_t n, int64_t k) {
+    constexpr int kUnit = Format::kVectors * kLanes;
+    const int64_t unit = (n / kPanelRows * (padded(m.n_in) / kUnit) + k / kUnit) * kPanelRows + n % kPanelRows;
+    return Format::at(static_cast<const typename Format::Element*>(m.weight) + unit * kUnit, k % kUnit);
   }
 
   void normalise(const float* from, const Norm& norm, float* to) const {
@@ -262,74 +301,90 @@ struct Network {
       cache_bf16[at] = Bf16::write(value);
   }
 
+  // Outputs n .. n + kRows, of one panel, for kTokens rows from `row` on.
   template <class Format, int kRows, int kTokens>
-  void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row, Then then, float* out,
+  __attribute__((noinline)) void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row, Then then, float* out,
             int64_t out_width, int64_t layer) {
-    const int64_t stride = padded(m.n_in);
-    const auto* weight = static_cast<const typename Format::Element*>(m.weight) + n * stride;
+    constexpr int kUnit = Format::kVectors * kLanes;
+    const int64_t n_inputs = padded(m.n_in);
+    const auto* weight = static_cast<const typename Format::Element*>(m.weight) +
+                         n / kPanelRows * kPanelRows * n_inputs + n % kPanelRows * kUnit;
+    const float* inputs[kTokens];
+    for (int t = 0; t < kTokens; ++t) inputs[t] = in + (row + t) * in_width;
     Vec sums[kRows][kTokens] = {};
-    for (int64_t k = 0; k < stride; k += kLanes) {
-      Vec inputs[kTokens];
+    for (int64_t k = 0; k < n_inputs; k += kUnit, weight += kPanelRows * kUnit) {
+      if (kTokens < kTileTokens && Format::kAheadBytes)
+        __builtin_prefetch(reinterpret_cast<const char*>(weight) + Format::kAheadBytes);
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) inputs[t] = load<Vec>(in + (row + t) * in_width + k);
+      for (int v = 0; v < Format::kVectors; ++v) {
+        Vec weights[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vec weights = Format::read(weight + r * stride + k);
+        for (int r = 0; r < kRows; ++r) {
+          weights[r] = Format::vector(weight + r * kUnit, v);
+          in_register(weights[r]);
+        }
 #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) sums[r][t] = multiply_add(weights, inputs[t], sums[r][t]);
+        for (int t = 0; t < kTokens; ++t) {
+          Vec input = load<Vec>(inputs[t] + k + v * kLanes);
+          in_register(input);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) sums[r][t] = multiply_add(weights[r], input, sums[r][t]);
+        }
       }
     }
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows && n + r < m.n_out; ++r)
       for (int t = 0; t < kTokens; ++t) {
         float value = sum(sums[r][t]);
         if (m.scale) value *= m.scale[n + r];
         if (m.bias) value += m.bias[n + r];
-        float* to = out + (row + t) * out_width + n + r;
-        if (then == Then::kCache)
+        if (then == Then::kCache) {
           keep(layer, row + t, n + r, value);
-        else
+        } else {
+          float* to = out + (row + t) * out_width + n + r;
           *to = then == Then::kAdd ? *to + value : value;
+        }
       }
   }
 
-  template <class Format, int kRows>
-  void tiles(const Matrix& m, int64_t n, int64_t n_end, const float* in, int64_t in_width, int64_t row,
-             int64_t n_tokens, Then then, float* out, int64_t out_width, int64_t layer) {
-    const auto all = [&](auto tokens) {
-      constexpr int kTokens = decltype(tokens)::value;
-      int64_t at = n;
-      for (; at + kRows <= n_end; at += kRows)
-        tile<Format, kRows, kTokens>(m, at, in, in_width, row, then, out, out_width, layer);
-      for (; at < n_end; ++at) tile<Format, 1, kTokens>(m, at, in, in_width, row, then, out, out_width, layer);
-    };
-    switch (n_tokens) {
-      case 1: return all(std::integral_constant<int, 1>{});
-      case 2: return all(std::integral_constant<int, 2>{});
-      case 3: return all(std::integral_constant<int, 3>{});
-      default: return all(std::integral_constant<int, kTileTokens>{});
+  template <class Format, int kTokens>
+  void tiles(const Matrix& m, int64_t begin, int64_t end, const float* in, int64_t in_width, int64_t row, Then then,
+             float* out, int64_t out_width, int64_t layer) {
+    constexpr int kRows = kTokens <= 3 ? kPanelRows : kTileRows;
+    for (int64_t n = begin; n < end; n += kRows)
+      tile<Format, kRows, kTokens>(m, n, in, in_width, row, then, out, out_width, layer);
+  }
+
+  template <class Format>
+  void piece(const Matrix& m, int64_t begin, int64_t end, const float* in, int64_t in_width, int64_t n_rows, Then then,
+             float* out, int64_t out_width, int64_t layer) {
+    int64_t row = 0;
+    for (; row + kTileTokens <= n_rows; row += kTileTokens)
+      tiles<Format, kTileTokens>(m, begin, end, in, in_width, row, then, out, out_width, layer);
+    switch (n_rows - row) {
+      case 1: return tiles<Format, 1>(m, begin, end, in, in_width, row, then, out, out_width, layer);
+      case 2: return tiles<Format, 2>(m, begin, end, in, in_width, row, then, out, out_width, layer);
+      case 3: return tiles<Format, 3>(m, begin, end, in, in_width, row, then, out, out_width, layer);
+      case 4: return tiles<Format, 4>(m, begin, end, in, in_width, row, then, out, out_width, layer);
+      case 5: return tiles<Format, 5>(m, begin, end, in, in_width, row, then, out, out_width, layer);
     }
   }
 
-  // out (n_in rows, m.n_out) from in (n_in rows, m.n_in), a panel of outputs at a time.
+  // out (n rows, m.n_out) from in (n rows, m.n_in), a piece of the outputs at a time.
   void linear(int& phase, const Matrix& m, const float* in, int64_t in_width, int64_t n, Then then, float* out,
               int64_t out_width, int64_t layer = 0) {
-    share(phase, (m.n_out + kPanel - 1) / kPanel, [&](int64_t panel) {
-      const int64_t begin = panel * kPanel, end = std::min(m.n_out, begin + kPanel);
-      for (int64_t row = 0; row < n;) {
-        const int64_t left = n - row;
-        const int64_t count = left >= kTileTokens ? kTileTokens : std::min<int64_t>(left, 3);
-        if (format == 0)
-          tiles<Fp32, kTileRows>(m, begin, end, in, in_width, row, count, then, out, out_width, layer);
-        else if (format == 1)
-          tiles<Bf16, kTileRows>(m, begin, end, in, in_width, row, count, then, out, out_width, layer);
-        else
-          tiles<Int8, kTileRows>(m, begin, end, in, in_width, row, count, then, out, out_width, layer);
-        if (then == Then::kGelu)
-          for (int64_t t = row; t < row + count; ++t)
-            for (int64_t at = begin; at < end; at += kLanes)  // rows are padded, so a last vector may run over
-              store(out + t * out_width + at, gelu(load<Vec>(out + t * out_width + at)));
-        row += count;
-      }
+    constexpr int64_t kPiece = kPiecePanels * kPanelRows;
+    share(phase, (m.n_out + kPiece - 1) / kPiece, [&](int64_t i) {
+      const int64_t begin = i * kPiece, end = std::min(m.n_out, begin + kPiece);
+      if (format == 0)
+        piece<Fp32>(m, begin, end, in, in_width, n, then, out, out_width, layer);
+      else if (format == 1)
+        piece<Bf16>(m, begin, end, in, in_width, n, then, out, out_width, layer);
+      else
+        piece<Int8>(m, begin, end, in, in_width, n, then, out, out_width, layer);
+      if (then == Then::kGelu)
+        for (int64_t row = 0; row < n; ++row)
+          for (int64_t at = begin; at < end; at += kLanes)  // rows are padded, so a last vector may run over
+            store(out + row * out_width + at, gelu(load<Vec>(out + row * out_width + at)));
     });
   }
 
@@ -372,7 +427,7 @@ struct Network {
   void run(int thread) {
     int phase = 0;
     float* weights = scores[thread].data();
-    const int64_t wide_width = padded(4 * n_embd);
+    const int64_t wide_width = row_width(4 * n_embd);
     share(phase, n_rows, [&](int64_t row) { embed(row); });
     for (int64_t l = 0; l < n_layer; ++l) {
       const Layer& layer = layers[l];
@@ -416,13 +471,41 @@ struct Network {
   }
 };
 
+
+template <class Format>
+void arrange(int64_t n_out, int64_t n_in, const typename Format::Element* from, typename Format::Element* to) {
+  constexpr int kUnit = Format::kVectors * kLanes;
+  for (int64_t panel = 0; panel < n_out; panel += kPanelRows)
+    for (int64_t k = 0; k < padded(n_in); k += kUnit)
+      for (int64_t n = panel; n < panel + kPanelRows; ++n, to += kUnit)
+        for (int64_t i = 0; i < kUnit; ++i)
+          to[Format::kVectors == 2 ? Bf16::place(i) : i] =
+              n < n_out && k + i < n_in ? from[n * n_in + k + i] : typename Format::Element{};
+}
+
 }  // namespace
 
 extern "C" {
 
+// Elements that a matrix (n_out, n_in) takes in the order that the kernel reads it in.
+int64_t groundling_arranged(int64_t n_out, int64_t n_in) {
+  return (n_out + kPanelRows - 1) / kPanelRows * kPanelRows * padded(n_in);
+}
+
+// Copies a matrix (n_out, n_in) from rows into that order.
+void groundling_arrange(int format, int64_t n_out, int64_t n_in, const void* from, void* to) {
+  if (format == 0)
+    arrange<Fp32>(n_out, n_in, static_cast<const float*>(from), static_cast<float*>(to));
+  else if (format == 1)
+    arrange<Bf16>(n_out, n_in, static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to));
+  else
+    arrange<Int8>(n_out, n_in, static_cast<const int8_t*>(from), static_cast<int8_t*>(to));
+}
+
 // sizes: n_layer n_head n_embd n_ctx n_vocab n_window n_slots max_rows. tensors: the embedding (weight,
 // scale), the position table, ln_f (weight, bias), then for each layer ln_1 (weight, bias), c_attn (weight,
-// scale, bias), attn.c_proj (same), ln_2, c_fc, mlp.c_proj. They are not copied and must outlive the network.
+// scale, bias), attn.c_proj (same), ln_2, c_fc, mlp.c_proj; matrices arranged. They are not copied and must
+// outlive the network.
 void* groundling_open(const int64_t* sizes, int format, int n_threads, const void* const* tensors) {
   auto* net = new Network(n_threads);
   net->n_layer = sizes[0], net->n_head = sizes[1], net->n_embd = sizes[2], net->n_ctx = sizes[3];
@@ -455,10 +538,10 @@ void* groundling_open(const int64_t* sizes, int format, int n_threads, const voi
     layer.mlp_proj = matrix(C, 4 * C, true);
     net->layers.push_back(layer);
   }
-  net->width = padded(C), net->head_width = padded(C / net->n_head);
+  net->width = row_width(C), net->head_width = padded(C / net->n_head);
   for (auto* buffer : {&net->x, &net->normed, &net->mixed}) buffer->assign(rows * net->width, 0.f);
   net->qkv.assign(rows * C, 0.f);
-  net->wide.assign(rows * padded(4 * C), 0.f);
+  net->wide.assign(rows * row_width(4 * C), 0.f);
   const int64_t cache = net->n_layer * 2 * net->n_slots * net->n_head * net->n_window * net->head_width;
   if (format == 0)
     net->cache_fp32.assign(cache, 0.f);
