@@ -43,6 +43,14 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
     assert f"groundling {command}" in capsys.readouterr().out.partition("examples:")[2]
 
 
+def test_short_flags_come_before_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("--max-minutes ") < printed.index("--schedule.peak") < printed.index("examples:")
+    assert printed[: printed.index("--max-minutes ")].count("\n") < 20
+
+
 def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "record.json", "loss.png", "samples.txt", "checkpoints"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from groundling import machine
-from groundling.commands.arguments import before_parsing, parse_run, run_parser
+from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
@@ -40,6 +40,11 @@ BYTES_PER_PARAMETER = 12
 
 def main(arguments: list[str]) -> int:
     """Train, evaluate, sample, and write the record; returns the exit code."""
+    with naming_flags(arguments):
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     early = before_parsing(arguments)
     resumed = RunFolder(early.out or newest_run(early.preset)) if early.resume else None
     parser = run_parser("train", __doc__ or "", EXAMPLES, _defaults(early.preset, resumed))
@@ -55,7 +60,7 @@ def main(arguments: list[str]) -> int:
                 say(line)
         else:
             folder.keep_text(prepared.corpus, prepared.runtime.facts())
-        _train(trainer, folder, prepared, early.resume)
+        _carry_out(trainer, folder, prepared, early.resume)
     return 0
 
 
@@ -82,7 +87,7 @@ def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
         )
 
 
-def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
+def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
     config = prepared.config
     say(f"run folder: {folder.path}")
     with _sinks(folder, trainer.expected_steps, config.logging.tensorboard) as trainer.sinks:
