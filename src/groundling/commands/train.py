@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +13,19 @@ from typing import Any
 from groundling import machine
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
-from groundling.config import DEFAULT_PRESET, preset_path
+from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.files import write_json, write_text
 from groundling.generation.decode import continue_text
+from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
-from groundling.training.estimate import evaluation_s, is_taken
+from groundling.training.estimate import evaluation_s, is_taken, remaining
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import make_record, median_of
 from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.stopping import reason_in_words
 from groundling.training.trainer import Trainer
 
 EXAMPLES = """examples:
@@ -50,7 +54,13 @@ def _train(arguments: list[str]) -> int:
     parser = run_parser("train", __doc__ or "", EXAMPLES, _defaults(early.preset, resumed))
     parser.add_argument("--out", type=str, help="folder of the run; runs/NAME if not given")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
-    prepared = prepare(parse_run(parser, arguments), resumed)
+    config = parse_run(parser, arguments)
+    if resumed and (record := _finished(resumed, config)):
+        _print_finished(resumed, record)
+        return 0
+    if early.out and not resumed:
+        RunFolder(early.out).refuse_used()
+    prepared = prepare(config, resumed)
     folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
     _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else prepared.config.checkpoint.keep + 1)
     trainer = prepared.trainer(folder.checkpoints)
@@ -60,8 +70,31 @@ def _train(arguments: list[str]) -> int:
                 say(line)
         else:
             folder.keep_text(prepared.corpus, prepared.runtime.facts())
-        _carry_out(trainer, folder, prepared, early.resume)
+        try:
+            _carry_out(trainer, folder, prepared, early.resume)
+        except Interrupted as interrupt:
+            saved = f"all saved, go on with `groundling train --resume --out {shlex.quote(str(folder.path))}`"
+            raise Interrupted(f"{interrupt}: {saved if trainer.state.n_steps else 'nothing to save yet'}") from None
     return 0
+
+
+def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
+    """The record of a run that has nothing left to do: made of its newest checkpoint, with these very settings."""
+    if not folder.record.exists():
+        return None
+    record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
+    newest = [path.name for path in checkpoint.complete(folder.checkpoints)[-1:]]
+    is_current = newest == [checkpoint.NAME.format(record["steps"])] and record["config"] == config.as_dict()
+    return record if is_current else None
+
+
+def _print_finished(folder: RunFolder, record: dict[str, Any]) -> None:
+    say(
+        f"{folder.path} is finished ({record['stop_reason']}), and nothing was changed that would let it go on; its"
+        " record (to train anew, give another --out or remove the folder):"
+    )
+    _print_result(record, record["config"]["stopping"]["target"])
+    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}")
 
 
 def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
@@ -94,24 +127,27 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
         if resume:
             trainer.resume()
             write_text(folder.config, config.as_yaml())
+        if step_s := trainer.state.n_steps and median_of(folder.metrics, "train/step_s"):
+            trainer.sinks.note(remaining(trainer, step_s))
         else:
             compiling = ", compiling first" if prepared.runtime.compile else ""
             trainer.sinks.note(f"measuring a few steps for an estimate{compiling} ...")
             for line in estimate_lines(trainer, config):
                 trainer.sinks.note(line)
         reason = trainer.train()
-        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {reason}")
+        why = reason_in_words(reason, config.stopping, config.schedule)
+        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {why}")
         start = time.monotonic()
         try:
             losses = _final_losses(trainer, config.evaluation.final, folder.metrics)
         except Interrupted as interrupt:
-            raise Interrupted(f"{interrupt}; the model is saved, and --resume takes its losses") from None
+            raise Interrupted(f"{interrupt} after all {trainer.state.n_steps} steps, before their losses") from None
         evaluation_s = time.monotonic() - start
-    checkpoint = find_checkpoint(folder.path)
+    newest = find_checkpoint(folder.path)
     record = make_record(
         trainer,
         reason,
-        checkpoint / "model.safetensors",
+        newest / "model.safetensors",
         folder.metrics,
         prepared.identity(),
         config.as_dict(),
@@ -121,8 +157,8 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
     write_json(folder.record, record)
     draw_curve(folder.metrics, config.stopping.target, folder.curve)
     _print_result(record, config.stopping.target)
-    _sample(folder, prepared, checkpoint)
-    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {checkpoint}")
+    _sample(folder, prepared, newest)
+    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {newest}")
 
 
 @contextmanager
@@ -174,9 +210,9 @@ def _verdict(loss: float | None, target: float, what: str) -> str:
     return f"{loss:.6f}  {'known' if loss < target else 'not known'} {what} (target {target})"
 
 
-def _sample(folder: RunFolder, prepared: Prepared, checkpoint: Path) -> None:
+def _sample(folder: RunFolder, prepared: Prepared, path: Path) -> None:
     """Continue the run's prompts with the checkpoint as it was saved, and keep what came."""
-    model, tokenizer, window = load_model(checkpoint, prepared.runtime.device)
+    model, tokenizer, window = load_model(path, prepared.runtime.device)
     texts = []
     for prompt in prepared.config.prompts:
         text = "".join(continue_text(model, tokenizer, prompt, prepared.config.sampling, window))
