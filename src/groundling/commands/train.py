@@ -31,7 +31,7 @@ from groundling.training.trainer import Trainer
 EXAMPLES = """examples:
   groundling train                                        preset gpt2: GPT-2 (124M) on Tiny Shakespeare
   groundling train --preset by-heart                      the same, until it can recite from anywhere
-  groundling train --preset penny                         a small model, in a few minutes
+  groundling train --preset penny                         a small model, in a minute and a half
   groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
   groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
   groundling train --resume --out runs/novel              continue an interrupted run, bit for bit
