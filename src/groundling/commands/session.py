@@ -53,8 +53,8 @@ class Prepared:
         heldout = self.corpus.heldout
         return {
             "text": self.corpus.sha256,
+            "tokenizer": self.corpus.tokenizer.sha256,  # before what it makes other sums of
             "held-out text": None if heldout is None else heldout.sha256(),
-            "tokenizer": self.corpus.tokenizer.sha256,
             "architecture": asdict(self.config.model),
         }
 
