@@ -127,8 +127,9 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
         if resume:
             trainer.resume()
             write_text(folder.config, config.as_yaml())
-        if step_s := trainer.state.n_steps and median_of(folder.metrics, "train/step_s"):
-            trainer.sinks.note(remaining(trainer, step_s))
+        if trainer.state.n_steps:  # never measured here: that would drop the moments just restored
+            if step_s := median_of(folder.metrics, "train/step_s"):
+                trainer.sinks.note(remaining(trainer, step_s))
         else:
             compiling = ", compiling first" if prepared.runtime.compile else ""
             trainer.sinks.note(f"measuring a few steps for an estimate{compiling} ...")
