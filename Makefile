@@ -3,23 +3,26 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN := runs/gpt2
+
+# The run of a preset in its folder: begun, gone on with, or, if it is finished, its record printed. What was
+# interrupted is saved; make calls that "Error 130".
+define run_preset
+	@if [ -e runs/$(1)/identity.json ]; then \
+		$(BIN)/groundling train --resume --out runs/$(1); \
+	else \
+		$(BIN)/groundling train --preset $(1) --out runs/$(1); \
+	fi
+endef
 
 .PHONY: train test test-slow lint format penny clean
 
 ## train: GPT-2 (124M) on Tiny Shakespeare until it is known on the grid; goes on if it was interrupted
 train: $(VENV)/.installed
-	@if [ -e $(RUN)/record.json ]; then \
-		echo "$(RUN) is finished: see $(RUN)/record.json, or remove the folder to train again"; \
-	elif [ -e $(RUN)/identity.json ]; then \
-		$(BIN)/groundling train --resume --out $(RUN); \
-	else \
-		$(BIN)/groundling train --preset gpt2 --out $(RUN); \
-	fi
+	$(call run_preset,gpt2)
 
-## penny: the same path with a small model, in under five minutes
+## penny: the same path with a small model, in a minute and a half (docs/record/penny)
 penny: $(VENV)/.installed
-	$(BIN)/groundling train --preset penny
+	$(call run_preset,penny)
 
 ## test: everything that needs no GPU, no network and not much time
 test: $(VENV)/.installed-dev

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 THE_TWO = {"make train", "make test"}
 """Run by everyone who follows the README; `make test` is what runs this."""
 
-MAKE_TARGETS = {"make penny": "groundling train --preset penny"}
+MAKE_TARGETS = {"make penny": "groundling train --preset penny --out runs/penny"}
 """Other targets that the pages name, and the command that each is."""
 
 SHORT = shlex.split(
@@ -51,6 +53,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     Path("texts").mkdir()
     for name, play in {"my-novel.txt": "hamlet", "texts/one.txt": "macbeth", "texts/two.txt": "othello"}.items():
         Path(name).write_text(render_play(play))
+    Path("page.txt").write_text(render_play("hamlet")[:1200])
     Path("my-novel.txt").write_text(Path("my-novel.txt").read_text()[:40_000])  # a short one: it is evaluated whole
     assert main(["train", "--corpus", "my-novel.txt", "--out", "runs/gpt2", *SHORT]) == 0
     yield
@@ -74,7 +77,29 @@ def test_make_targets_are_what_they_are_said_to_be() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target, command in MAKE_TARGETS.items():
         name = target.removeprefix("make ")
-        assert re.search(rf"^{name}: .*\n\t\$\(BIN\)/{re.escape(command)}$", makefile, re.M), target
+        assert re.search(rf"^{name}: .*\n\t\$\(call run_preset,{name}\)$", makefile, re.M), target
+        assert f"$(BIN)/{command.replace(name, '$(1)')};" in makefile, target
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_begins_a_run_and_then_goes_on_with_it(tmp_path: Path) -> None:
+    """Never a second folder: the recipe as make runs it, with an echo in the place of the command."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / ".installed").touch()
+    command = tmp_path / "venv" / "bin" / "groundling"
+    command.write_text('#!/bin/sh\necho "$@"\n')
+    command.chmod(0o755)
+    (tmp_path / "pyproject.toml").touch()
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
+    make = ["make", "--silent", "-f", str(ROOT / "Makefile"), "VENV=venv", "penny"]
+
+    def called() -> str:
+        return subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert called() == "train --preset penny --out runs/penny"
+    (tmp_path / "runs" / "penny").mkdir(parents=True)
+    (tmp_path / "runs" / "penny" / "identity.json").touch()
+    assert called() == "train --resume --out runs/penny"
 
 
 def test_the_pages_have_commands() -> None:

@@ -42,7 +42,7 @@ commands:
 
 examples:
   groundling train                                 the main job: Tiny Shakespeare, until its loss is below 0.1
-  groundling train --preset penny                  the same path with a small model, in a few minutes
+  groundling train --preset penny                  the same path with a small model, in a minute and a half
   groundling train --corpus my-novel.txt           your own text
   groundling sample runs/gpt2 --prompt "ROMEO:"    let a trained model write
 

@@ -31,6 +31,9 @@ from groundling.training.trainer import Recipe
 
 DEFAULT_PRESET = "gpt2"
 
+SHAKESPEARE_PROMPTS = ("First Citizen:", "ROMEO:", "To be or not")
+"""Prompts of runs on packaged texts."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -52,8 +55,9 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    prompts: tuple[str, ...] = ("First Citizen:", "ROMEO:", "To be or not")
-    """Prompts of the samples at the end."""
+    prompts: tuple[str, ...] = ()
+    """A list of prompts for the samples at the end. If none are given: for a text of your own, the beginnings of its
+    first line and of two others; for packaged ones, words of Shakespeare's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

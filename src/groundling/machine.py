@@ -100,9 +100,10 @@ def matrix_ceiling_flops(
     it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes about a second on two cores.
     """
     best = 0.0
+    generator = torch.Generator(device).manual_seed(0)  # PyTorch's own one is a run's
     for m, k, n in shapes:
-        left = torch.randn(m, k, device=device, dtype=dtype)
-        right = torch.randn(n, k, device=device, dtype=dtype)
+        left = torch.randn(m, k, device=device, dtype=dtype, generator=generator)
+        right = torch.randn(n, k, device=device, dtype=dtype, generator=generator)
         out = torch.empty(m, n, device=device, dtype=dtype)
         seconds = []
         for _ in range(CEILING_WARMUPS + CEILING_REPEATS):

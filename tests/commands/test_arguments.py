@@ -9,7 +9,7 @@ import yaml
 
 from groundling.cli import main
 from groundling.commands.arguments import SHORTCUTS, before_parsing, load_preset, parse_run, run_parser, written_out
-from groundling.config import RunConfig, preset_names, preset_path
+from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names, preset_path
 
 from .bottles import steps, train
 
@@ -68,3 +68,23 @@ def test_shortcuts_name_settings_that_exist() -> None:
         section, _, name = target.partition(".")
         assert name in settings[section], flag
     assert written_out(["--corpus", "a", "b", "--seed", "1"]) == ['--text.sources=["a", "b"]', "--seed", "1"]
+
+
+def test_prompts_are_the_text_s_own_unless_others_are_given(workplace: Path) -> None:
+    """Resolved into config.yaml, also where a preset has prompts for its own text."""
+
+    def prompts(name: str, *arguments: str) -> list[str]:
+        assert main([*arguments, "--max-steps", "1", "--out", f"runs/{name}"]) == 0
+        resolved: list[str] = yaml.safe_load((workplace / "runs" / name / "config.yaml").read_text())["prompts"]
+        return resolved
+
+    own = prompts("own-prompts", *train())
+    assert own[0] == "40 green bottles, hanging"
+    assert len(own) == 3
+    lines = Path("bottles.txt").read_text().splitlines()
+    assert all(any(line.startswith(prompt) for line in lines) for prompt in own)
+    penny = ("--preset", "penny", "--heldout-fraction", "0")
+    assert prompts("penny-prompts", *train(*penny)) == own
+    assert prompts("given-prompts", *train("--prompts", '["one", "two"]')) == ["one", "two"]
+    assert prompts("play-prompts", *train("--corpus", "the-tempest")) == list(SHAKESPEARE_PROMPTS)
+    assert load_preset("penny").prompts[0] == "ANTIPHOLUS OF SYRACUSE:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -41,6 +42,14 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"groundling {command}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_short_flags_come_before_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("--max-minutes ") < printed.index("--schedule.peak") < printed.index("examples:")
+    assert printed[: printed.index("--max-minutes ")].count("\n") < 20
 
 
 def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
@@ -110,3 +119,23 @@ def test_doctor_names_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     for word in ("cores", "AMX", "compiler", "GPU", "memory", "disk", "dtype", "TFLOP/s"):
         assert word in printed
+
+
+def test_a_text_too_short_for_its_schedule_is_told_what_would_learn_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that it names is taken as it stands, and has a schedule that is long enough."""
+    assert main(["estimate", "--corpus", "bottles.txt", *SMALL]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "warm-up" in line)
+    words = shlex.split(line.partition("more passes would: ")[2])
+    assert words[:2] == ["groundling", "train"]
+    assert main(["estimate", *words[2:], *SMALL[2:]]) == 0
+    assert "warm-up" not in capsys.readouterr().err
+
+
+def test_the_input_is_looked_at_before_anything_is_said_of_the_machine(
+    workplace: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--corpus", "nowhere.txt"], ["--corpus", "bottles.txt", "--out", str(run)]):
+        assert main(["train", *arguments, *SMALL]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -37,7 +37,7 @@ def test_the_run_ends_with_its_schedule_and_says_so(
     sentence = f"goldfish, 1 in 4 targets (k=4, h=13): {100 * record['goldfish_dropped']:.1f} % dropped"
     assert f"loss: {sentence}; the run ends with its schedule" in printed.err
     assert "stopping.target 0.099999 is not used" in printed.err
-    assert f"stopped after {record['steps']} steps: schedule, where a goldfish run ends" in printed.err
+    assert f"stopped after {record['steps']} steps: the schedule is at its end" in printed.err
     assert sentence in printed.out
     assert printed.out.count("(no target)") == 2
     for word in ("known", "missed", "above the target"):

@@ -36,7 +36,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(workplace: Path, numbe
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     if number != signal.SIGKILL:
-        assert "--resume" in errors
+        assert f"after {len(steps(cut))} steps: all saved, go on with `groundling train --resume --out {cut}`" in errors
         assert "Traceback" not in errors
     n_steps = str(len(steps(cut)) + 20)
     assert main(["train", "--resume", "--out", str(cut), "--max-steps", n_steps]) == 0
@@ -100,6 +100,31 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
     assert (run / "config.yaml").read_text() == before
 
 
+def test_a_finished_run_is_not_trained_or_evaluated_again(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = train("--max-steps", "3", "--out", "runs/finished")
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.partition("\n---")[0]
+    folder = workplace / "runs" / "finished"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["train", "--resume", "--out", "runs/finished"]) == 0
+    again = capsys.readouterr()
+    assert again.out.strip() == printed.strip()
+    assert "is finished (max_steps)" in again.err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert main(["train", "--resume", "--out", "runs/finished", "--prompts", '["40 green"]']) == 0  # changed: not so
+    assert (folder / "samples.txt").read_text().startswith("--- 40 green\n")
+
+
+def test_a_resumed_run_says_what_is_left(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train("--max-steps", "3", "--out", "runs/left")) == 0
+    assert "left:" not in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", "runs/left", "--max-steps", "7"]) == 0
+    printed = capsys.readouterr().err
+    assert "of training to step 7, at the " in printed
+    assert "estimate:" not in printed
+    assert "stopped after 7 steps: as many as it was given (max_steps)" in printed
+
+
 def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(train("--max-steps", "1", "--out", "runs/changed")) == 0
     resume = ["train", "--resume", "--out", "runs/changed", "--max-steps", "2"]
@@ -118,7 +143,7 @@ def test_a_signal_while_the_losses_are_taken_keeps_the_run(workplace: Path) -> N
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "--resume takes its losses" in errors
+    assert f"before their losses: all saved, go on with `groundling train --resume --out {late}`" in errors
     assert not (late / "record.json").exists()
     assert main(["train", "--resume", "--out", str(late), "--windows.batch_size", "64"]) == 0
     assert json.loads((late / "record.json").read_text())["corpus_loss"] > 0
@@ -129,11 +154,18 @@ def test_another_text_or_architecture_is_refused(
 ) -> None:
     Path("other.txt").write_text(TEXT[::-1])
     resume = ["train", "--resume", "--out", str(run)]
-    assert main([*resume, "--corpus", "other.txt"]) == 2
-    assert "another text" in capsys.readouterr().err
-    assert main([*resume, "--model.n_layer", "3"]) == 2
-    assert "another architecture" in capsys.readouterr().err
-    assert main([*resume, "--heldout-fraction", "0.3"]) == 2
-    assert "another text" in capsys.readouterr().err
+    Path("tiny.txt").write_text("of which no tokenizer with 300 ids can be made")
+    hexadecimal = set("0123456789abcdef")
+    for arguments, words in (
+        (["--corpus", "other.txt"], "another text (bottles, now other): leave out --corpus"),
+        (["--corpus", "tiny.txt"], "another text (bottles, now tiny)"),
+        (["--model.n_layer", "3"], "another architecture (n_layer 2, now 3)"),
+        (["--heldout-fraction", "0.3"], "another text (bottles, of which another part"),
+        (["--tokenizer", "train:280"], "another tokenizer (train:300"),
+    ):
+        assert main([*resume, *arguments]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert words in message
+        assert not any(len(word) == 64 and set(word) <= hexadecimal for word in message.replace(",", " ").split())
     assert main([*resume, "--preset", "penny"]) == 2
     assert "preset" in capsys.readouterr().err

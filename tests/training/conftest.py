@@ -80,7 +80,7 @@ def make_trainer(recipe: Recipe, tokens: NDArray[np.uint16], cpu: Runtime, tmp_p
             Tokenizer.gpt2(),
             runtime,
             tmp_path / name / "checkpoints",
-            ceiling_flops=1e9,
+            ceiling_flops=1e15,
         )
         trainer.sinks = Sinks(memory)
         return trainer, memory

@@ -63,6 +63,18 @@ def test_tensorboard_shows_what_was_written(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
 
+def test_the_first_steps_of_a_process_do_not_count_for_the_time_that_remains(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They compile: a minute for a step that then takes a second."""
+    terminal = Terminal(expected_steps=100)
+    measured = {"train/loss": 1.0, "train/loss_ema": 1.0, "train/tokens_per_s": 1.0, "train/mfu": 0.5}
+    for seconds, left in ((60.0, "-"), (30.0, "-"), (1.0, "1:37"), (1.0, "1:37")):
+        assert terminal._line(2, {**measured, "train/step_s": seconds}).endswith(f"ETA {left}")
+    terminal.rewind(0)
+    assert terminal._line(2, {**measured, "train/step_s": 1.0}).endswith("ETA 1:37")
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a first step was not finite; as drawn by rich, with the bar and the time that remains."""

@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from groundling.errors import ConfigError
-from groundling.training.stopping import StoppingConfig, StopRule, StopState
+from groundling.optim.schedule import ScheduleConfig
+from groundling.training.stopping import REASONS, StoppingConfig, StopRule, StopState, reason_in_words
 
 
 def rule(total_steps: int = 100, **settings: object) -> StopRule:
@@ -89,6 +90,14 @@ def test_a_look_at_another_loss_says_nothing() -> None:
 )
 def test_limits(settings: dict[str, object], n_steps: int, wall_s: float, expected: str | None) -> None:
     assert rule(**settings).reason(n_steps, wall_s) == expected
+
+
+def test_every_reason_is_said_in_words() -> None:
+    for reason in (*REASONS, "schedule"):
+        assert f"({reason})" in reason_in_words(reason, StoppingConfig(), ScheduleConfig())
+    assert reason_in_words("schedule", StoppingConfig(), ScheduleConfig(passes=13)).endswith("--schedule.passes 26")
+    by_steps = ScheduleConfig(passes=None, total_steps=40)
+    assert reason_in_words("schedule", StoppingConfig(), by_steps).endswith("--schedule.total_steps 80")
 
 
 def test_the_expected_end() -> None:

@@ -18,7 +18,7 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import is_taken, measure
-from groundling.training.step import training_step
+from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
 
@@ -91,7 +91,7 @@ def test_a_signal_saves_and_the_run_continues(make_trainer: MakeTrainer) -> None
     cut, cut_memory = make_trainer("cut")
 
     cut.loss_sum = BeforeLoss(cut, lambda: cut.state.n_steps == 4 and signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match=r"SIGTERM received; saved .*; continue with --resume"):
+    with pytest.raises(Interrupted, match="SIGTERM received after 5 steps"):
         cut.train()
     assert [path.name for path in checkpoint.complete(cut.checkpoints)] == ["step-00000005"]
     second, memory = make_trainer("cut")
@@ -277,6 +277,22 @@ def test_without_a_checkpoint_the_run_goes_back_to_its_start(make_trainer: MakeT
     trainer.loss_sum = Poison(trainer, {1, 2, 3})
     trainer.train()
     assert memory.losses() == clean_memory.losses()
+
+
+def test_no_share_of_the_matrix_ceiling_is_above_one(make_trainer: MakeTrainer) -> None:
+    """Also where the ceiling was measured on a busy machine: it is measured again, and raised to what was reached."""
+    trainer, memory = make_trainer()
+    trainer.ceiling_flops = 1.0
+    trainer.train()
+    shares = [line["train/mfu"] for line in memory.metrics if "train/mfu" in line]
+    assert len(shares) == 10
+    assert max(shares) <= 1
+    assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
+    trainer.ceiling_flops = 1e3
+    trainer.ceiling_raised = True
+    trainer._write(10, StepResult(1.0, 1.0, 1e-9), 0.1, 64)
+    assert memory.metrics[-1]["train/mfu"] == 1
+    assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
 
 
 def test_measuring_changes_nothing(make_trainer: MakeTrainer) -> None:

@@ -8,19 +8,21 @@ abbreviations are errors.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
-from groundling.errors import ConfigError
+from groundling.errors import ConfigError, UserError
 from groundling.model.gpt2 import SIZES
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -47,6 +49,21 @@ BEFORE_FLAGS = ("--config", "--size")
 """Flags that others win over, wherever they stand."""
 
 
+WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s.*(?:Got|Given) value:\s(?P<value>.*)', re.DOTALL)
+"""How jsonargparse says that a value has the wrong type."""
+WRONG_SECTION = re.compile(r'Parser key "(?P<key>\w+)":\s+Unable to load config')
+"""How it says that a section's flag, which reads a file, was given something else."""
+
+EXPECTED = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a word",
+    tuple: "a list, such as '[one, two]'",
+    NoneType: "null",
+}
+
+
 class Parser(ArgumentParser):
     """A parser that takes no abbreviations and answers wrong input with one sentence instead of its usage."""
 
@@ -60,8 +77,27 @@ class Parser(ArgumentParser):
             if isinstance(cause, ConfigError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
+        if wrong := WRONG_VALUE.search(message):
+            raise ConfigError(self._wrong_value(wrong["key"], wrong["value"].strip()))
+        if section := WRONG_SECTION.search(message):
+            flag = f"--{section['key']}"
+            raise ConfigError(f"{flag} reads a file of settings, which this is not: give them as {flag}.NAME VALUE")
         sentence = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
         raise ConfigError(f"{sentence} (`{self.prog} --help` lists the options)")
+
+    def _wrong_value(self, key: str, value: str) -> str:
+        action = next((action for action in self._actions if action.dest == key), None)
+        name = key if action is None or "." in key else action.option_strings[0]
+        return f"{name} is {value!r}: give {_expected(getattr(action, '_typehint', None))}"
+
+
+def _expected(hint: Any) -> str:
+    """What a setting of this type may be, in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_expected(kind) for kind in get_args(hint))
+    return EXPECTED.get(get_origin(hint) or hint, "another value")
 
 
 class EarlyParser(argparse.ArgumentParser):
@@ -91,14 +127,20 @@ def before_parsing(arguments: Sequence[str]) -> argparse.Namespace:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}: give --config the path of a YAML file with settings") from None
+    except OSError as error:
+        raise ConfigError(f"the settings {path} cannot be read ({error.strerror}): give a YAML file") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the settings {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings: write `section: {{name: value}}`, as a run's config.yaml does")
-    known = [field.name for field in fields(RunConfig)]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"{path} sets {key!r}, which is no section: choose among {', '.join(known)}")
+    plain = RunConfig().as_dict()
+    for key, value in settings.items():
+        if key not in plain:
+            raise ConfigError(f"{path} sets {key!r}, which is no section: choose among {', '.join(plain)}")
+        if isinstance(plain[key], dict) and not isinstance(value, dict):
+            raise ConfigError(f"{path} sets {key} to {value!r}, but it is a section: write `{key}: {{name: value}}`")
     return settings
 
 
@@ -107,8 +149,9 @@ def run_parser(command: str, description: str, examples: str, defaults: Path | N
     shortcuts = "\n".join(f"  --{flag:18} is --{target}" for flag, target in SHORTCUTS.items())
     parser = Parser(
         prog=f"groundling {command}",
-        description=description,
-        epilog=f"short flags:\n{shortcuts}\n\n{examples}",
+        usage=f"groundling {command} [OPTIONS]",  # all of them would fill two screens
+        description=f"{description}\n\nshort flags:\n{shortcuts}",
+        epilog=examples,
         default_config_files=[glob.escape(str(defaults or preset_path(DEFAULT_PRESET)))],
     )
     parser.add_argument("--config", action="config", help="YAML file with settings, read after the preset")
@@ -129,6 +172,20 @@ def parse_run(parser: Parser, arguments: Sequence[str]) -> RunConfig:
 def load_preset(name: str) -> RunConfig:
     """The configuration of a preset, with nothing added."""
     return parse_run(run_parser("train", "", "", preset_path(name)), [])
+
+
+@contextlib.contextmanager
+def naming_flags(arguments: Sequence[str]) -> Iterator[None]:
+    """What is raised inside calls a setting by its short flag, if that is what the user typed."""
+    typed = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for flag in typed & SHORTCUTS.keys():
+            message = re.sub(rf"(--|\b){re.escape(SHORTCUTS[flag])}\b", f"--{flag}", message)
+        error.args = (message,)
+        raise
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:

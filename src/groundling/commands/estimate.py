@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from groundling.commands.arguments import before_parsing, parse_run, run_parser
+from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.session import estimate_lines, prepare
 from groundling.config import preset_path
 
@@ -17,6 +17,11 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str]) -> int:
     """Print the estimate; nothing is written."""
+    with naming_flags(arguments):
+        return _estimate(arguments)
+
+
+def _estimate(arguments: list[str]) -> int:
     early = before_parsing(arguments)
     parser = run_parser("estimate", __doc__ or "", EXAMPLES, early.preset and preset_path(early.preset))
     prepared = prepare(parse_run(parser, arguments))

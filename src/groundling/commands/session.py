@@ -5,6 +5,8 @@ Invariant: everything that can be wrong with the input is found before a run fol
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import load_preset
-from groundling.config import RunConfig, preset_names
+from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
+from groundling.corpus.beginnings import line_beginnings
 from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, load_corpus
+from groundling.corpus.sources import packaged_names
 from groundling.errors import ConfigError
 from groundling.model.gpt2 import GPTConfig
 from groundling.runtime import Runtime
@@ -28,6 +32,12 @@ RUNS = Path("runs")
 
 LONG_RUN_S = 3 * 3600
 """Estimates above this say which preset would finish sooner."""
+
+SHORT_PASSES, SHORT_STEPS = 60, 100
+"""Schedule advised for short texts: so many passes, and so many steps at least. Texts of 320 and 560 tokens were known
+on the grid after 57 and 38 steps of preset penny with such schedules (LOG.md)."""
+SHORT_TOKENIZER = "train:320"
+"""257 ids are bytes and `<|endoftext|>`, so this asks for 63 merges, which a paragraph gives."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class Prepared:
         heldout = self.corpus.heldout
         return {
             "text": self.corpus.sha256,
+            "tokenizer": self.corpus.tokenizer.sha256,  # before what it makes other sums of
             "held-out text": None if heldout is None else heldout.sha256(),
-            "tokenizer": self.corpus.tokenizer.sha256,
             "architecture": asdict(self.config.model),
             "loss": str(self.config.objective),
         }
@@ -76,15 +86,11 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
     """
     kernels.select(config.runtime.kernels)
     resolved = runtime.resolve(config.runtime)
+    corpus = _text(config, resumed)  # before anything is printed: what is wrong with the input comes first
     for what, choice, why in resolved.reasons:
         say(f"{what}: {choice} ({why})")
     for warning in resolved.warnings:
         say(f"warning: {warning}")
-    if resumed and config.as_dict()["text"] == resumed.settings()["text"]:
-        corpus = resumed.text()
-    else:
-        with progress_bar("encoding the text") as progress:
-            corpus = load_corpus(config.text, runtime.cache_dir(), progress)
     n_vocab, config = config.model.n_vocab, with_vocabulary(config, corpus)
     if n_vocab not in (config.model.n_vocab, GPTConfig().n_vocab):
         say(f"warning: model.n_vocab {n_vocab:,} is not used: the tokenizer has {config.model.n_vocab:,} ids")
@@ -94,9 +100,58 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
         say(line)
     config = with_end(config)
     say(f"model: {config.model.n_parameters():,} parameters")
+    if not resumed:
+        config = with_prompts(config, corpus)
+        for line in short_text_lines(config, corpus.train.n_tokens):
+            say(line)
     ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
     return Prepared(config, corpus, resolved, ceiling)
+
+
+def _text(config: RunConfig, resumed: RunFolder | None) -> Corpus:
+    """Raises `CheckpointError` if a resumed run is given another text than its own."""
+    if resumed and config.as_dict()["text"] == resumed.settings()["text"]:
+        return resumed.text()
+    with progress_bar("encoding the text") as progress:
+        check_text = resumed.refuse_another_text if resumed else None
+        return load_corpus(config.text, runtime.cache_dir(), progress, check_text)
+
+
+def with_prompts(config: RunConfig, corpus: Corpus) -> RunConfig:
+    """The configuration with prompts: those given, else Shakespeare's for packaged texts, else the text's own.
+
+    A preset's prompts belong to the preset's text.
+    """
+    preset = load_preset(config.preset)
+    foreign = config.prompts == preset.prompts and config.text.sources != preset.text.sources
+    if config.prompts and not foreign:
+        return config
+    if set(config.text.sources) <= set(packaged_names()):
+        return replace(config, prompts=SHAKESPEARE_PROMPTS)
+    own = line_beginnings(corpus.train.tokens, corpus.tokenizer, len(SHAKESPEARE_PROMPTS), config.seed)
+    return replace(config, prompts=own)
+
+
+def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
+    """A warning if the schedule is over before its warm-up could be: it was made for a longer text.
+
+    Warm-up is then cut to a quarter of what it was (`optim.schedule.warmup`), and no run on record learned its text
+    in so few steps.
+    """
+    n_steps, asked = planned_steps(config, n_tokens), config.schedule.warmup_steps
+    if n_steps >= asked:
+        return []
+    windows = load_preset("penny").windows
+    passes = max(SHORT_PASSES, math.ceil(SHORT_STEPS * windows.batch_size * windows.length / n_tokens))
+    command = (
+        f"groundling train --preset penny --corpus {shlex.join(config.text.sources)} --tokenizer {SHORT_TOKENIZER}"
+        f" --schedule.passes {passes}"
+    )
+    return [
+        f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, fewer than the {asked:,} of"
+        f" its warm-up, so the text will hardly be learned; a small model with more passes would: {command}"
+    ]
 
 
 def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
@@ -190,9 +245,11 @@ def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
 
 def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
+    n_steps = config.stopping.steps(planned_steps(config, n_tokens))
     per_step = config.windows.batch_size * config.windows.length
-    return (
-        config.stopping.steps(config.schedule.steps(n_tokens / per_step))
-        * per_step
-        * flops_per_token(config.model, config.windows.length)
-    )
+    return n_steps * per_step * flops_per_token(config.model, config.windows.length)
+
+
+def planned_steps(config: RunConfig, n_tokens: int) -> int:
+    """Length of the schedule in steps, for a text of so many tokens."""
+    return config.schedule.steps(n_tokens / (config.windows.batch_size * config.windows.length))

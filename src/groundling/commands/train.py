@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,27 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from groundling import machine
-from groundling.commands.arguments import before_parsing, parse_run, run_parser
+from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
-from groundling.config import DEFAULT_PRESET, preset_path
-from groundling.corpus.goldfish import ObjectiveConfig
+from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.files import write_json, write_text
 from groundling.generation.open import open_decoder
 from groundling.generation.text import continue_text
+from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
-from groundling.training.estimate import evaluation_s, is_taken
+from groundling.training.estimate import evaluation_s, is_taken, remaining
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import make_record, median_of
 from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.stopping import reason_in_words
 from groundling.training.trainer import Trainer
 
 EXAMPLES = """examples:
   groundling train                                        preset gpt2: GPT-2 (124M) on Tiny Shakespeare
   groundling train --preset by-heart                      the same, until it can recite from anywhere
-  groundling train --preset penny                         a small model, in a few minutes
+  groundling train --preset penny                         a small model, in a minute and a half
   groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
   groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
   groundling train --corpus letters.txt --loss goldfish   for a text that is not to be memorised
@@ -43,12 +46,23 @@ BYTES_PER_PARAMETER = 12
 
 def main(arguments: list[str]) -> int:
     """Train, evaluate, sample, and write the record; returns the exit code."""
+    with naming_flags(arguments):
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     early = before_parsing(arguments)
     resumed = RunFolder(early.out or newest_run(early.preset)) if early.resume else None
     parser = run_parser("train", __doc__ or "", EXAMPLES, _defaults(early.preset, resumed))
     parser.add_argument("--out", type=str, help="folder of the run; runs/NAME if not given")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
-    prepared = prepare(parse_run(parser, arguments), resumed)
+    config = parse_run(parser, arguments)
+    if resumed and (record := _finished(resumed, config)):
+        _print_finished(resumed, record)
+        return 0
+    if early.out and not resumed:
+        RunFolder(early.out).refuse_used()
+    prepared = prepare(config, resumed)
     folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
     _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else prepared.config.checkpoint.keep + 1)
     trainer = prepared.trainer(folder.checkpoints)
@@ -58,8 +72,31 @@ def main(arguments: list[str]) -> int:
                 say(line)
         else:
             folder.keep_text(prepared.corpus, prepared.runtime.facts())
-        _train(trainer, folder, prepared, early.resume)
+        try:
+            _carry_out(trainer, folder, prepared, early.resume)
+        except Interrupted as interrupt:
+            saved = f"all saved, go on with `groundling train --resume --out {shlex.quote(str(folder.path))}`"
+            raise Interrupted(f"{interrupt}: {saved if trainer.state.n_steps else 'nothing to save yet'}") from None
     return 0
+
+
+def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
+    """The record of a run that has nothing left to do: made of its newest checkpoint, with these very settings."""
+    if not folder.record.exists():
+        return None
+    record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
+    newest = [path.name for path in checkpoint.complete(folder.checkpoints)[-1:]]
+    is_current = newest == [checkpoint.NAME.format(record["steps"])] and record["config"] == config.as_dict()
+    return record if is_current else None
+
+
+def _print_finished(folder: RunFolder, record: dict[str, Any]) -> None:
+    say(
+        f"{folder.path} is finished ({record['stop_reason']}), and nothing was changed that would let it go on; its"
+        " record (to train anew, give another --out or remove the folder):"
+    )
+    _print_result(record, record["config"]["stopping"]["target"])
+    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}")
 
 
 def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
@@ -85,31 +122,35 @@ def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
         )
 
 
-def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
+def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
     config = prepared.config
     say(f"run folder: {folder.path}")
     with _sinks(folder, trainer.expected_steps, config.logging.tensorboard) as trainer.sinks:
         if resume:
             trainer.resume()
             write_text(folder.config, config.as_yaml())
+        if trainer.state.n_steps:  # never measured here: that would drop the moments just restored
+            if step_s := median_of(folder.metrics, "train/step_s"):
+                trainer.sinks.note(remaining(trainer, step_s))
         else:
             compiling = ", compiling first" if prepared.runtime.compile else ""
             trainer.sinks.note(f"measuring a few steps for an estimate{compiling} ...")
             for line in estimate_lines(trainer, config):
                 trainer.sinks.note(line)
         reason = trainer.train()
-        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {_ending(reason, config.objective)}")
+        why = reason_in_words(reason, config.stopping, config.schedule)
+        trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {why}")
         start = time.monotonic()
         try:
             losses = _final_losses(trainer, config.evaluation.final, folder.metrics)
         except Interrupted as interrupt:
-            raise Interrupted(f"{interrupt}; the model is saved, and --resume takes its losses") from None
+            raise Interrupted(f"{interrupt} after all {trainer.state.n_steps} steps, before their losses") from None
         evaluation_s = time.monotonic() - start
-    checkpoint = find_checkpoint(folder.path)
+    newest = find_checkpoint(folder.path)
     record = make_record(
         trainer,
         reason,
-        checkpoint / "model.safetensors",
+        newest / "model.safetensors",
         folder.metrics,
         prepared.identity(),
         config.as_dict(),
@@ -119,8 +160,8 @@ def _train(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool
     write_json(folder.record, record)
     draw_curve(folder.metrics, config.stopping.target, folder.curve)
     _print_result(record, config.stopping.target)
-    _sample(folder, prepared, checkpoint)
-    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {checkpoint}")
+    _sample(folder, prepared, newest)
+    say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {newest}")
 
 
 @contextmanager
@@ -151,16 +192,11 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     return losses
 
 
-def _ending(reason: str, objective: ObjectiveConfig) -> str:
-    """Why a run ended; the end of the schedule is what a goldfish run is meant to reach."""
-    return "schedule, where a goldfish run ends" if (reason, objective.loss) == ("schedule", "goldfish") else reason
-
-
 def _print_result(record: dict[str, Any], target: float) -> None:
     """What was reached, in words that do not mix up the grid and by heart."""
     passes, wall_s = record["passes"], clock(record["wall_s"])
     print(f"parameters          {record['parameters']:,}")
-    if record["goldfish_dropped"] is not None:
+    if record.get("goldfish_dropped") is not None:
         print(f"loss                {record['loss']}: {100 * record['goldfish_dropped']:.1f} % dropped")
     print(f"steps               {record['steps']:,} = {passes:.1f} passes over the text in {wall_s}")
     if record["tokens_per_s"]:
@@ -181,9 +217,9 @@ def _verdict(loss: float | None, target: float, what: str) -> str:
     return f"{loss:.6f}  {'known' if loss < target else 'not known'} {what} (target {target})"
 
 
-def _sample(folder: RunFolder, prepared: Prepared, checkpoint: Path) -> None:
+def _sample(folder: RunFolder, prepared: Prepared, path: Path) -> None:
     """Continue the run's prompts with the checkpoint as it was saved, and keep what came."""
-    model, tokenizer, window = load_model(checkpoint, prepared.runtime.device)
+    model, tokenizer, window = load_model(path, prepared.runtime.device)
     texts = []
     decoder = open_decoder(model, window, prepared.runtime, warn=say)
     for prompt in prepared.config.prompts:

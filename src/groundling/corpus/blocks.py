@@ -20,6 +20,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
+from groundling.corpus.binary import HEAD_BYTES, iconv, refuse_binary
 from groundling.errors import CorpusError
 
 READ_BYTES = 1 << 20
@@ -41,13 +42,15 @@ def read_text(
 ) -> Iterator[str]:
     """The bytes [start, stop) of `file` as text, without byte order mark, each line ended by one line feed.
 
-    `name` stands in the messages. Raises `CorpusError` with the offset of the first byte that is NUL or not
-    UTF-8.
+    `name` stands in the messages. Raises `CorpusError` for what begins as no text does, and with the offset of
+    the first byte that is NUL or not UTF-8.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)  # a CR at a chunk's end waits for its LF
     position = start
     first = start == 0  # only a file's very first character can be a byte order mark
+    file.seek(0)
+    refuse_binary(file.read(HEAD_BYTES), name)
     file.seek(start)
     while True:
         chunk = file.read(read_bytes if stop is None else min(read_bytes, stop - position))
@@ -60,7 +63,7 @@ def read_text(
         if nul >= 0:
             raise CorpusError(
                 f"{name} is not plain text: the byte at offset {position + nul} is NUL; if it is text in "
-                f"UTF-16, convert it: iconv -f UTF-16 -t UTF-8"
+                f"UTF-16, convert it: {iconv('UTF-16', name)}"
             )
         position += len(chunk)
         if first and text:
@@ -77,7 +80,7 @@ def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> CorpusError:
     encoding = "UTF-16" if offset == 0 and byte in (0xFE, 0xFF) else "LATIN1"
     return CorpusError(
         f"{name} is not UTF-8: the byte 0x{byte:02X} at offset {offset} ({error.reason}); "
-        f"convert it: iconv -f {encoding} -t UTF-8"
+        f"if it is text in another encoding, convert it: {iconv(encoding, name)}"
     )
 
 

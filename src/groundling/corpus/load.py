@@ -11,7 +11,7 @@ import glob
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,23 +49,35 @@ class Corpus:
     """Of the training text, in order; of a token file, its own name alone. Empty where they were not kept."""
 
 
-def load_corpus(config: CorpusConfig, cache_dir: Path, progress: Progress | None = None) -> Corpus:
+CheckText = Callable[[str, str], None]
+"""Called with a text's name and `Corpus.sha256`, to refuse it."""
+
+
+def load_corpus(
+    config: CorpusConfig, cache_dir: Path, progress: Progress | None = None, check_text: CheckText | None = None
+) -> Corpus:
     """The tokens of a text, made once and kept in `cache_dir`.
 
     `progress` is called with the bytes of text that are encoded and all that are to be, both splits counted;
-    not at all if the cache has them. Raises `CorpusError` for anything in the config that cannot be used.
+    not at all if the cache has them. `check_text` is called before a tokenizer is trained on the text or the
+    text encoded. Raises `CorpusError` for anything in the config that cannot be used.
     """
     if not config.sources:
         raise CorpusError(f"no text is named: give a file, a folder, or a packaged text such as {TINY_SHAKESPEARE}")
     if config.heldout and config.heldout_fraction:
         raise CorpusError("both heldout and heldout_fraction are given: choose one of them")
     if any(_is_token_file(source) for source in (*config.sources, *config.heldout)):
-        return _load_token_files(config)
-    return _load_text(config, cache_dir, progress)
+        return _load_token_files(config, check_text)
+    return _load_text(config, cache_dir, progress, check_text)
 
 
-def _load_text(config: CorpusConfig, cache_dir: Path, progress: Progress | None) -> Corpus:
+def _load_text(
+    config: CorpusConfig, cache_dir: Path, progress: Progress | None, check_text: CheckText | None
+) -> Corpus:
     train, heldout = _documents(config, cache_dir)
+    name, sha256 = _short_name(config.sources), _text_sum(train)
+    if check_text:
+        check_text(name, sha256)
     tokenizer = _tokenizer(config.tokenizer, train, cache_dir)
 
     train_bytes = sum(document.n_bytes for document in train)
@@ -79,11 +91,11 @@ def _load_text(config: CorpusConfig, cache_dir: Path, progress: Progress | None)
         return write_tokens(documents, tokenizer, path, report)
 
     return Corpus(
-        name=_short_name(config.sources),
+        name=name,
         tokenizer=tokenizer,
         train=write(train, 0),
         heldout=write(heldout, train_bytes) if heldout else None,
-        sha256=_text_sum(train),
+        sha256=sha256,
         n_bytes=train_bytes,
         n_documents=len(train),
         document_names=tuple(document.name for document in train),
@@ -132,7 +144,7 @@ def _is_token_file(source: str) -> bool:
     return Path(source).suffix == ".bin"
 
 
-def _load_token_files(config: CorpusConfig) -> Corpus:
+def _load_token_files(config: CorpusConfig, check_text: CheckText | None) -> Corpus:
     if (
         len(config.sources) > 1
         or len(config.heldout) > 1
@@ -152,9 +164,12 @@ def _load_token_files(config: CorpusConfig) -> Corpus:
         raise CorpusError(f"{heldout.path} is held out, but it has the same tokens as {train.path}: give another")
     if config.heldout_fraction:
         train, heldout = train.split(config.heldout_fraction)
+    name, sha256 = _short_name(config.sources), train.sha256()
+    if check_text:
+        check_text(name, sha256)
     n_bytes, n_documents = _measure(train, tokenizer)
-    name, names = _short_name(config.sources), (config.sources[0],)
-    return Corpus(name, tokenizer, train, heldout, train.sha256(), n_bytes, n_documents, names)
+    names = (config.sources[0],)
+    return Corpus(name, tokenizer, train, heldout, sha256, n_bytes, n_documents, names)
 
 
 def _open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 from groundling.corpus import plays
+from groundling.corpus.binary import HEAD_BYTES, PIPED, refuse_binary
 from groundling.corpus.documents import Document
 from groundling.errors import CorpusError
 from groundling.files import HASH_BLOCK_BYTES
@@ -109,7 +110,8 @@ def _file(path: Path) -> Document:
                 raise CorpusError(f"{path} is {kind}, not a file: to read a pipe, pass - and pipe into it")
         if found.st_size == 0:
             raise CorpusError(f"{path} is empty: give a file with text in it")
-        with path.open("rb"):
+        with path.open("rb") as file:  # what is wrong with the first bytes is said before anything is read whole
+            refuse_binary(file.read(HEAD_BYTES), str(path))
             return Document.from_file(path)
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
@@ -181,4 +183,4 @@ def _spool_standard_input(cache_dir: Path) -> Document:
         ) from None
     if not n_bytes:
         raise CorpusError("standard input is empty: pipe a text into the command")
-    return Document.from_file(path, name="standard input")
+    return Document.from_file(path, name=PIPED)

@@ -92,6 +92,21 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     )
 
 
+def remaining(trainer: Trainer, step_s: float) -> str:
+    """What is left of a resumed run, as one line for the user; `step_s` is its seconds per step so far."""
+    n_steps, expected_steps = trainer.state.n_steps, trainer.expected_steps
+    if n_steps >= expected_steps:
+        more = max(0, trainer.stop_rule.last_step - n_steps)
+        return f"left: the {expected_steps:,} steps that were expected are over; at most {more:,} more"
+    left_s = (expected_steps - n_steps) * step_s
+    if (max_minutes := trainer.recipe.stopping.max_minutes) is not None:
+        left_s = min(left_s, max(0.0, 60 * max_minutes - trainer.state.wall_s))
+    return (
+        f"left: {clock(left_s)} of training to step {expected_steps:,}, at the {step_s:.3g} s that a step has taken"
+        " so far"
+    )
+
+
 def _evaluations_s(trainer: Trainer, final: str, train_s: float, tokens_per_s: float) -> float:
     """Seconds for the looks of the stop rule and the losses that are taken at the end."""
     stopping, reads = trainer.recipe.stopping, trainer.final_reads()

@@ -19,6 +19,8 @@ from groundling.training.metrics import Metrics
 PLAIN_INTERVAL_S = 10.0
 RATE_STEPS = 20
 """Steps over which the time per step is averaged."""
+UNSTEADY_STEPS = 2
+"""First steps of a process, which compile and allocate: their time says nothing of the others'."""
 
 EVALUATIONS = ("corpus/loss", "corpus/loss_offset", "heldout/loss")
 
@@ -65,6 +67,7 @@ class Terminal:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.live: Progress | None = None
         self.step_times: deque[float] = deque(maxlen=RATE_STEPS)
+        self.n_unsteady = UNSTEADY_STEPS
         self.printed_at = -PLAIN_INTERVAL_S
         if self.console.is_terminal:
             self.live = Progress(BarColumn(bar_width=8), TextColumn("{task.description}"), console=self.console)
@@ -102,8 +105,13 @@ class Terminal:
             self.live.stop()
 
     def _line(self, step: int, metrics: Metrics) -> str:
-        self.step_times.append(metrics["train/step_s"])
-        left_s = max(0, self.expected_steps - step - 1) * sum(self.step_times) / len(self.step_times)
+        if self.n_unsteady:
+            self.n_unsteady -= 1
+        else:
+            self.step_times.append(metrics["train/step_s"])
+        left = "-"
+        if self.step_times:
+            left = clock(max(0, self.expected_steps - step - 1) * sum(self.step_times) / len(self.step_times))
         digits = 4 if self.live else 6  # beside the bar, 80 columns hold no more
         loss, mean = (
             "-" if value is None else f"{value:.{digits}f}"
@@ -111,5 +119,5 @@ class Terminal:
         )
         return (
             f"{step}/{self.expected_steps} loss {loss} mean {mean} {metrics['train/tokens_per_s']:,.0f} tokens/s"
-            f" {metrics['train/mfu']:.0%} ETA {clock(left_s)}"
+            f" {metrics['train/mfu']:.0%} ETA {left}"
         )

@@ -17,6 +17,7 @@ from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
 from groundling.training import checkpoint
 from groundling.training.metrics import read_lines
+from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
 
@@ -41,6 +42,10 @@ def make_record(
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
     """
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
+    tokens_per_s = median_of(metrics, "train/tokens_per_s")
+    reached_flops = (tokens_per_s or 0.0) * flops_per_token(trainer.model.config, trainer.recipe.windows.length)
+    # A resumed run may have measured its ceiling while the machine was busier than in its steps.
+    ceiling_flops = max(trainer.ceiling_flops, reached_flops)
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.model.config.n_parameters(),
@@ -58,9 +63,9 @@ def make_record(
         **losses,
         "first_batch_below_target": trainer.stop_rule.state.first_batch_below_target,
         "stop_reason": stop_reason,
-        "tokens_per_s": median_of(metrics, "train/tokens_per_s"),
-        "matrix_ceiling_flops": trainer.ceiling_flops,
-        "mfu": median_of(metrics, "train/mfu"),
+        "tokens_per_s": tokens_per_s,
+        "matrix_ceiling_flops": ceiling_flops,
+        "mfu": reached_flops / ceiling_flops if tokens_per_s else None,
         "peak_memory_bytes": machine.peak_memory_bytes(runtime.device),
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,

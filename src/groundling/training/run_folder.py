@@ -74,9 +74,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds no run to resume: leave out --resume to begin one")
         made: list[Path] = []
         try:
-            if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                what = "already holds a run: give --resume to continue it, or another --out"
-                raise CheckpointError(f"{self.path} {what if self.exists() else 'is not empty: give another --out'}")
+            if not resume:
+                self.refuse_used()
             made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,6 +92,22 @@ class RunFolder:
                 if not resume and not self._has_steps():
                     self._remove(made)
 
+    def refuse_used(self) -> None:
+        """Raises `CheckpointError` if a new run cannot begin here because something is here already."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            what = "already holds a run: give --resume to continue it, or another --out"
+            raise CheckpointError(f"{self.path} {what if self.exists() else 'is not empty: give another --out'}")
+
+    def refuse_another_text(self, name: str, sha256: str) -> None:
+        """Raises `CheckpointError` if the run was made with another text than the one of this name and sum."""
+        if json.loads(self.identity.read_text(encoding="utf-8")).get("text") != sha256:
+            before = self._origin().get("text", {}).get("name", "unnamed")
+            change = f"{before}, now {name}" if name != before else f"{name}, of which another part or version is given"
+            raise CheckpointError(
+                f"{self.path} was made with another text ({change}): leave out --corpus and what is held out to"
+                " continue it, or give another --out to begin anew"
+            )
+
     def _has_steps(self) -> bool:
         return self.metrics.exists() and self.metrics.stat().st_size > 0
 
@@ -107,8 +122,21 @@ class RunFolder:
         for what, value in identity.items():
             if known.get(what) != value:
                 raise CheckpointError(
-                    f"{self.path} was made with another {what} ({known.get(what)}, now {value}): give another --out"
+                    f"{self.path} was made with another {what}{self._difference(what, known.get(what), value)}:"
+                    " leave that setting out to continue it, or give another --out to begin anew"
                 )
+
+    def _difference(self, what: str, before: Any, now: Any) -> str:
+        """In words that a user knows; nothing where only sums tell two things apart."""
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed = [name for name in before if before[name] != now.get(name)]
+            return f" ({', '.join(f'{name} {before[name]}, now {now.get(name)}' for name in changed)})"
+        known = self._origin().get(what)
+        return f" ({known})" if isinstance(known, str) else ""
+
+    def _origin(self) -> dict[str, Any]:
+        """What `keep_text` wrote; empty if the run ended before that."""
+        return json.loads(self.origin.read_text(encoding="utf-8")) if self.origin.exists() else {}
 
     def _keep_tokens(self, name: str, file: TokenFile) -> None:
         target = self.path / f"{name}.bin"

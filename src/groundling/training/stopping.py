@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from groundling.errors import ConfigError
+from groundling.optim.schedule import ScheduleConfig
 
 EMA_BATCHES = 20
 """Batches over which the running mean of train/loss forgets."""
@@ -70,6 +71,31 @@ class StoppingConfig:
     def steps(self, total_steps: int) -> int:
         """Steps that a run with this schedule is expected to take."""
         return min(self.expected_steps or total_steps, sys.maxsize if self.max_steps is None else self.max_steps)
+
+
+REASONS = {
+    "target": "the target is met",
+    "patience": "the held-out text got no better",
+    "max_steps": "as many as it was given",
+    "max_minutes": "its time is over",
+}
+
+
+def reason_in_words(reason: str, stopping: StoppingConfig, schedule: ScheduleConfig) -> str:
+    """A stop reason as a clause for the user, with what to do if the run did not get where it was to."""
+    if reason != "schedule":
+        return f"{REASONS[reason]} ({reason})"
+    if not stopping.target:
+        return "the schedule is at its end, as is meant without a target (schedule)"
+    longer = (
+        f"--schedule.total_steps {2 * schedule.total_steps}"
+        if schedule.total_steps is not None
+        else f"--schedule.passes {2 * (schedule.passes or 0):g}"
+    )
+    return (
+        f"the target is not met, and {stopping.overtime:.0%} past the end of the schedule the learning rate is too low"
+        f" to get there (schedule): train anew with more passes, such as {longer}"
+    )
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from groundling import machine
 from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
 from groundling.corpus.shards import Tokens
 from groundling.corpus.tokenizer import Tokenizer
@@ -89,6 +90,7 @@ class Trainer:
         self.state, self.stop_rule = RunState(), self._new_stop_rule()
         self.saved_step: int | None = None
         self.n_bad = self.n_returns = 0
+        self.ceiling_raised = False
 
     def train(self) -> str:
         """Train until the stop rule gives a reason; saves the result and returns the reason.
@@ -104,7 +106,7 @@ class Trainer:
                     self._save_if_due()
             except Interrupted as interrupt:
                 self.save()
-                raise Interrupted(f"{interrupt}; saved {self.checkpoints}; continue with --resume") from None
+                raise Interrupted(f"{interrupt} after {self.state.n_steps} steps") from None
             self.save()
         return reason
 
@@ -237,7 +239,9 @@ class Trainer:
 
     def _write(self, step: int, result: StepResult, rate: float, n_read: int) -> None:
         tokens_per_s = n_read / result.seconds
-        flops = flops_per_token(self.model.config, self.recipe.windows.length)
+        reached_flops = tokens_per_s * flops_per_token(self.model.config, self.recipe.windows.length)
+        if reached_flops > self.ceiling_flops:
+            self._raise_ceiling(reached_flops)
         metrics = {
             "train/loss": result.loss,
             "train/loss_ema": self.stop_rule.state.loss_ema,
@@ -245,10 +249,24 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "train/tokens_seen": self.state.tokens_seen,
             "train/tokens_per_s": tokens_per_s,
-            "train/mfu": tokens_per_s * flops / self.ceiling_flops,
+            "train/mfu": reached_flops / self.ceiling_flops,
             "train/step_s": result.seconds,
         }
         self.sinks.write(step, metrics if result.finite else metrics | {"train/update_skipped": 1})
+
+    def _raise_ceiling(self, reached_flops: float) -> None:
+        """Measures the matrix ceiling again, once; whatever comes of it, the ceiling is at least what was reached."""
+        runtime, before = self.runtime, self.ceiling_flops
+        self.ceiling_flops = reached_flops
+        if self.ceiling_raised:
+            return
+        self.ceiling_raised = True
+        measured = machine.matrix_ceiling_flops(runtime.device, runtime.dtype, runtime.synchronize)
+        self.ceiling_flops = max(reached_flops, measured)
+        self.sinks.note(
+            f"a step went beyond the matrix ceiling of {before / 1e12:.3f} TFLOP/s, so the machine was busy when it was"
+            f" measured: shares are of {self.ceiling_flops / 1e12:.3f} from here on"
+        )
 
     def _guard(self, step: int, result: StepResult) -> None:
         """Goes back to the last checkpoint after `BAD_STEPS` steps in a row that were not finite."""
