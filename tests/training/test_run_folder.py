@@ -60,6 +60,14 @@ def test_a_run_that_failed_keeps_what_it_measured(tmp_path: Path) -> None:
     assert folder.metrics.exists()
 
 
+def test_a_folder_with_weights_is_never_removed(tmp_path: Path) -> None:
+    """As when somebody deletes the folder of a run at work, and it then saves what it has."""
+    folder = RunFolder(tmp_path / "run")
+    with folder.open(IDENTITY, "", resume=False):
+        (folder.checkpoints / "step-00000046").mkdir(parents=True)
+    assert folder.checkpoints.exists()
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):

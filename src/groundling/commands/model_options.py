@@ -20,7 +20,7 @@ from groundling.generation.speculate import CorpusDrafter, Drafter, PromptDrafte
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat
 from groundling.model.gpt2 import GPT2
 from groundling.runtime import Runtime, RuntimeConfig
-from groundling.training.checkpoint import load_model
+from groundling.training.checkpoint import load_model, load_state
 from groundling.training.run_folder import RunFolder, find_checkpoint
 
 
@@ -108,4 +108,7 @@ def open_run(options: Any) -> OpenRun:
     resolved = resolve_runtime(options, "fp32")
     model, tokenizer, window = load_model(checkpoint, resolved.device)
     folder = folder_of(path, checkpoint)
+    if folder.exists() and not folder.record.exists():
+        n_steps = load_state(checkpoint)["n_steps"]
+        say(f"note: this run has not come to its end; these are its weights after {n_steps:,} steps")
     return OpenRun(path, folder, model, tokenizer, window, resolved, options.weights, options.drafts)

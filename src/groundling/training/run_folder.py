@@ -109,7 +109,8 @@ class RunFolder:
             )
 
     def _has_steps(self) -> bool:
-        return self.metrics.exists() and self.metrics.stat().st_size > 0
+        written = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return written or any(checkpoint.complete(self.checkpoints))  # never remove weights, whatever else is gone
 
     def _remove(self, made: list[Path]) -> None:
         for entry in self.path.iterdir():
@@ -131,6 +132,8 @@ class RunFolder:
         if isinstance(before, dict) and isinstance(now, dict):
             changed = [name for name in before if before[name] != now.get(name)]
             return f" ({', '.join(f'{name} {before[name]}, now {now.get(name)}' for name in changed)})"
+        if what == "loss":
+            return f" ({before}, now {now})"
         known = self._origin().get(what)
         return f" ({known})" if isinstance(known, str) else ""
 
