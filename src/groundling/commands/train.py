@@ -221,9 +221,10 @@ def _sample(folder: RunFolder, prepared: Prepared, path: Path) -> None:
     """Continue the run's prompts with the checkpoint as it was saved, and keep what came."""
     model, tokenizer, window = load_model(path, prepared.runtime.device)
     texts = []
-    decoder = open_decoder(model, window, prepared.runtime, warn=say)
-    for prompt in prepared.config.prompts:
-        text = "".join(continue_text(decoder, tokenizer, prompt, prepared.config.sampling))
-        print(f"\n--- {prompt}\n{prompt}{text}")
-        texts.append(f"--- {prompt}\n{prompt}{text}\n")
+    with open_decoder(model, window, prepared.runtime, warn=say) as decoder:
+        prompts = prepared.config.prompts
+        for number, prompt in enumerate(prompts, 1):
+            text = "".join(continue_text(decoder, tokenizer, prompt, prepared.config.sampling))
+            texts.append(f"--- sample {number} of {len(prompts)}\n{prompt}{text}\n")
+            print(f"\n{texts[-1]}", end="")
     write_text(folder.samples, "\n".join(texts))
