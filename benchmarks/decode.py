@@ -29,6 +29,8 @@ from typing import Any
 import foreign_formats
 
 from groundling import machine, runtime
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.model.formats import read_bytes
 from groundling.runtime import RuntimeConfig
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import RunFolder, find_checkpoint
@@ -89,8 +91,8 @@ def huggingface(folder: Path, dtype: str, cache: bool) -> Write:
     return write
 
 
-def llama_cpp(path: Path, n_ctx: int) -> Write:
-    """llama.cpp in the prebuilt wheel of xllamacpp."""
+def llama_cpp(path: Path, n_ctx: int, checkpoint: Path) -> Write:
+    """llama.cpp in the prebuilt wheel of xllamacpp; it answers with text, whose tokens are compared."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -101,20 +103,21 @@ def llama_cpp(path: Path, n_ctx: int) -> Write:
     params.cache_prompt = False
     params.verbosity = 0
     server = xllamacpp.Server(params)
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
 
     def write(prompt: list[int], n: int) -> list[int]:
         answer = server.handle_completions(
             {
                 "prompt": prompt,
-                "n_predict": n,
+                "max_tokens": n,
                 "temperature": 0.0,
                 "top_k": 1,
                 "cache_prompt": False,
                 "ignore_eos": True,
-                "return_tokens": True,
             }
         )
-        return list(answer["tokens"])
+        assert answer["usage"]["completion_tokens"] == n
+        return tokenizer.encode(answer["choices"][0]["text"])
 
     return write
 
@@ -130,6 +133,7 @@ def ctranslate2(folder: Path, compute_type: str, tokens: list[str]) -> Write:
         result = generator.generate_batch(
             [words], max_length=n, min_length=n, sampling_topk=1, include_prompt_in_result=False
         )
+        assert len(result[0].sequences_ids[0]) == n
         return list(result[0].sequences_ids[0])
 
     return write
@@ -166,7 +170,7 @@ class Contestant:
             self.connection.send((prompt, self.n))
             elapsed, self.written[which] = self.connection.recv()
             seconds += elapsed
-            n_tokens += len(self.written[which])
+            n_tokens += self.n
         self.tokens_per_s.append(n_tokens / seconds)
 
     def close(self) -> None:
@@ -194,8 +198,6 @@ def main() -> None:
     prompts = [text[start : start + options.prompt_tokens].tolist() for start in starts]
     n = min(options.tokens, window - options.prompt_tokens)
 
-    from groundling.model.formats import read_bytes
-
     n_bytes = {form: read_bytes(model, form) for form in ("fp32", "bf16", "int8")}
     vocabulary = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     ids = vocabulary["model"]["vocab"] | {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
@@ -222,8 +224,8 @@ def main() -> None:
                 for drafts in ("", "text")
                 for form in ("fp32", "bf16", "int8")
             ),
-            ("llama.cpp F16", n_bytes["bf16"], llama_cpp, (root / "F16.gguf", n_ctx), n),
-            ("llama.cpp Q8_0", n_bytes["int8"], llama_cpp, (root / "Q8_0.gguf", n_ctx), n),
+            ("llama.cpp F16", n_bytes["bf16"], llama_cpp, (root / "F16.gguf", n_ctx, checkpoint), n),
+            ("llama.cpp Q8_0", n_bytes["int8"], llama_cpp, (root / "Q8_0.gguf", n_ctx, checkpoint), n),
             ("CTranslate2 fp32", n_bytes["fp32"], ctranslate2, (root / "float32", "float32", words), n),
             ("CTranslate2 int8", n_bytes["int8"], ctranslate2, (root / "int8", "int8", words), n),
             ("Hugging Face fp32", n_bytes["fp32"], huggingface, (hf, "float32", True), n),
