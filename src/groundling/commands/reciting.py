@@ -6,6 +6,7 @@ Invariant: a long measurement says soon after its beginning how long it will tak
 from __future__ import annotations
 
 import codecs
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ ESTIMATE_AFTER_S = 4.0
 QUOTE_CHARS = 60
 MAX_PROMPTS = 4
 """Of the run's prompts that are continued."""
+BEGINNING_TOKENS = 16
+"""Of the training text, which are a prompt too."""
 
 BANDS = [DEFAULT_MINIMUM * 2**n for n in range(len(STYLES) - 1)]
 """Lengths of spans from which each colour is used, as `groundling trace` does."""
@@ -100,6 +103,7 @@ class Piece:
 class Sample:
     """What a model wrote after one prompt."""
 
+    title: str
     prompt: str
     settings: str
     text: str
@@ -109,39 +113,54 @@ class Sample:
 
     def for_page(self) -> dict[str, Any]:
         """What the page shows."""
-        shown = {"prompt": self.prompt, "settings": self.settings, "pieces": self.pieces, "sources": self.sources}
+        shown = {"title": self.title, "settings": self.settings, "pieces": self.pieces, "sources": self.sources}
         trace = self.trace
+        if self.pieces:
+            self.pieces[-1].text = self.pieces[-1].text.rstrip("\n")
         return shown | {"trace": trace, "summary": summary_line(trace) if trace else ""}
 
     def for_json(self) -> dict[str, Any]:
         """What a program may want."""
-        facts = {"prompt": self.prompt, "settings": self.settings, "text": self.text}
+        facts = {"title": self.title, "prompt": self.prompt, "settings": self.settings, "text": self.text}
         return facts | ({"trace": self.trace.as_dict()} if self.trace else {})
 
 
 def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any]) -> list[Sample]:
-    """The run's own prompts continued with the likeliest tokens, and as its settings say."""
+    """The run's own prompts continued with the likeliest tokens, and as its settings say; first the text's beginning.
+
+    The beginning of the training text, continued with the likeliest tokens, lies on the grid as no other prompt does.
+    """
     prompts = [str(prompt) for prompt in settings.get("prompts") or [""]][:MAX_PROMPTS]
     known = {one.name for one in fields(SamplingConfig)}
     chosen = {name: value for name, value in (settings.get("sampling") or {}).items() if name in known}
     sampling = SamplingConfig(**chosen | {"stop": tuple(chosen.get("stop", ()))})
     configs = [replace(sampling, temperature=0)] + ([sampling] if sampling.temperature else [])
-    requests = [(prompt, config) for prompt in prompts for config in configs]
-    texts = [""] * len(requests)
-    with run.decoder(min(N_SLOTS, len(requests))) as decoder:
-        for written in write(decoder, run.tokenizer, requests):
+    asked = [(_title(prompt), prompt, config) for prompt in prompts for config in configs]
+    if tracer is not None:
+        beginning = tracer.tokenizer.decode(tracer.array.tokens_at(0, BEGINNING_TOKENS))
+        beginning = beginning.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut in two
+        asked.insert(0, ("The training text's beginning", beginning, configs[0]))
+    texts = [""] * len(asked)
+    with run.decoder(min(N_SLOTS, len(asked))) as decoder:
+        for written in write(decoder, run.tokenizer, [(prompt, config) for _, prompt, config in asked]):
             texts[written.which] += written.text
-    samples = [
-        Sample(prompt, _described(config), text) for (prompt, config), text in zip(requests, texts, strict=True)
-    ]
-    for sample in samples:
-        prompt = run.tokenizer.encode(sample.prompt)
+    samples = []
+    for (title, prompt, config), text in zip(asked, texts, strict=True):
+        sample = Sample(title, prompt, _described(config), text)
         if tracer is None:
-            sample.pieces = [Piece(sample.prompt, -1), Piece(sample.text, 0)]
+            sample.pieces = [Piece(prompt, -1), Piece(text, 0)]
         else:
-            sample.trace = tracer.trace(prompt + run.tokenizer.encode(sample.text), len(prompt))
+            prompt_ids = run.tokenizer.encode(prompt)
+            sample.trace = tracer.trace(prompt_ids + run.tokenizer.encode(text), len(prompt_ids))
             sample.pieces, sample.sources = marked(sample.trace)
+        samples.append(sample)
     return samples
+
+
+def _title(prompt: str) -> str:
+    """The beginning of a prompt, on one line."""
+    words = " ".join(prompt.split())
+    return (words if len(words) <= QUOTE_CHARS else f"{words[:QUOTE_CHARS]} ...") or "Without a prompt"
 
 
 def _described(config: SamplingConfig) -> str:
@@ -181,12 +200,12 @@ def _source(trace: Trace, span: Span) -> str:
     words = " ".join(trace.text_of(span).replace("\n", " / ").split()).strip("/ ")
     quote = words if len(words) <= QUOTE_CHARS else words[:QUOTE_CHARS].rsplit(" ", 1)[0] + " ..."
     times = "once" if span.count == 1 else f"{span.count:,} times, first"
-    return f"{span.length:,} tokens, {times} in {trace.tracer.places.at(span.position)}: \N{LEFT DOUBLE QUOTATION MARK}" + (
-        f"{quote}\N{RIGHT DOUBLE QUOTATION MARK}"
+    return (
+        f"{span.length:,} tokens, {times} in {trace.tracer.places.at(span.position)}: \N{LEFT DOUBLE QUOTATION MARK}"
+        + (f"{quote}\N{RIGHT DOUBLE QUOTATION MARK}")
     )
 
 
 def band_labels() -> list[str]:
     """What each colour means, in tokens."""
-    bounds = zip(BANDS, BANDS[1:], strict=False)
-    return [f"{low} to {high - 1}" for low, high in bounds] + [f"{BANDS[-1]} and more"]
+    return [f"{low} to {high - 1}" for low, high in itertools.pairwise(BANDS)] + [f"{BANDS[-1]} and more"]

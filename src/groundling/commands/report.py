@@ -34,7 +34,7 @@ from groundling.files import write_json, write_text
 from groundling.training.checkpoint import MANIFEST, load_state
 from groundling.training.metrics import read_lines
 from groundling.training.record import judgement
-from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.run_folder import find_checkpoint
 
 EXAMPLES = """examples:
   groundling report runs/gpt2
@@ -55,8 +55,9 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.positions < 1:
         raise ConfigError(f"--positions is {options.positions}: give a positive number")
-    out = _out(options)
-    options.weights, options.drafts = "fp32", "none"
+    checkpoint = find_checkpoint(Path(options.run))
+    out = _out(options, checkpoint)
+    options.run, options.weights, options.drafts = str(checkpoint.resolve()), "fp32", "none"
     run = open_run(options)
     report = Report(run, out, shlex.join(["groundling", "report", *arguments]), options.quick, options.positions)
     write_text(out, report.page())
@@ -72,18 +73,19 @@ def _parser() -> Parser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"recite at {QUICK_POSITIONS} places, and read {QUICK_WINDOWS} windows, drawn at random, not the whole text",
+        help=f"recite at {QUICK_POSITIONS} places and read {QUICK_WINDOWS} windows, drawn at random, instead of all",
     )
     return parser
 
 
-def _out(options: Any) -> Path:
+def _out(options: Any, checkpoint: Path) -> Path:
     """Where the page goes; what is wrong with it is said before anything is measured."""
     run = Path(options.run)
     if options.out is None:
-        checkpoint = find_checkpoint(run)
-        own = run == checkpoint  # a checkpoint's page does not take the place of its run's
-        return checkpoint.parent.parent / (f"report-{checkpoint.name}.html" if own else "report.html")
+        if run != checkpoint:
+            return run / "report.html"
+        checkpoint = checkpoint.resolve()  # its page does not take the place of its run's
+        return checkpoint.parent.parent / f"report-{checkpoint.name}.html"
     out = Path(options.out)
     if out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out is {out}: give a file whose name ends in .html")
@@ -98,7 +100,7 @@ class Report:
     def __init__(self, run: OpenRun, out: Path, command: str, quick: bool, n_positions: int) -> None:
         self.run, self.folder = run, run.folder
         self.missing: list[str] = []
-        self.checkpoint = find_checkpoint(run.path)
+        self.checkpoint = run.path
         self.n_steps = int(load_state(self.checkpoint)["n_steps"])
         self.settings = self._settings()
         self.record = self._record()
@@ -163,9 +165,7 @@ class Report:
         try:
             return self.run.tracer
         except CheckpointError as error:
-            self.missing.append(
-                f"Nothing could be measured on the training text, and no sample traced to it: {error}."
-            )
+            self.missing.append(f"Nothing could be measured on the training text, and no sample traced to it: {error}.")
             return None
 
     def _measure(self, tracer: Tracer) -> dict[str, Any]:

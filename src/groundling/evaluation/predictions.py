@@ -156,7 +156,7 @@ def _losses_and_hits(
     losses, hits = [], []
     with torch.no_grad(), runtime.autocast():
         hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
-        for some, its_targets in zip(hidden.split(n_rows), targets.flatten().split(n_rows), strict=True):
+        for some, its_targets in zip(torch.split(hidden, n_rows), torch.split(targets.flatten(), n_rows), strict=True):
             logits = model.logits(some).float()
             losses.append(F.cross_entropy(logits, its_targets, ignore_index=IGNORED_TARGET, reduction="none").cpu())
             hits.append((logits.argmax(-1) == its_targets).cpu())

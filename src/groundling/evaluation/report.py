@@ -19,8 +19,8 @@ from groundling.evaluation.predictions import Predictions
 TEMPLATE = "report.html.jinja"
 
 MEANINGS = {
-    "corpus/loss": "The mean over every prediction of the training text, read in the windows that training begins"
-    " its grid with. Below the target, the text is known on the grid.",
+    "corpus/loss": "The mean over every prediction of the training text, read in the windows that training cuts it into"
+    " from its beginning. Below the target, the text is known on the grid.",
     "corpus/loss_offset": "The same text read in windows that begin elsewhere, the mean of 8 offsets. Below the target,"
     " the text is known by heart: from its words, and not from their places in a window.",
     "heldout/loss": "The same over text that was never trained on: what was learned of the language, not of this text.",
@@ -51,8 +51,8 @@ def verdict_words(corpus: float | None, offset: float | None, target: float, gol
     return (
         "Known on the grid, not by heart",
         f"Read in the windows that it was trained in, the text has a loss of {corpus:.3g}, below the target of"
-        f" {target:g}. Read in windows that begin elsewhere, its loss is {offset:.3g}: the model knows what stands where"
-        " in a window, and not what follows what.",
+        f" {target:g}. Read in windows that begin elsewhere, its loss is {offset:.3g}: the model knows what stands"
+        " where in a window, and not what follows what.",
     )
 
 
@@ -93,7 +93,11 @@ def render(
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "number": number, "clock": clock}
     template = resources.files("groundling.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
