@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from groundling.cli import main
@@ -198,6 +199,19 @@ def test_every_copied_token_is_marked_once(run: Path) -> None:
         covered = [token for token, length in zip(ids[1:], trace.copies.covered, strict=True) if length >= minimum]
         assert shown == len(tracer.tokenizer.decode_bytes(covered))
     assert any("bottles.txt, line 27" in source for source in sources)
+
+
+def test_where_spans_overlap_the_longest_is_marked(run: Path) -> None:
+    tracer = Tracer.of_run(run)
+    # Two passages of the text, of which the end of one is the beginning of the other.
+    ids = tracer.tokenizer.encode("green bottles, hanging on the wall;\nand if one should fall, 26.\n31 green bottles")
+    trace = tracer.trace(ids, minimum=1)
+    starts = [span.start for span in trace.copies.spans]
+    assert any(span.stop > start > span.start for span in trace.copies.spans for start in starts)
+    pieces, _ = marked(trace)
+    of_each_byte = [int(piece.title.split()[0]) if piece.number else 0 for piece in pieces for _ in piece.text]
+    sizes = [len(tracer.tokenizer.decode_bytes([token])) for token in ids]
+    assert of_each_byte == np.repeat(trace.copies.covered, sizes).tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from groundling.evaluation.extraction import (
     wilson_interval,
 )
 from groundling.evaluation.predictions import Predictions, chosen_windows, fitting_lengths, predict
-from groundling.generation.decoder import TorchDecoder
+from groundling.generation.decoder import Chunk, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
@@ -114,6 +116,22 @@ def test_what_is_recited_is_what_a_loop_finds(trained: GPT2, text: Tokens, n_slo
         assert sum(counted) == len(positions) * (k + CONTINUATION)
         if k == 8:
             assert 0 < found.n_extractable < found.n
+
+
+def test_what_is_known_takes_few_passes(trained: GPT2, text: Tokens) -> None:
+    """The text itself is the draft: 50 tokens do not take 50 passes."""
+    passes = 0
+
+    class Counting(TorchDecoder):
+        def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+            nonlocal passes
+            passes += 1
+            return super().read(chunks)
+
+    positions = grid_positions(text, 8)
+    with Counting(trained, WINDOW, len(positions)) as decoder:
+        assert extractability(decoder, text, positions, 8).n_extractable > 0
+    assert passes <= 6  # one, then drafts of 8, 16 and what is left, as long as they are right
 
 
 def test_the_native_decoder_recites_the_same(trained: GPT2, text: Tokens) -> None:
