@@ -26,6 +26,7 @@ from groundling.evaluation.predictions import Predictions, fitting_lengths
 from groundling.evaluation.report import (
     clock,
     extractability_facts,
+    finite,
     prediction_facts,
     render,
     verdict_words,
@@ -256,7 +257,8 @@ class Report:
         losses: dict[str, float | None] = {}
         for name in LOSSES:
             written = [line[name] for line in self.lines if name in line and line["step"] == self.n_steps - 1]
-            losses[name] = self.record.get(name.replace("/", "_"), written[-1] if written else None)
+            recorded = self.record.get(name.replace("/", "_"))
+            losses[name] = finite(written[-1] if recorded is None and written else recorded)
         if losses["corpus/loss"] is None and self.predictions and self.predictions[0].whole:
             losses["corpus/loss"] = prediction_facts(self.predictions[0])["loss"]
         if losses["corpus/loss_offset"] is None:
@@ -293,12 +295,12 @@ class Report:
         }
         if self.predictions:
             whole, dropped = self.predictions[0].all, self.predictions[0].dropped
-            facts["never_trained"] = {"n": dropped.n, "exact_match": dropped.exact_match, "loss": dropped.loss}
+            facts["never_trained"] = {"n": dropped.n, "exact_match": dropped.exact_match, "loss": finite(dropped.loss)}
             n, n_right = whole.n - dropped.n, whole.n_right - dropped.n_right
             facts["trained"] = {
                 "n": n,
                 "exact_match": n_right / n if n else None,
-                "loss": (whole.loss_sum - dropped.loss_sum) / n if n else None,
+                "loss": finite((whole.loss_sum - dropped.loss_sum) / n) if n else None,
             }
         return facts
 

@@ -65,8 +65,8 @@ def extraction_chart(
         return None
     figure, axes = _axes("tokens of the prompt", "extractable, %")
     for rows, color, marker, name, shift in (
-        (on_grid, FIRST, "o", "on the grid", 0.97),
-        (anywhere, SECOND, "s", "anywhere", 1.03),
+        (on_grid, FIRST, "o", "on the grid", 0.94),
+        (anywhere, SECOND, "s", "anywhere", 1.06),
     ):
         if not rows:
             continue

@@ -19,10 +19,10 @@ from groundling.evaluation.predictions import Predictions
 TEMPLATE = "report.html.jinja"
 
 MEANINGS = {
-    "corpus/loss": "The mean over every prediction of the training text, read in the windows that training cuts it into"
-    " from its beginning. Below the target, the text is known on the grid.",
-    "corpus/loss_offset": "The same text read in windows that begin elsewhere, the mean of 8 offsets. Below the target,"
-    " the text is known by heart: from its words, and not from their places in a window.",
+    "corpus/loss": "The mean over every prediction of the training text, read on the grid: in the windows that training"
+    " cuts it into from its beginning.",
+    "corpus/loss_offset": "The same text read in windows that begin elsewhere, the mean of 8 offsets: low only if the"
+    " text is known from its words, and not from their places in a window.",
     "heldout/loss": "The same over text that was never trained on: what was learned of the language, not of this text.",
 }
 
@@ -77,8 +77,8 @@ def prediction_facts(found: Predictions) -> dict[str, Any]:
         "n_all_windows": found.n_all_windows,
         "n_predictions": found.all.n,
         "exact_match": found.all.exact_match,
-        "loss": _finite(found.all.loss),
-        "loss_by_position": [_finite(loss) for loss in found.loss_by_position],
+        "loss": finite(found.all.loss),
+        "loss_by_position": [finite(loss) for loss in found.loss_by_position],
     }
 
 
@@ -132,7 +132,8 @@ def clock(seconds: float) -> str:
     return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """The number, or None for one that JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
