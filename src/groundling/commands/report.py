@@ -50,6 +50,12 @@ QUICK_WINDOWS = 100
 LOSSES = {"corpus/loss": "on the grid", "corpus/loss_offset": "by heart", "heldout/loss": ""}
 """The losses that the page shows, and what being below the target means for each."""
 
+NEEDED = {
+    *("weights_sha256", "corpus_sha256", "passes", "wall_s", "stop_reason", "device", "dtype", "compiled"),
+    *("machine", "versions", "command"),
+}
+"""What a record must hold to be shown."""
+
 
 def main(arguments: list[str]) -> int:
     """Measure a run and write report.html and report.json."""
@@ -105,10 +111,7 @@ class Report:
         self.n_steps = int(load_state(self.checkpoint)["n_steps"])
         self.settings = self._settings()
         self.record = self._record()
-        self.lines = list(read_lines(self.folder.metrics)) if self.folder.metrics.exists() else []
-        self.lines = [line for line in self.lines if line["step"] < self.n_steps]
-        if not self.lines:
-            self.missing.append("The run folder has no metrics.jsonl with steps, so there is no training curve.")
+        self.lines = self._lines()
         self.objective = self._objective()
         self.n_positions = min(n_positions, QUICK_POSITIONS) if quick else n_positions
         self.n_windows = QUICK_WINDOWS if quick else None
@@ -140,6 +143,8 @@ class Report:
         """The record of the run, if it is one of these weights."""
         try:
             record: dict[str, Any] = json.loads(self.folder.record.read_text(encoding="utf-8"))
+            if not NEEDED <= set(record):
+                raise KeyError
             sums = json.loads((self.checkpoint / MANIFEST).read_text(encoding="utf-8"))
             if record["weights_sha256"] == sums["model.safetensors"]:
                 return record
@@ -154,6 +159,16 @@ class Report:
         except (OSError, ValueError, TypeError, KeyError):
             self.missing.append("record.json cannot be read, so its figures are left out.")
         return {}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The metrics of the steps that these weights have behind them."""
+        try:
+            lines = [line for line in read_lines(self.folder.metrics) if line["step"] < self.n_steps]
+        except (OSError, ValueError, TypeError, KeyError):
+            lines = []
+        if not lines:
+            self.missing.append("The run folder has no metrics.jsonl that can be read, so there is no training curve.")
+        return lines
 
     def _objective(self) -> ObjectiveConfig:
         section = self.settings.get("objective") or {}

@@ -4,7 +4,8 @@ Invariant: over all windows of a grid, each of the n_tokens - 1 predictions coun
 that of `corpus_loss.Evaluator`; over some windows, drawn at random, the figures estimate those.
 
 Source of exact match: Tirumala et al. 2022, "Memorization Without Overfitting: Analyzing the Training Dynamics of
-Large Language Models" (NeurIPS), section 3: the share of predictions whose likeliest token is the text's.
+Large Language Models" (NeurIPS), who call it exact memorization: the share of predictions whose likeliest token is the
+text's.
 
 One pass also tells what is extractable on the grid (`extraction.py`), of every window and without decoding: greedy
 decoding writes the text's next 50 tokens if and only if the likeliest token is the text's at each of those places.
