@@ -176,15 +176,17 @@ def test_the_record_of_other_weights_is_not_used(run: Path, tmp_path: Path) -> N
     assert facts["losses"][0]["value"] < 100  # what metrics.jsonl has for these weights
 
 
-def test_damaged_files_are_left_out(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [0, 1])
+def test_damaged_files_are_left_out(run: Path, tmp_path: Path, cut: int) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
     for name, content in (("record.json", "[]"), ("metrics.jsonl", "no JSON\n"), ("config.yaml", "- a list")):
         (tmp_path / "run" / name).write_text(content)
     damaged = bytearray((tmp_path / "run" / "train.bin").read_bytes())
     damaged[-1] ^= 1
-    (tmp_path / "run" / "train.bin").write_bytes(damaged)
+    (tmp_path / "run" / "train.bin").write_bytes(damaged[: len(damaged) - cut])
     page, facts = report(tmp_path / "run", "--quick")
     assert "train.bin is damaged" in page.text
+    assert "tokens" not in facts["summary"]
     assert "record.json cannot be read" in page.text
     assert set(page.ids) & SECTIONS == {"losses", "samples", "configuration"}
     assert facts["record"] is None

@@ -20,7 +20,7 @@ from groundling.commands.reciting import band_labels, predictions_of, recited_an
 from groundling.commands.session import say
 from groundling.commands.tracing import Tracer
 from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.extraction import CONTINUATION, N_POSITIONS, PROMPT_LENGTHS, SEED, Extractability
 from groundling.evaluation.predictions import Predictions, fitting_lengths
 from groundling.evaluation.report import (
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = model_parser("groundling report", __doc__ or "", EXAMPLES)
+    parser = model_parser("groundling report", (__doc__ or "").partition("\n")[0], EXAMPLES)
     parser.add_argument("--out", type=str, help="the page; report.html in the run's folder if not given")
     parser.add_argument("--positions", type=int, default=N_POSITIONS, help="places of the text that are to be recited")
     parser.add_argument(
@@ -119,9 +119,10 @@ class Report:
         self.on_grid: list[Extractability] = []
         self.predictions: list[Predictions] = []
         tracer = self._tracer()
-        self.extraction = self._measure(tracer) if tracer else None
+        self.n_tokens = tracer.array.n_tokens if tracer else None
+        self.extraction = self._measure() if tracer else None
         self.samples = samples_of(run, tracer, self.settings)
-        self.facts = self._facts(tracer, out, command)
+        self.facts = self._facts(out, command)
 
     def page(self) -> str:
         """The page."""
@@ -143,7 +144,7 @@ class Report:
         """The record of the run, if it is one of these weights."""
         try:
             record: dict[str, Any] = json.loads(self.folder.record.read_text(encoding="utf-8"))
-            if not NEEDED <= set(record):
+            if not set(record) >= NEEDED:
                 raise KeyError
             sums = json.loads((self.checkpoint / MANIFEST).read_text(encoding="utf-8"))
             if record["weights_sha256"] == sums["model.safetensors"]:
@@ -180,11 +181,11 @@ class Report:
     def _tracer(self) -> Tracer | None:
         try:
             return self.run.tracer
-        except CheckpointError as error:
+        except (CheckpointError, CorpusError) as error:
             self.missing.append(f"Nothing could be measured on the training text, and no sample traced to it: {error}.")
             return None
 
-    def _measure(self, tracer: Tracer) -> dict[str, Any]:
+    def _measure(self) -> dict[str, Any]:
         train = self.folder.tokens("train")
         assert train is not None, "the tracer has read it"
         window = self.run.window
@@ -223,7 +224,7 @@ class Report:
             notes.append("No window that was read is long enough to hold a prompt and what follows.")
         return notes
 
-    def _facts(self, tracer: Tracer | None, out: Path, command: str) -> dict[str, Any]:
+    def _facts(self, out: Path, command: str) -> dict[str, Any]:
         target = self._target()
         losses = self._losses()
         goldfish = self.objective.loss == "goldfish"
@@ -259,6 +260,7 @@ class Report:
             "predictions": [prediction_facts(found) for found in self.predictions],
             "samples": [sample.for_json() for sample in self.samples],
             "origin": self._origin(),
+            "config": self.settings or None,
             "missing": self.missing,
             "record": {name: value for name, value in self.record.items() if name != "config"} or None,
         }
@@ -279,7 +281,7 @@ class Report:
         if losses["corpus/loss_offset"] is None:
             self.missing.append("corpus/loss_offset was not taken: `groundling evaluate` takes it.")
         if losses["heldout/loss"] is None:
-            if self.folder.tokens("heldout") is None:
+            if not (self.folder.path / "heldout.bin").exists():
                 del losses["heldout/loss"]
                 self.missing.append("No text was held out, so there is no heldout/loss.")
             else:
@@ -288,11 +290,10 @@ class Report:
 
     def _summary(self) -> dict[str, str]:
         """The facts at the top of the page."""
-        facts = {}
-        train = self.folder.tokens("train")
-        if train is not None:
-            facts["text"] = _printable(", ".join(map(str, (self.settings.get("text") or {}).get("sources") or [])))
-            facts["tokens"] = f"{train.n_tokens:,}"
+        sources = (self.settings.get("text") or {}).get("sources") or []
+        facts = {"text": _printable(", ".join(map(str, sources)))}
+        if self.n_tokens:
+            facts["tokens"] = f"{self.n_tokens:,}"
         facts["parameters"] = f"{self.run.model.config.n_parameters():,}"
         facts["window"] = f"{self.run.window:,} tokens"
         facts["steps"] = f"{self.n_steps:,}"
