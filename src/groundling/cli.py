@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "print the losses of a run over the whole text",
     "sample": "continue a prompt with a trained model",
     "trace": "show which parts of a text stand word for word in a run's training text",
+    "report": "write a page with everything measured about a run: what it knows, recites and copies",
     "estimate": "say how long a run would take here, and how much memory",
     "doctor": "print what this machine offers and what will be used",
 }

@@ -24,7 +24,7 @@ from groundling.training.curve import draw_curve
 from groundling.training.estimate import evaluation_s, is_taken, remaining
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
-from groundling.training.record import make_record, median_of
+from groundling.training.record import judgement, make_record, median_of
 from groundling.training.run_folder import RunFolder, find_checkpoint
 from groundling.training.stopping import reason_in_words
 from groundling.training.trainer import Trainer
@@ -212,9 +212,7 @@ def _print_result(record: dict[str, Any], target: float) -> None:
 def _verdict(loss: float | None, target: float, what: str) -> str:
     if loss is None:
         return "not taken"
-    if not target:
-        return f"{loss:.6f}  (no target)"
-    return f"{loss:.6f}  {'known' if loss < target else 'not known'} {what} (target {target})"
+    return f"{loss:.6f}  {judgement(loss, target, what) if target else '(no target)'}"
 
 
 def _sample(folder: RunFolder, prepared: Prepared, path: Path) -> None:

@@ -140,7 +140,7 @@ def draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> 
     to the n-th token, however the tokens before it were found.
     """
     if config.temperature == 0:
-        return int(logits.argmax())
+        return int(logits.numpy().argmax())  # several times as fast as PyTorch's, on one thread
     cumulative = logits.softmax(-1).cumsum(0, dtype=torch.float64)
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
     return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(logits) - 1))

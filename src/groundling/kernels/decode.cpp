@@ -11,6 +11,7 @@
 // Weights are fp32, bf16 or int8 with one fp32 scale a row; all arithmetic is fp32. `kernels/build.py` compiles this file, `generation/native.py` binds it.
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -42,6 +43,9 @@ constexpr int kLanes = 4, kTileRows = 2;
 constexpr int kTileTokens = 6;
 constexpr int kPanelRows = 4;     // weight rows that lie side by side in memory, so that reading them is one stream
 constexpr int kPiecePanels = 12;  // panels that a thread takes at once: they stay in its L2 while tokens pass by
+// Weights are asked for this far ahead where the arithmetic on them leaves the hardware's own prefetching behind:
+// with several tokens in a tile, and with int8 (one AVX2 core read bf16 1.3 times as fast, and fp32 no faster).
+constexpr int kBusyAheadBytes = 8192;
 constexpr int kPad = 32;          // inputs are filled with zeros to a multiple of this
 constexpr float kLayerNormEps = 1e-5f;  // GPT-2's
 
@@ -86,12 +90,25 @@ inline void in_register(Vec& value) {
 
 inline Vec splat(float value) { return value - Vec{}; }
 
+// The sum of the lanes, upper half onto lower half until one is left.
 inline float sum(Vec value) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m512d whole = (__m512d)value;
+  const __m256 half = (__m256)(_mm512_castpd512_pd256(whole)) + (__m256)(_mm512_extractf64x4_pd(whole, 1));
+#else
+  const __m256 half = (__m256)value;
+#endif
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+#else
   float lanes[kLanes];
   store(lanes, value);
   for (int half = kLanes / 2; half; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
+#endif
 }
 
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -145,8 +162,6 @@ struct Bf16 {  // the upper half of an fp32
 struct Int8 {
   using Element = int8_t;
   static constexpr int kVectors = 1;
-  // Asked for this far ahead: the hardware's own prefetching fell behind here (1.3 times slower on one AVX2 core),
-  // and not with wider formats.
   static constexpr int kAheadBytes = 2048;
   static Vec vector(const int8_t* unit, int) { return read(unit); }
   static float at(const int8_t* unit, int64_t i) { return unit[i]; }
@@ -179,6 +194,9 @@ inline Vec gelu(Vec x) {
   const Vec u = 0.79788456f * (x + 0.044715f * x * x * x);  // sqrt(2 / pi)
   return x / (1.f + exponential(-2.f * u));
 }
+
+// Between two passes a token is drawn; to fall asleep and be woken would take longer than that.
+constexpr std::chrono::milliseconds kPatience{1};
 
 class Barrier {
  public:
@@ -279,11 +297,20 @@ struct Network {
   }
 
   void normalise(const float* from, const Norm& norm, float* to) const {
-    double total = 0, squares = 0;
-    for (int64_t c = 0; c < n_embd; ++c) total += from[c];
-    const float mean = static_cast<float>(total / n_embd);
-    for (int64_t c = 0; c < n_embd; ++c) squares += (from[c] - mean) * (from[c] - mean);
-    const float scale = 1.f / std::sqrt(static_cast<float>(squares / n_embd) + kLayerNormEps);
+    const int64_t whole = n_embd / kLanes * kLanes;
+    Vec sums{};
+    for (int64_t c = 0; c < whole; c += kLanes) sums += load<Vec>(from + c);
+    float total = sum(sums);
+    for (int64_t c = whole; c < n_embd; ++c) total += from[c];
+    const float mean = total / n_embd;
+    sums = Vec{};
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      const Vec centred = load<Vec>(from + c) - mean;
+      sums = multiply_add(centred, centred, sums);
+    }
+    float squares = sum(sums);
+    for (int64_t c = whole; c < n_embd; ++c) squares += (from[c] - mean) * (from[c] - mean);
+    const float scale = 1.f / std::sqrt(squares / n_embd + kLayerNormEps);
     for (int64_t c = 0; c < n_embd; ++c) to[c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
   }
 
@@ -306,6 +333,7 @@ struct Network {
   __attribute__((noinline)) void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row, Then then, float* out,
             int64_t out_width, int64_t layer) {
     constexpr int kUnit = Format::kVectors * kLanes;
+    constexpr int64_t kAhead = kTokens > 2 ? kBusyAheadBytes : Format::kAheadBytes;
     const int64_t n_inputs = padded(m.n_in);
     const auto* weight = static_cast<const typename Format::Element*>(m.weight) +
                          n / kPanelRows * kPanelRows * n_inputs + n % kPanelRows * kUnit;
@@ -313,8 +341,9 @@ struct Network {
     for (int t = 0; t < kTokens; ++t) inputs[t] = in + (row + t) * in_width;
     Vec sums[kRows][kTokens] = {};
     for (int64_t k = 0; k < n_inputs; k += kUnit, weight += kPanelRows * kUnit) {
-      if (kTokens < kTileTokens && Format::kAheadBytes)
-        __builtin_prefetch(reinterpret_cast<const char*>(weight) + Format::kAheadBytes);
+      if (kAhead && row == 0)  // later rows find the panel in the cache
+        for (int64_t line = 0; line < int64_t(kPanelRows * kUnit * sizeof(*weight)); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + line);
 #pragma GCC unroll 8
       for (int v = 0; v < Format::kVectors; ++v) {
         Vec weights[kRows];
@@ -332,9 +361,15 @@ struct Network {
         }
       }
     }
+    float totals[kRows][kTokens];
+    // Unrolled like the loops above: an index that varies would keep the sums in memory, stored at every step.
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) totals[r][t] = sum(sums[r][t]);
     for (int r = 0; r < kRows && n + r < m.n_out; ++r)
       for (int t = 0; t < kTokens; ++t) {
-        float value = sum(sums[r][t]);
+        float value = totals[r][t];
         if (m.scale) value *= m.scale[n + r];
         if (m.bias) value += m.bias[n + r];
         if (then == Then::kCache) {
@@ -349,7 +384,7 @@ struct Network {
   template <class Format, int kTokens>
   void tiles(const Matrix& m, int64_t begin, int64_t end, const float* in, int64_t in_width, int64_t row, Then then,
              float* out, int64_t out_width, int64_t layer) {
-    constexpr int kRows = kTokens <= 3 ? kPanelRows : kTileRows;
+    constexpr int kRows = kTokens <= 2 ? kPanelRows : kTileRows;
     for (int64_t n = begin; n < end; n += kRows)
       tile<Format, kRows, kTokens>(m, n, in, in_width, row, then, out, out_width, layer);
   }
@@ -450,7 +485,8 @@ struct Network {
 
   void serve(int thread) {
     for (int64_t seen = 0;;) {
-      for (int spins = 0; pass.load(std::memory_order_acquire) == seen && spins < 20000; ++spins) {
+      const auto until = std::chrono::steady_clock::now() + kPatience;
+      while (pass.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) {
       }
       if (pass.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(mutex);

@@ -27,6 +27,11 @@ def median_of(metrics: Path, name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def judgement(loss: float, target: float, what: str) -> str:
+    """What a loss over the whole text says about the target, in words that do not mix up the grid and by heart."""
+    return f"{'known' if loss < target else 'not known'} {what} (target {target})"
+
+
 def make_record(
     trainer: Trainer,
     stop_reason: str,

@@ -1,0 +1,179 @@
+"""The memorisation report: what was measured of a run, as one page that can be read anywhere.
+
+Invariant: the page needs no network, no other file and no script, and says nothing that `facts` does not; whatever
+comes from texts, prompts or settings is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from groundling.evaluation.charts import extraction_chart, position_chart, training_chart
+from groundling.evaluation.extraction import CONTINUATION, Extractability
+from groundling.evaluation.predictions import Predictions
+
+TEMPLATE = "report.html.jinja"
+
+MEANINGS = {
+    "corpus/loss": "The mean over every prediction of the training text, read on the grid: in the windows that training"
+    " cuts it into from its beginning.",
+    "corpus/loss_offset": "The same text read in windows that begin elsewhere, the mean of 8 offsets: low only if the"
+    " text is known from its words, and not from their places in a window.",
+    "heldout/loss": "The same over text that was never trained on: what was learned of the language, not of this text.",
+}
+
+# Not text in HTML: C0 and C1 controls but tab and line feed, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def verdict_words(corpus: float | None, offset: float | None, target: float, goldfish: bool) -> tuple[str, str]:
+    """What was reached, in a few words, and the same in a sentence or two."""
+    if corpus is None:
+        return "Not measured yet", "The loss over the whole training text was not taken."
+    if not target:
+        if goldfish:
+            detail = "Goldfish loss keeps part of the text from being trained on, so that it is not memorised."
+            return "Not meant to be memorised", detail + " The figures below say how far that went."
+        return "No target was set", f"The loss over the whole training text is {corpus:.3g} nats per token."
+    if not corpus < target:
+        detail = f"The loss over the whole training text is {corpus:.3g}, and the target was {target:g}."
+        return "Not known, not even on the grid", detail
+    if offset is None:
+        detail = f"Read in the windows of training, the text has a loss below {target:g}."
+        return "Known on the grid", detail + " Whether it is known by heart, from anywhere, was not measured."
+    if offset < target:
+        detail = f"The loss is below {target:g} in the windows of training and in windows that begin elsewhere."
+        return "Known by heart", detail
+    return (
+        "Known on the grid, not by heart",
+        f"Read in the windows that it was trained in, the text has a loss of {corpus:.3g}, below the target of"
+        f" {target:g}. Read in windows that begin elsewhere, its loss is {offset:.3g}: the model knows what stands"
+        " where in a window, and not what follows what.",
+    )
+
+
+def extractability_facts(row: Extractability, window: int) -> dict[str, Any]:
+    """One line of the table of extractable passages, for JSON."""
+    return {
+        "n_prompt": row.n_prompt,
+        "n": row.n,
+        "n_extractable": row.n_extractable,
+        "share": row.share,
+        "wilson_95": list(row.interval),
+        "mean_correct": row.mean_correct,
+        "beyond_window": row.n_prompt + CONTINUATION - 1 > window,
+    }
+
+
+def prediction_facts(found: Predictions) -> dict[str, Any]:
+    """Exact match and losses of one grid, for JSON; what is not finite is None."""
+    return {
+        "offset": found.offset,
+        "n_windows": found.n_windows,
+        "n_all_windows": found.n_all_windows,
+        "n_predictions": found.all.n,
+        "exact_match": found.all.exact_match,
+        "loss": finite(found.all.loss),
+        "loss_by_position": [finite(loss) for loss in found.loss_by_position],
+    }
+
+
+def render(
+    facts: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]] = (),
+    anywhere: Sequence[Extractability] = (),
+    on_grid: Sequence[Extractability] = (),
+) -> str:
+    """The page, of the facts that `report.json` holds, the lines of metrics.jsonl and what was recited."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"percent": percent, "number": number, "clock": clock}
+    template = resources.files("groundling.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    charts = _charts(facts, lines, anywhere, on_grid)
+    page = environment.from_string(template).render(
+        **facts,
+        meanings=MEANINGS,
+        continuation=CONTINUATION,
+        table=_table(facts.get("extraction")),
+        charts={name: Markup(svg) if svg else None for name, svg in charts.items()},  # our own, with escaped labels
+    )
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent, with a decimal where it says something."""
+    if share is None:
+        return "-"
+    digits = 0 if share in (0, 1) else 2 if share < 0.001 or 0.999 < share < 1 else 1
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number with its thousands apart, or a dash."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def clock(seconds: float) -> str:
+    """A duration in words."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None for one that JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _table(extraction: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """A row for each length of prompt, with what is known of it on the grid and anywhere."""
+    if not extraction:
+        return []
+    rows = {where: {row["n_prompt"]: row for row in extraction[where]} for where in ("on_grid", "anywhere")}
+    lengths = sorted({k for by_length in rows.values() for k in by_length})
+    return [{"n_prompt": k, **{where: by_length.get(k) for where, by_length in rows.items()}} for k in lengths]
+
+
+def _charts(
+    facts: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    anywhere: Sequence[Extractability],
+    on_grid: Sequence[Extractability],
+) -> dict[str, str | None]:
+    """Each chart with a label that says what it shows, for readers who do not see it."""
+    losses = ", ".join(f"{loss['name']} {loss['value']:.3g}" for loss in facts["losses"] if loss["value"] is not None)
+    shares = "; ".join(
+        f"{where} {', '.join(f'{percent(row.share)} after {row.n_prompt} tokens' for row in rows)}"
+        for where, rows in (("on the grid", on_grid), ("anywhere", anywhere))
+        if rows
+    )
+    curves = {
+        "on the grid" if found["offset"] == 0 else f"moved by {found['offset']}": found["loss_by_position"]
+        for found in facts["predictions"] or ()
+    }
+    means = ", ".join(
+        f"offset {found['offset']}: mean {found['loss']:.3g}"
+        for found in facts["predictions"] or ()
+        if found["loss"] is not None
+    )
+    return {
+        "training": training_chart(
+            lines, facts["target"], f"Line chart of the loss by step. At the end: {losses or 'not taken'}."
+        ),
+        "extraction": extraction_chart(
+            anywhere, on_grid, facts["model"]["window"], f"Share of extractable passages: {shares}."
+        ),
+        "positions": position_chart(curves, f"Line chart of the mean loss by position in the window. {means}."),
+    }
