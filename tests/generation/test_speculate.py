@@ -186,7 +186,7 @@ def test_the_first_drafter_with_a_guess_is_heard() -> None:
 def test_drafts_grow_with_success_and_shrink_with_failure() -> None:
     length = DraftLength()
     lengths = []
-    for n_accepted in (8, 16, 32, 0, 0, 0, 1, 2):
-        length.judge(min(length.n_tokens, 48), n_accepted)
+    for n_accepted in (11, 23, 47, 0, 0, 1, 3, 2):
+        length.judge(length.n_tokens, n_accepted)
         lengths.append(length.n_tokens)
-    assert lengths == [16, 32, 48, 1, 1, 1, 2, 4]
+    assert lengths == [23, 47, 47, 1, 1, 3, 7, 3]

@@ -20,9 +20,10 @@ Drafter = Callable[[Sequence[int]], Sequence[int]]
 One drafter serves one stream: it is called with a context that only ever grows, and may keep state.
 """
 
-MAX_DRAFT = 48
+MAX_DRAFT = 47
 """Most tokens drafted at once: beyond it a pass on two cores costs more than the weights it saves reading."""
-FIRST_DRAFT = 8
+FIRST_DRAFT = 11
+"""With the token before them, drafts of 11, 23 and 47 are rows in whole tiles of `kernels/decode.cpp`."""
 
 MIN_MATCH = 3
 """Shortest match with the training text that is followed: two tokens stand in too many places."""
@@ -57,7 +58,7 @@ class DraftLength:
     def judge(self, n_drafted: int, n_accepted: int) -> None:
         """Learn from one verification."""
         if n_drafted and n_accepted == n_drafted:
-            self.n_tokens = min(2 * max(self.n_tokens, 1), MAX_DRAFT)
+            self.n_tokens = min(2 * self.n_tokens + 1, MAX_DRAFT)
         elif n_drafted:
             self.n_tokens = max(1, min(self.n_tokens // 2, 2 * n_accepted))
 
