@@ -98,6 +98,10 @@ class Stream:
         """The tokens after the prompt."""
         return self.tokens[self.n_prompt :]
 
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
     def finish(self, reason: FinishReason) -> None:
         """Write nothing after the tokens there are."""
         self.finish_reason = self.finish_reason or reason
@@ -110,7 +114,7 @@ class Stream:
             decoder.rewind(self.slot, 0)
             length, n_unread = 0, min(n_unread, n_window) if length == 0 else max(1, n_window // 2)
             self._start = len(self.tokens) - n_unread
-        n_left = self.config.max_tokens - len(self.generated)
+        n_left = self.config.max_tokens - self.n_generated
         room = min(self._draft_length.n_tokens, n_window - length - n_unread, n_left - 1)
         self._draft = list(self.drafter(self.tokens)[:room]) if self.drafter and room > 0 else []
         return Chunk(self.slot, self.tokens[self._start + length :] + self._draft, 1 + len(self._draft))
@@ -125,7 +129,7 @@ class Stream:
             self.tokens.append(token)
             if token == self.end_token:
                 self.finish("stop")
-            elif len(self.generated) == self.config.max_tokens:
+            elif self.n_generated == self.config.max_tokens:
                 self.finish("length")
             # An accepted draft may run on past the end: plain decoding would not have drawn the rest.
             yield Response(token, place < n_accepted, self.finish_reason)

@@ -7,6 +7,7 @@ they are those of the network within rounding.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Self
 
@@ -63,42 +64,35 @@ class NativeDecoder:
         self._lengths[slot] = length
 
     def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        counts = [len(chunk.tokens) for chunk in chunks]
-        n_outputs = [chunk.n_outputs for chunk in chunks]
-        tokens = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
-        slots = np.repeat(np.array([chunk.slot for chunk in chunks], dtype=np.int32), counts)
-        starts = [self._lengths[chunk.slot] for chunk in chunks]
-        positions = np.concatenate(
-            [np.arange(start, start + n, dtype=np.int32) for start, n in zip(starts, counts, strict=True)]
-        )
-        assert positions.max() < self.n_window
-        ends = np.cumsum(counts)
-        outputs = np.concatenate(
-            [np.arange(end - n, end, dtype=np.int32) for end, n in zip(ends, n_outputs, strict=True)]
-        )
+        tokens, slots, positions, outputs = list[int](), list[int](), list[int](), list[int]()
+        for slot, new, n_outputs in chunks:
+            start, n = self._lengths[slot], len(new)
+            assert start + n <= self.n_window
+            self._lengths[slot] = start + n
+            tokens += new
+            slots += [slot] * n
+            positions += range(start, start + n)
+            outputs += range(len(tokens) - n_outputs, len(tokens))
         if len(self._logits) < len(outputs):
             self._logits = torch.empty(len(outputs), self._n_vocab)
         done = 0
         for first in range(0, len(tokens), self._max_rows):
-            rows = slice(first, first + self._max_rows)
-            wanted = outputs[(outputs >= first) & (outputs < first + self._max_rows)] - first
-            self._pass(tokens[rows], slots[rows], positions[rows], wanted.astype(np.int32), self._logits[done:])
+            last = first + self._max_rows
+            wanted = [row - first for row in outputs if first <= row < last]
+            self._pass(tokens[first:last], slots[first:last], positions[first:last], wanted, done)
             done += len(wanted)
-        for chunk, start, n in zip(chunks, starts, counts, strict=True):
-            self._lengths[chunk.slot] = start + n
-        return list(torch.split(self._logits[: len(outputs)], n_outputs))
+        ends = itertools.accumulate(chunk.n_outputs for chunk in chunks)
+        return [self._logits[end - chunk.n_outputs : end] for chunk, end in zip(chunks, ends, strict=True)]
 
     def _pass(
-        self, tokens: np.ndarray, slots: np.ndarray, positions: np.ndarray, outputs: np.ndarray, logits: Tensor
+        self, tokens: list[int], slots: list[int], positions: list[int], outputs: list[int], n_before: int
     ) -> None:
-        self._library.groundling_read(
-            self._network,
-            ctypes.c_int64(len(tokens)),
-            *(ctypes.c_void_p(array.ctypes.data) for array in (tokens, slots, positions)),
-            ctypes.c_int64(len(outputs)),
-            ctypes.c_void_p(outputs.ctypes.data),
-            ctypes.c_void_p(logits.data_ptr() if len(outputs) else 0),
-        )
+        """One call of the kernel; its logits come after the first `n_before` rows of the buffer."""
+        arrays = [np.array(values, dtype=np.int32) for values in (tokens, slots, positions, outputs)]
+        addresses = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+        logits = ctypes.c_void_p(self._logits.data_ptr() + n_before * self._n_vocab * self._logits.element_size())
+        n_rows, n_outputs = ctypes.c_int64(len(tokens)), ctypes.c_int64(len(outputs))
+        self._library.groundling_read(self._network, n_rows, *addresses[:3], n_outputs, addresses[3], logits)
 
     def close(self) -> None:
         if self._network:

@@ -35,7 +35,13 @@ def library(name: str) -> ctypes.CDLL:
         raise BuildError("there is no C++ compiler (g++ or clang++)")
     source = Path(__file__).with_name(f"{name}.cpp")
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-    made_of = [source.read_text(encoding="utf-8"), *flags, _version(compiler), *sorted(machine.cpu_flags())]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    made_of = [
+        *(path.read_text(encoding="utf-8") for path in sources),
+        *flags,
+        _version(compiler),
+        *sorted(machine.cpu_flags()),
+    ]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
     path = runtime.cache_dir() / "kernels" / f"{name}-{key[:24]}.so"
     if not path.exists():

@@ -1,0 +1,180 @@
+// Vectors of floats as wide as the CPU has them, and the number formats of weights read into them.
+//
+// Invariant: every function gives the same bits wherever it is used: products are fused with sums explicitly,
+// sums over lanes have one order.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// Compilers widen short vectors clumsily where one instruction does it.
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace groundling {
+
+// Lanes of a vector, and the tile of outputs (weight rows x tokens) whose sums stay in registers beside the
+// operands: there are 16 with AVX2, 32 with AVX-512 and NEON.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kTileRows = 4;
+#else
+constexpr int kLanes = 4, kTileRows = 2;
+#endif
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <class V>
+inline V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);  // unaligned
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+// a * b + c, rounded once: spelled out, because compilers contract the sum in some tiles and not in others.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Holds a value in a register: compilers would rather load it again for each use, and loads are scarcer than sums.
+inline void in_register(Vec& value) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(value));
+#elif defined(__AVX__)
+  __asm__("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
+inline Vec splat(float value) { return value - Vec{}; }
+
+// The sum of the lanes, upper half onto lower half until one is left.
+inline float sum(Vec value) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m512d whole = (__m512d)value;
+  const __m256 half = (__m256)(_mm512_castpd512_pd256(whole)) + (__m256)(_mm512_extractf64x4_pd(whole, 1));
+#else
+  const __m256 half = (__m256)value;
+#endif
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+#else
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+#endif
+}
+
+constexpr int kPad = 32;  // inputs are filled with zeros to a multiple of this
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// Floats between two rows of a buffer: never a multiple of 4 KiB, at which rows would meet in the same cache lines.
+inline int64_t row_width(int64_t n) { return padded(n) + 16; }
+
+// A format reads the vectors of a unit (kVectors of them, side by side) of a weight row, and vectors of the cache.
+struct Fp32 {
+  using Element = float;
+  static constexpr int kVectors = 1;
+  static constexpr int kAheadBytes = 0;
+  static Vec vector(const float* unit, int) { return read(unit); }
+  static float at(const float* unit, int64_t i) { return unit[i]; }
+  static Vec read(const float* from) { return load<Vec>(from); }
+  static float write(float value) { return value; }
+};
+
+struct Bf16 {  // the upper half of an fp32
+  using Element = uint16_t;
+  // A unit is kLanes words: the first kLanes elements in their lower halves, the next in their upper ones.
+  static constexpr int kVectors = 2;
+  static constexpr int kAheadBytes = 0;
+  static Vec vector(const uint16_t* unit, int which) {
+    const Words words = load<Words>(unit);
+    return which ? (Vec)(words & 0xffff0000u) : (Vec)(words << 16);
+  }
+  static int64_t place(int64_t i) { return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1; }  // little-endian
+  static float at(const uint16_t* unit, int64_t i) {
+    const uint32_t bits = uint32_t{unit[place(i)]} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  static Vec read(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+    return (Vec)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
+  }
+  static uint16_t write(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  }
+};
+
+struct Int8 {
+  using Element = int8_t;
+  static constexpr int kVectors = 1;
+  static constexpr int kAheadBytes = 2048;
+  static Vec vector(const int8_t* unit, int) { return read(unit); }
+  static float at(const int8_t* unit, int64_t i) { return unit[i]; }
+  static Vec read(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Vec);
+#endif
+  }
+};
+
+// e^x by x = n ln 2 + r and the Taylor series of e^r, |r| <= ln 2 / 2, to r^7 / 7!: within 2 units of the last place.
+inline Vec exponential(Vec x) {
+  x = x < -87.f ? splat(-87.f) : x;
+  x = x > 88.f ? splat(88.f) : x;
+  const Vec shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + shift;
+  const Vec n = shifted - shift;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts (Cody and Waite 1980)
+  Vec y = splat(1.f / 5040);
+  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = y * r + c;
+  return y * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// GPT-2's GELU, 0.5 x (1 + tanh(u)), with the tanh written as a logistic function: x / (1 + e^(-2u)).
+inline Vec gelu(Vec x) {
+  const Vec u = 0.79788456f * (x + 0.044715f * x * x * x);  // sqrt(2 / pi)
+  return x / (1.f + exponential(-2.f * u));
+}
+
+}  // namespace groundling
