@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
+from groundling.generation.open import open_decoder
 from groundling.kernels.build import BuildError, library
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.runtime import Runtime
 
 N_WINDOW = 40
 
@@ -118,12 +121,52 @@ def test_pytorch_has_its_threads_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_without_a_compiler_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_there_is_one_sentence() -> None:
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+        library("decode")
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("form", WEIGHT_FORMATS)
+def test_without_a_compiler_pytorch_decodes(form: WeightFormat, cpu: Runtime) -> None:
+    """After one warning, with the weights that were asked for, and without touching the model's own."""
+    model = odd_network()
+    before, warnings = model.head_weight.clone(), list[str]()
+    text = torch.randint(71, (N_WINDOW,)).tolist()
+    with open_decoder(model, N_WINDOW, cpu, form, 1, warnings.append) as decoder:
+        found = decoder.read([Chunk(0, text, N_WINDOW)])[0]
+    assert isinstance(decoder, TorchDecoder)
+    assert len(warnings) == 1
+    assert torch.equal(model.head_weight, before)
+    round_weights(model, form)
+    torch.testing.assert_close(found, fresh(model, text), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_folder_that_cannot_be_used_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path / "file"))
+    library.cache_clear()
     try:
-        with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+        with pytest.raises(BuildError, match="cannot be made or loaded"):
             library("decode")
     finally:
         library.cache_clear()
+
+
+def test_decoders_may_be_closed_in_any_order() -> None:
+    before = torch.get_num_threads()
+    first, second = (NativeDecoder(odd_network(), N_WINDOW, 1, "fp32", 1) for _ in range(2))
+    first.close()
+    assert torch.get_num_threads() == 1
+    second.close()
+    assert torch.get_num_threads() == before

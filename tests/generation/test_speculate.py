@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from groundling.evaluation.suffix_array import SuffixArray, SuffixMatcher
 from groundling.generation.decode import Stats, Stream, decode, generate
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig, draw, processors
-from groundling.generation.speculate import Drafter, DraftLength, PromptDrafter, first_of, verify
+from groundling.generation.speculate import CorpusDrafter, Drafter, DraftLength, PromptDrafter, first_of, verify
 from groundling.model.gpt2 import GPT2
 
 N_PROMPTS = 200
@@ -33,7 +36,7 @@ def half_right(model: GPT2) -> Drafter:
 
     decoder = NativeDecoder(model, N_CTX, 1, "fp32", 1)
 
-    def draft(context: Sequence[int]) -> Sequence[int]:
+    def draft(context: Sequence[int], n: int) -> Sequence[int]:
         guess = generate(decoder, context[-8:], SamplingConfig(max_tokens=5, temperature=0))
         return [token if (len(context) + i) % 3 else (token + 1) % 31 for i, token in enumerate(guess)]
 
@@ -58,13 +61,21 @@ def written(
     ],
     ids=["greedy", "sampled"],
 )
-@pytest.mark.parametrize("kind", ["prompt", "half right"])
+@pytest.mark.parametrize("kind", ["prompt", "half right", "text"])
 def test_output_is_that_of_plain_decoding_token_by_token(model: GPT2, config: SamplingConfig, kind: str) -> None:
     """200 prompts in fp32, past the window's end too; sampled text is the same because a draw is a draw."""
     for parameter in model.parameters():
         parameter.data *= 3  # less uniform, so that drafts are sometimes right
     often_right = half_right(model)
-    drafter_of: Callable[[], Drafter] = PromptDrafter if kind == "prompt" else lambda: often_right
+    # A "training text" in which what the model writes stands here and there, as in one that it has learned.
+    own = list(generate(TorchDecoder(model, N_CTX), [1], replace(config, max_tokens=400)))
+    array = SuffixArray.build(np.array(own + [token for prompt in prompts() for token in prompt], dtype=np.uint16))
+    drafters: dict[str, Callable[[], Drafter]] = {
+        "prompt": PromptDrafter,
+        "half right": lambda: often_right,
+        "text": lambda: first_of(CorpusDrafter(SuffixMatcher(array)), PromptDrafter()),
+    }
+    drafter_of = drafters[kind]
     with NativeDecoder(model, N_CTX, 8, "fp32", 2) as decoder:
         plain, _ = written(decoder, config, None)
         drafted, stats = written(decoder, config, drafter_of)
@@ -155,6 +166,45 @@ def test_draws_have_the_exact_distribution(peaked: GPT2) -> None:
     assert surprise(peaked, verify, N_DRAWS) < 3  # one right rule in 740 would be further off
 
 
+def test_decoded_pairs_have_the_exact_distribution(peaked: GPT2) -> None:
+    """The whole way, not `verify` alone: two tokens each of many streams that are given a draft of both."""
+    config = SamplingConfig(max_tokens=2, temperature=0.8, top_k=4)
+    prompt, n_streams = [3, 1, 4, 1, 5], 4000
+    [process_temperature, process_top_k] = processors(config)
+    exact: dict[tuple[int, ...], float] = {}
+    with TorchDecoder(peaked, N_CTX) as decoder:
+
+        def next_token(tokens: list[int]) -> Tensor:
+            decoder.rewind(0, 0)
+            row = decoder.read([Chunk(0, tokens)])[0][0]
+            return process_top_k(tokens, process_temperature(tokens, row)).double().softmax(-1)
+
+        first = next_token(prompt)
+        for one in first.nonzero().flatten().tolist():
+            second = next_token([*prompt, one])
+            for two in second.nonzero().flatten().tolist():
+                exact[one, two] = float(first[one] * second[two])
+    likeliest = max(exact, key=exact.__getitem__)
+    with NativeDecoder(peaked, N_CTX, 64, "fp32", 2) as native:
+        streams = [
+            Stream(prompt, replace(config, seed=seed), lambda context, n: likeliest[len(context) - len(prompt) :])
+            for seed in range(n_streams)
+        ]
+        stats = Stats()
+        for _ in decode(native, streams, stats):
+            pass
+    assert 0 < stats.n_accepted < stats.n_drafted
+    outcomes = Counter(tuple(stream.generated) for stream in streams)
+    assert outcomes.keys() <= exact.keys()
+    # Rare pairs together, so that every class has enough for a chi-square test.
+    common = {pair: p for pair, p in exact.items() if n_streams * p > 5}
+    classes = [(outcomes[pair], n_streams * p) for pair, p in common.items()]
+    n_rare = n_streams - sum(n for n, _ in classes)
+    rare = n_streams * (1 - sum(common.values()))
+    square = sum((n - expected) ** 2 / expected for n, expected in [*classes, (n_rare, max(rare, 1e-9))])
+    assert standardised(square, len(classes)) < 3
+
+
 @pytest.mark.parametrize("wrong", [always_accept, redraw_with_the_rejected])
 def test_a_wrong_rule_is_noticed(peaked: GPT2, wrong: Verify) -> None:
     assert surprise(peaked, wrong, N_DRAWS // 10) > 10
@@ -171,16 +221,16 @@ def test_verification_by_hand() -> None:
 
 def test_the_prompt_drafter_repeats_what_followed() -> None:
     drafter = PromptDrafter()
-    assert list(drafter([1, 2, 3])) == []
-    assert list(drafter([1, 2, 3, 9, 1, 2])) == [3, 9, 1, 2]
-    assert list(drafter([1, 2, 3, 9, 1, 2, 3])) == [9, 1, 2, 3]
-    assert list(drafter([1, 2, 3, 9, 1, 2, 3, 7, 2, 3])) == [7, 2, 3]  # the last place wins
-    assert list(drafter([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5])) == []
+    assert list(drafter([1, 2, 3], 9)) == []
+    assert list(drafter([1, 2, 3, 9, 1, 2], 9)) == [3, 9, 1, 2]
+    assert list(drafter([1, 2, 3, 9, 1, 2, 3], 2)) == [9, 1]
+    assert list(drafter([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 9)) == [7, 2, 3]  # the last place wins
+    assert list(drafter([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5], 9)) == []
 
 
 def test_the_first_drafter_with_a_guess_is_heard() -> None:
-    drafter = first_of(lambda context: [] if len(context) < 3 else [1], lambda context: [2])
-    assert [list(drafter([0] * n)) for n in (2, 3)] == [[2], [1]]
+    drafter = first_of(lambda context, n: [] if len(context) < 3 else [1], lambda context, n: [2])
+    assert [list(drafter([0] * length, 9)) for length in (2, 3)] == [[2], [1]]
 
 
 def test_drafts_grow_with_success_and_shrink_with_failure() -> None:

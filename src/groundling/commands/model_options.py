@@ -13,6 +13,7 @@ from groundling.commands.arguments import Parser
 from groundling.commands.session import say
 from groundling.commands.tracing import Tracer
 from groundling.corpus.tokenizer import Tokenizer
+from groundling.errors import CheckpointError, CorpusError
 from groundling.evaluation.suffix_array import SuffixMatcher
 from groundling.generation.decoder import Decoder
 from groundling.generation.open import open_decoder
@@ -43,14 +44,14 @@ def add_decoding_options(parser: Parser) -> None:
         "--weights",
         choices=list(WEIGHT_FORMATS),
         default="bf16",
-        help="format that decoding reads the weights in; `groundling evaluate --weights` shows what it costs in loss",
+        help="format of the weights as decoding reads them; `groundling evaluate --weights` shows what it costs",
     )
     parser.add_argument(
         "--drafts",
         choices=["auto", "text", "prompt", "none"],
         default="auto",
         help="guess tokens from the training text and the prompt (auto, text), or the prompt alone, and verify them"
-        " together: changes the speed, never the output",
+        " together: changes the speed, never the output (within rounding, where PyTorch decodes)",
     )
 
 
@@ -66,7 +67,7 @@ def resolve_runtime(options: argparse.Namespace, dtype: Literal["auto", "fp32", 
 
 def folder_of(run: Path, checkpoint: Path) -> RunFolder:
     """The run folder that a checkpoint, named itself or by its run, belongs to."""
-    return RunFolder(run if run != checkpoint else run.parent.parent)
+    return RunFolder(run if run != checkpoint else run.resolve().parent.parent)
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,21 @@ class OpenRun:
         """A drafter for one stream, as the options ask; auto means the training text if it is there."""
         if self.drafts == "none":
             return None
-        has_text = self.folder.tokens("train") is not None
-        if self.drafts == "prompt" or (self.drafts == "auto" and not has_text):
+        if self.drafts == "prompt" or not self._has_index:
             return PromptDrafter()
         return first_of(CorpusDrafter(SuffixMatcher(self.tracer.array)), PromptDrafter())
+
+    @cached_property
+    def _has_index(self) -> bool:
+        """Whether the training text can be searched; if it cannot, and must not, a line says why."""
+        try:
+            return self.tracer is not None
+        except (CheckpointError, CorpusError) as error:
+            if self.drafts == "text":
+                raise
+            if self.folder.exists():
+                say(f"note: no drafts from the training text: {error}")
+            return False
 
 
 def open_run(options: Any) -> OpenRun:

@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,8 @@ def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any])
     known = {one.name for one in fields(SamplingConfig)}
     chosen = {name: value for name, value in (settings.get("sampling") or {}).items() if name in known}
     sampling = SamplingConfig(**chosen | {"stop": tuple(chosen.get("stop", ()))})
-    configs = [replace(sampling, temperature=0)] + ([sampling] if sampling.temperature else [])
+    greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0)
+    configs = [greedy] + ([sampling] if sampling.temperature else [])
     asked = [(_title(prompt), prompt, config) for prompt in prompts for config in configs]
     if tracer is not None:
         beginning = tracer.tokenizer.decode(tracer.array.tokens_at(0, BEGINNING_TOKENS))
@@ -146,7 +147,9 @@ def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any])
             texts[written.which] += written.text
     samples = []
     for (title, prompt, config), text in zip(asked, texts, strict=True):
-        sample = Sample(title, prompt, _described(config), text)
+        sample = Sample(
+            title, prompt, config.in_words() + (f", seed {config.seed}" if config.temperature else ""), text
+        )
         if tracer is None:
             sample.pieces = [Piece(prompt, -1), Piece(text, 0)]
         else:
@@ -161,12 +164,6 @@ def _title(prompt: str) -> str:
     """The beginning of a prompt, on one line."""
     words = " ".join(prompt.split())
     return (words if len(words) <= QUOTE_CHARS else f"{words[:QUOTE_CHARS]} ...") or "Without a prompt"
-
-
-def _described(config: SamplingConfig) -> str:
-    if config.temperature == 0:
-        return "always the likeliest token"
-    return f"drawn at temperature {config.temperature:g}, top-k {config.top_k}, seed {config.seed}"
 
 
 def marked(trace: Trace) -> tuple[list[Piece], list[str]]:

@@ -87,7 +87,7 @@ def _add_prompt_options(parser: Parser) -> None:
 
 
 def _add_sampling_options(parser: Parser) -> None:
-    names = "; ".join(f"{name}: {_described(config)}" for name, config in PRESETS.items())
+    names = "; ".join(f"{name}: {config.in_words()}" for name, config in PRESETS.items())
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="default", help=f"sampling settings to start from ({names})"
     )
@@ -100,14 +100,6 @@ def _add_sampling_options(parser: Parser) -> None:
         else:
             kind = type(getattr(PRESETS["default"], field.name))
             parser.add_argument(flag, type=kind, default=None, help=help_texts[field.name])
-
-
-def _described(config: SamplingConfig) -> str:
-    """The settings that differ from doing nothing, in few words."""
-    if config.temperature == 0:
-        return "always the likeliest token"
-    words = [f"temperature {config.temperature:g}", f"top-k {config.top_k}", f"top-p {config.top_p:g}"]
-    return ", ".join([*words, f"repetition penalty {config.repetition_penalty:g}"])
 
 
 def _sampling(options: Any) -> SamplingConfig:
@@ -137,7 +129,7 @@ def _prompts(options: Any) -> list[str]:
 
 
 def _read_prompt(name: str) -> str:
-    """The text of a file or of standard input, without the line ends that close it."""
+    """The text of a file or of standard input, without the line end that closes it."""
     try:
         if name == "-":
             content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
@@ -146,7 +138,7 @@ def _read_prompt(name: str) -> str:
                 content = file.read(MAX_PROMPT_BYTES + 1)
         if len(content) > MAX_PROMPT_BYTES:
             raise ConfigError(f"{name} is longer than {MAX_PROMPT_BYTES:,} bytes: give a shorter prompt")
-        return content.decode("utf-8").replace("\r\n", "\n").rstrip("\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except OSError as error:
         raise ConfigError(f"the prompt {name} cannot be read ({error.strerror}): give a text file") from None
     except UnicodeDecodeError as error:

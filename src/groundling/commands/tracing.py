@@ -37,6 +37,8 @@ STYLES = ("", "cyan", "green", "yellow", "bold red")
 """Of tokens in no span of the minimum, and in spans from 1, 2, 4 and 8 times the minimum on."""
 
 LISTED_SPANS = 10
+SLOW_INDEX_TOKENS = 5_000_000
+"""Their index takes some seconds to make: a hundred million took a minute (docs/memorisation.md)."""
 QUOTE_CHARS = 48
 BLOCK_TOKENS = 1 << 16
 
@@ -66,6 +68,8 @@ class Tracer:
         if corpus.train.header[TOKENS_SUM].hex() != sha256:
             raise CheckpointError(f"{corpus.train.path} is damaged: restore it, or train again with another --out")
         places = Places(corpus.train.tokens, corpus.tokenizer, folder.document_names())
+        if corpus.train.n_tokens >= SLOW_INDEX_TOKENS:
+            say(f"opening the index of {corpus.train.n_tokens:,} tokens, which is made at its first use ...")
         warn = lambda message: say(f"warning: {message}")  # noqa: E731
         array = SuffixArray.open_or_build(corpus.train.tokens, sha256, runtime.cache_dir(), warn)
         return cls(array, places, corpus.tokenizer)

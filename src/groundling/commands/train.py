@@ -84,10 +84,22 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """The record of a run that has nothing left to do: made of its newest checkpoint, with these very settings."""
     if not folder.record.exists():
         return None
-    record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
     newest = [path.name for path in checkpoint.complete(folder.checkpoints)[-1:]]
-    is_current = newest == [checkpoint.NAME.format(record["steps"])] and record["config"] == config.as_dict()
-    return record if is_current else None
+    try:
+        record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
+        made_by = checkpoint.NAME.format(record["steps"])
+        settings = _with_defaults(record["config"])
+    except (OSError, ValueError, TypeError, KeyError):  # a damaged record is made anew
+        return None
+    return record if newest == [made_by] and settings == config.as_dict() else None
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record, with those added that did not exist yet when it was written."""
+    complete = RunConfig().as_dict()
+    for name, value in settings.items():
+        complete[name] = complete[name] | value if isinstance(value, dict) else value
+    return complete
 
 
 def _print_finished(folder: RunFolder, record: dict[str, Any]) -> None:

@@ -130,9 +130,9 @@ def extractability(
     def stream_at(position: int) -> Stream:
         text = tokens[position - n_prompt : position + CONTINUATION].tolist()
 
-        def rest_of_the_text(context: Sequence[int]) -> Sequence[int]:
+        def rest_of_the_text(context: Sequence[int], n: int) -> Sequence[int]:
             # Most passages fail with the first token, so that one comes without a draft.
-            return text[len(context) :] if len(context) > n_prompt else ()
+            return text[len(context) : len(context) + n] if len(context) > n_prompt else ()
 
         stream = Stream(text[:n_prompt], greedy, rest_of_the_text)
         passages[stream] = text

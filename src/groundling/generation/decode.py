@@ -23,6 +23,9 @@ from groundling.generation.decoder import Chunk, Decoder
 from groundling.generation.sampling import SamplingConfig, draw, processors
 from groundling.generation.speculate import Drafter, DraftLength, verify
 
+MAX_DRAFTED_ROWS = 192
+"""Drafted tokens of all streams in one pass: with more, everybody waits long for one whose drafts fail."""
+
 FinishReason = Literal["stop", "length"]
 """stop: the end of the text, or a stop string; length: as many tokens as were asked for (OpenAI's words)."""
 
@@ -106,7 +109,7 @@ class Stream:
         """Write nothing after the tokens there are."""
         self.finish_reason = self.finish_reason or reason
 
-    def next_chunk(self, decoder: Decoder) -> Chunk:
+    def next_chunk(self, decoder: Decoder, max_draft: int) -> Chunk:
         """What to read before the next token can be drawn: tokens not yet read, and a draft of what follows."""
         n_window, length = decoder.n_window, decoder.length(self.slot)
         n_unread = len(self.tokens) - self._start - length
@@ -115,8 +118,8 @@ class Stream:
             length, n_unread = 0, min(n_unread, n_window) if length == 0 else max(1, n_window // 2)
             self._start = len(self.tokens) - n_unread
         n_left = self.config.max_tokens - self.n_generated
-        room = min(self._draft_length.n_tokens, n_window - length - n_unread, n_left - 1)
-        self._draft = list(self.drafter(self.tokens)[:room]) if self.drafter and room > 0 else []
+        room = min(self._draft_length.n_tokens, max_draft, n_window - length - n_unread, n_left - 1)
+        self._draft = list(self.drafter(self.tokens, room)[:room]) if self.drafter and room > 0 else []
         return Chunk(self.slot, self.tokens[self._start + length :] + self._draft, 1 + len(self._draft))
 
     def take(self, logits: Tensor, decoder: Decoder) -> Iterator[Response]:
@@ -161,9 +164,13 @@ def decode(
             if not live:
                 return
             started = time.perf_counter()
-            n_prompt = sum(stream.n_prompt for stream in live if not decoder.length(stream.slot))
-            chunks = [stream.next_chunk(decoder) for stream in live]
+            waited_s = 0.0  # for the caller, between tokens
+            fresh = [not decoder.length(stream.slot) for stream in live]
+            chunks = [stream.next_chunk(decoder, max(1, MAX_DRAFTED_ROWS // len(live))) for stream in live]
             results = list(zip(live, chunks, decoder.read(chunks), strict=True))
+            n_prompt = sum(
+                len(chunk.tokens) - chunk.n_outputs + 1 for chunk, new in zip(chunks, fresh, strict=True) if new
+            )
             n_tokens = 0
             for stream, chunk, logits in results:
                 stats.n_turns += 1
@@ -171,9 +178,11 @@ def decode(
                 for response in stream.take(logits, decoder):
                     n_tokens += 1
                     stats.n_accepted += response.from_draft
+                    paused = time.perf_counter()
                     yield stream, response
+                    waited_s += time.perf_counter() - paused
             stats.n_tokens += n_tokens
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started - waited_s
             stats.n_prompt_tokens += n_prompt
             if n_prompt:
                 stats.prompt_s += seconds

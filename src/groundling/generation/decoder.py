@@ -83,7 +83,7 @@ class TorchDecoder:
         return list(torch.split(logits, [chunk.n_outputs for chunk in chunks]))
 
     def close(self) -> None:
-        del self.cache
+        """Nothing to do: the cache goes with this object."""
 
     def __enter__(self) -> Self:
         return self

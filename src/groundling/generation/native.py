@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from groundling.errors import ConfigError
 from groundling.generation.decoder import Chunk
 from groundling.kernels.build import library
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, pack
@@ -42,8 +43,8 @@ class NativeDecoder:
         self._max_rows = max(MAX_ROWS, n_slots)
         self._tensors = _tensors(model, form, self._library)  # the kernel reads them where they are
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._tensors]
-        n_layer, n_head, n_embd, n_ctx = config.n_layer, config.n_head, config.n_embd, config.n_ctx
-        sizes = (n_layer, n_head, n_embd, n_ctx, config.n_vocab, self.n_window, n_slots, self._max_rows)
+        n_layer, n_head, n_embd, n_vocab = config.n_layer, config.n_head, config.n_embd, config.n_vocab
+        sizes = (n_layer, n_head, n_embd, n_vocab, self.n_window, n_slots, self._max_rows)
         self._network = ctypes.c_void_p(
             self._library.groundling_open(
                 (ctypes.c_int64 * len(sizes))(*sizes),
@@ -52,9 +53,10 @@ class NativeDecoder:
                 (ctypes.c_void_p * len(addresses))(*addresses),
             )
         )
+        if not self._network:
+            raise ConfigError(f"{n_slots} texts at a time need more memory than there is: ask for fewer, or for int8")
         self._logits = torch.empty(1, self._n_vocab)
-        self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        _hold_torch_threads()
 
     def length(self, slot: int) -> int:
         return self._lengths[slot]
@@ -98,7 +100,7 @@ class NativeDecoder:
         if self._network:
             self._library.groundling_close(self._network)
             self._network = ctypes.c_void_p()
-            torch.set_num_threads(self._torch_threads)
+            _release_torch_threads()
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +111,23 @@ class NativeDecoder:
     def __del__(self) -> None:
         if hasattr(self, "_network"):
             self.close()
+
+
+_torch_threads = [0, 0]
+"""How many decoders are open, and PyTorch's threads before the first of them was."""
+
+
+def _hold_torch_threads() -> None:
+    if not _torch_threads[0]:
+        _torch_threads[1] = torch.get_num_threads()
+        torch.set_num_threads(1)
+    _torch_threads[0] += 1
+
+
+def _release_torch_threads() -> None:
+    _torch_threads[0] -= 1
+    if not _torch_threads[0]:
+        torch.set_num_threads(_torch_threads[1])
 
 
 def _tensors(model: GPT2, form: WeightFormat, kernel: ctypes.CDLL) -> list[Tensor | None]:

@@ -62,6 +62,16 @@ class SamplingConfig:
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ConfigError(f"repetition_penalty is {self.repetition_penalty}: give a positive number")
 
+    def in_words(self) -> str:
+        """The settings that shape the draw, those left out that do nothing."""
+        if self.temperature == 0:
+            words = ["always the likeliest token"]
+        else:
+            words = [f"temperature {self.temperature:g}"]
+            words += [f"top-k {self.top_k}"] * bool(self.top_k) + [f"top-p {self.top_p:g}"] * (self.top_p < 1)
+            words += [f"min-p {self.min_p:g}"] * bool(self.min_p)
+        return ", ".join(words + [f"repetition penalty {self.repetition_penalty:g}"] * (self.repetition_penalty != 1))
+
 
 PRESETS: dict[str, SamplingConfig] = {
     "default": SamplingConfig(),

@@ -1,6 +1,7 @@
 """Speculative decoding: drafted tokens are verified in one pass, and change nothing but the speed.
 
-Invariant: the tokens are those of plain decoding with the same seed, whatever the drafter says. A drafter
+Invariant: the tokens are those of plain decoding with the same seed, whatever the drafter says (where logits do not
+depend on company: exactly with `NativeDecoder`, within rounding with `TorchDecoder`). A drafter
 names one token a place, with certainty, so the rule of Leviathan et al. 2023 (section 2.3: accept a drafted
 token with the probability that the target gives it, else draw from the target without it) comes down to
 drawing from the target and going on for as long as the draw is the draft: the draw is the draft with
@@ -14,8 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-Drafter = Callable[[Sequence[int]], Sequence[int]]
-"""Guesses what follows a context; as many tokens as it likes, none if it has no guess.
+Drafter = Callable[[Sequence[int], int], Sequence[int]]
+"""Guesses what follows a context, up to so many tokens, none if it has no guess.
 
 One drafter serves one stream: it is called with a context that only ever grows, and may keep state.
 """
@@ -73,16 +74,16 @@ class PromptDrafter:
         self.ends: dict[tuple[int, ...], int] = {}
         self.n_seen = 0
 
-    def __call__(self, context: Sequence[int]) -> Sequence[int]:
+    def __call__(self, context: Sequence[int], n: int) -> Sequence[int]:
         for stop in range(self.n_seen, len(context)):  # not yet the last token: nothing follows it
-            for n in NGRAMS:
-                if stop >= n:
-                    self.ends[tuple(context[stop - n : stop])] = stop
+            for length in NGRAMS:
+                if stop >= length:
+                    self.ends[tuple(context[stop - length : stop])] = stop
         self.n_seen = len(context)
-        for n in NGRAMS:
-            end = self.ends.get(tuple(context[-n:])) if len(context) >= n else None
+        for length in NGRAMS:
+            end = self.ends.get(tuple(context[-length:])) if len(context) >= length else None
             if end is not None:
-                return context[end : end + MAX_DRAFT]
+                return context[end : end + n]
         return []
 
 
@@ -107,18 +108,18 @@ class CorpusDrafter:
         self.matcher = matcher
         self.n_seen = 0
 
-    def __call__(self, context: Sequence[int]) -> Sequence[int]:
+    def __call__(self, context: Sequence[int], n: int) -> Sequence[int]:
         for token in context[self.n_seen :]:
             self.matcher.append(token)
         self.n_seen = len(context)
-        return self.matcher.draft(MAX_DRAFT) if self.matcher.length >= MIN_MATCH else []
+        return self.matcher.draft(n) if self.matcher.length >= MIN_MATCH else []
 
 
 def first_of(*drafters: Drafter) -> Drafter:
     """The guess of the first of these that has one."""
 
-    def draft(context: Sequence[int]) -> Sequence[int]:
-        guesses = [drafter(context) for drafter in drafters]  # each must see the context grow
+    def draft(context: Sequence[int], n: int) -> Sequence[int]:
+        guesses = [drafter(context, n) for drafter in drafters]  # each must see the context grow
         return next((guess for guess in guesses if len(guess)), [])
 
     return draft

@@ -6,6 +6,7 @@ appears under its final name whole or not at all, so processes may compile side 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from groundling import machine, runtime
 
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
+"""Products and sums are fused where the source says so and nowhere else: else equal sums could differ in last bits."""
 TIMEOUT_S = 300
 
 
@@ -44,12 +46,12 @@ def library(name: str) -> ctypes.CDLL:
     ]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
     path = runtime.cache_dir() / "kernels" / f"{name}-{key[:24]}.so"
-    if not path.exists():
-        _compile([compiler, *flags, str(source)], path)
     try:
+        if not path.exists():
+            _compile([compiler, *flags, str(source)], path)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded ({error}): delete it") from None
+        raise BuildError(f"the decoding kernel {path} cannot be made or loaded ({error})") from None
 
 
 def _version(compiler: str) -> str:
@@ -62,10 +64,9 @@ def _compile(command: list[str], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _run([*command, "-o", str(temporary)])
         temporary.replace(path)
-    except OSError as error:
-        raise BuildError(f"{path} cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _run(command: list[str]) -> str:

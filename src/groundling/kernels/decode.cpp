@@ -15,7 +15,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "team.h"
@@ -55,7 +58,7 @@ struct Layer {
 enum class Then { kStore, kAdd, kGelu, kCache };
 
 struct Network {
-  int64_t n_layer, n_head, n_embd, n_ctx, n_vocab, n_window, n_slots, max_rows;
+  int64_t n_layer, n_head, n_embd, n_vocab, n_window, n_slots, max_rows;
   int format;  // 0 fp32, 1 bf16, 2 int8
   Matrix head;
   const float* wpe;
@@ -64,8 +67,7 @@ struct Network {
 
   int64_t width, head_width;  // of a row of n_embd, of a padded head
   std::vector<float> x, normed, qkv, mixed, wide;
-  std::vector<float> cache_fp32;
-  std::vector<uint16_t> cache_bf16;
+  std::unique_ptr<void, decltype(&std::free)> cache{nullptr, &std::free};  // floats, or bf16
   std::vector<std::vector<float>> scores;
 
   // The pass at work.
@@ -135,15 +137,15 @@ struct Network {
     const int64_t at =
         cache_index(layer, n / n_embd - 1, slots[row], c / head_size, positions[row]) + c % head_size;
     if (format == 0)
-      cache_fp32[at] = value;
+      static_cast<float*>(cache.get())[at] = value;
     else
-      cache_bf16[at] = Bf16::write(value);
+      static_cast<uint16_t*>(cache.get())[at] = Bf16::write(value);
   }
 
   // Outputs n .. n + kRows, of one panel, for kTokens rows from `row` on.
   template <class Format, int kRows, int kTokens>
-  __attribute__((noinline)) void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row, Then then, float* out,
-            int64_t out_width, int64_t layer) {
+  __attribute__((noinline)) void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row,
+                                      Then then, float* out, int64_t out_width, int64_t layer) {
     constexpr int kUnit = Format::kVectors * kLanes;
     constexpr int64_t kAhead = kTokens > 2 ? kBusyAheadBytes : Format::kAheadBytes;
     const int64_t n_inputs = padded(m.n_in);
@@ -282,9 +284,9 @@ struct Network {
       linear(phase, layer.c_attn, normed.data(), width, n_rows, Then::kCache, qkv.data(), 0, l);
       share(phase, n_rows * n_head, [&](int64_t piece) {
         if (format == 0)
-          attend<Fp32>(l, piece / n_head, piece % n_head, cache_fp32.data(), weights);
+          attend<Fp32>(l, piece / n_head, piece % n_head, static_cast<const float*>(cache.get()), weights);
         else
-          attend<Bf16>(l, piece / n_head, piece % n_head, cache_bf16.data(), weights);
+          attend<Bf16>(l, piece / n_head, piece % n_head, static_cast<const uint16_t*>(cache.get()), weights);
       });
       linear(phase, layer.attn_proj, mixed.data(), width, n_rows, Then::kAdd, x.data(), width);
       share(phase, n_rows, [&](int64_t row) { normalise(&x[row * width], layer.ln_2, &normed[row * width]); });
@@ -326,14 +328,14 @@ void groundling_arrange(int format, int64_t n_out, int64_t n_in, const void* fro
     arrange<Int8>(n_out, n_in, static_cast<const int8_t*>(from), static_cast<int8_t*>(to));
 }
 
-// sizes: n_layer n_head n_embd n_ctx n_vocab n_window n_slots max_rows. tensors: the embedding (weight,
+// sizes: n_layer n_head n_embd n_vocab n_window n_slots max_rows. tensors: the embedding (weight,
 // scale), the position table, ln_f (weight, bias), then for each layer ln_1 (weight, bias), c_attn (weight,
 // scale, bias), attn.c_proj (same), ln_2, c_fc, mlp.c_proj; matrices arranged. They are not copied and must
-// outlive the network.
-void* groundling_open(const int64_t* sizes, int format, int n_threads, const void* const* tensors) {
-  auto* net = new Network(n_threads);
-  net->n_layer = sizes[0], net->n_head = sizes[1], net->n_embd = sizes[2], net->n_ctx = sizes[3];
-  net->n_vocab = sizes[4], net->n_window = sizes[5], net->n_slots = sizes[6], net->max_rows = sizes[7];
+// outlive the network. Null if there is not enough memory, or no more threads.
+void* groundling_open(const int64_t* sizes, int format, int n_threads, const void* const* tensors) try {
+  auto net = std::make_unique<Network>(n_threads);
+  net->n_layer = sizes[0], net->n_head = sizes[1], net->n_embd = sizes[2];
+  net->n_vocab = sizes[3], net->n_window = sizes[4], net->n_slots = sizes[5], net->max_rows = sizes[6];
   net->format = format;
   const int64_t C = net->n_embd, rows = net->max_rows;
   const auto floats = [&] { return static_cast<const float*>(*tensors++); };
@@ -366,14 +368,15 @@ void* groundling_open(const int64_t* sizes, int format, int n_threads, const voi
   for (auto* buffer : {&net->x, &net->normed, &net->mixed}) buffer->assign(rows * net->width, 0.f);
   net->qkv.assign(rows * C, 0.f);
   net->wide.assign(rows * row_width(4 * C), 0.f);
+  // Zeroed by the system, page by page as positions are read: a slot that is never used costs nothing.
   const int64_t cache = net->n_layer * 2 * net->n_slots * net->n_head * net->n_window * net->head_width;
-  if (format == 0)
-    net->cache_fp32.assign(cache, 0.f);
-  else
-    net->cache_bf16.assign(cache, 0);
+  net->cache.reset(std::calloc(cache, format == 0 ? sizeof(float) : sizeof(uint16_t)));
+  if (!net->cache) throw std::bad_alloc();
   net->scores.assign(n_threads, std::vector<float>(net->n_window + 2 * kLanes));
   net->taken = std::vector<std::atomic<int64_t>>(3 + 7 * net->n_layer);
-  return net;
+  return net.release();
+} catch (const std::exception&) {
+  return nullptr;
 }
 
 // Reads row i = tokens[i] at positions[i] of sequence slots[i], whose earlier positions must have been read,

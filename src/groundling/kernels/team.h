@@ -1,13 +1,14 @@
 // Threads that do one job together, again and again, and meet between its parts.
 //
-// Invariant: `work` returns when every thread has left the job's last meeting; between two jobs nothing but this
-// header touches the job.
+// Invariant: `work` returns when every thread has come to the job's last meeting; after it none touches the job's
+// memory until the next `work`.
 
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -35,7 +36,7 @@ class Team {
 
   // Waits until every thread is here.
   void meet() {
-    const int round = round_.load(std::memory_order_relaxed);
+    const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
@@ -74,7 +75,8 @@ class Team {
 
   const int n_;
   const std::function<void(int)> job_;
-  std::atomic<int> arrived_{0}, round_{0};
+  std::atomic<int> arrived_{0};
+  std::atomic<uint32_t> round_{0};
   std::atomic<int64_t> jobs_{0};
   std::atomic<bool> closing_{false};
   std::mutex mutex_;

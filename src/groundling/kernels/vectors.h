@@ -106,7 +106,6 @@ struct Fp32 {
   static Vec vector(const float* unit, int) { return read(unit); }
   static float at(const float* unit, int64_t i) { return unit[i]; }
   static Vec read(const float* from) { return load<Vec>(from); }
-  static float write(float value) { return value; }
 };
 
 struct Bf16 {  // the upper half of an fp32
@@ -163,11 +162,11 @@ inline Vec exponential(Vec x) {
   x = x < -87.f ? splat(-87.f) : x;
   x = x > 88.f ? splat(88.f) : x;
   const Vec shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * 1.44269504f + shift;
-  const Vec n = shifted - shift;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts (Cody and Waite 1980)
+  const Vec n = multiply_add(x, splat(1.44269504f), shift) - shift;
+  // ln 2 in two parts (Cody and Waite 1980)
+  const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
   Vec y = splat(1.f / 5040);
-  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = y * r + c;
+  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = multiply_add(y, r, splat(c));
   return y * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
