@@ -176,6 +176,24 @@ def test_the_record_of_other_weights_is_not_used(run: Path, tmp_path: Path) -> N
     assert facts["losses"][0]["value"] < 100  # what metrics.jsonl has for these weights
 
 
+def test_losses_that_evaluate_took_are_shown(run: Path, tmp_path: Path) -> None:
+    """As for a checkpoint of an interrupted run, which has no losses over the whole text of its own."""
+    folder = tmp_path / "run"
+    shutil.copytree(
+        run, folder, ignore=shutil.ignore_patterns("report.*", "record.json", "metrics.jsonl", "evaluated*")
+    )
+    assert main(["evaluate", str(folder)]) == 0
+    _, facts = report(folder, "--quick")
+    recorded = json.loads((run / "record.json").read_text())
+    values = {loss["name"]: loss["value"] for loss in facts["losses"]}
+    assert values["corpus/loss_offset"] == pytest.approx(recorded["corpus_loss_offset"], rel=1e-5)
+    assert values["heldout/loss"] == pytest.approx(recorded["heldout_loss"], rel=1e-5)
+    kept = json.loads((folder / "evaluated.json").read_text())
+    (folder / "evaluated.json").write_text(json.dumps(kept | {"steps": kept["steps"] + 1}))
+    page, _ = report(folder, "--quick")
+    assert "corpus/loss_offset was not taken" in page.text  # those were of other weights
+
+
 @pytest.mark.parametrize("cut", [0, 1])
 def test_damaged_files_are_left_out(run: Path, tmp_path: Path, cut: int) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))

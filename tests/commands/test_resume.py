@@ -112,7 +112,18 @@ def test_a_finished_run_is_not_trained_or_evaluated_again(workplace: Path, capsy
     assert "is finished (max_steps)" in again.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert main(["train", "--resume", "--out", "runs/finished", "--prompts", '["40 green"]']) == 0  # changed: not so
-    assert (folder / "samples.txt").read_text().startswith("--- 40 green\n")
+    assert (folder / "samples.txt").read_text().startswith("--- sample 1 of 1\n40 green")
+    record = json.loads((folder / "record.json").read_text())
+    del record["config"]["objective"], record["config"]["sampling"]["min_p"]  # as before they existed
+    (folder / "record.json").write_text(json.dumps(record))
+    assert main(["train", "--resume", "--out", "runs/finished"]) == 0
+    assert "is finished" in capsys.readouterr().err
+    (folder / "record.json").write_text('{"steps": 3}')  # damaged: made anew
+    assert main(["train", "--resume", "--out", "runs/finished"]) == 0
+    assert json.loads((folder / "record.json").read_text())["config"] == record["config"] | {
+        "objective": {"loss": "plain", "drop_every": 4, "context": 13},
+        "sampling": record["config"]["sampling"] | {"min_p": 0.0},
+    }
 
 
 def test_a_resumed_run_says_what_is_left(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,28 @@ def test_a_seed_repeats_and_another_differs(run: Path, capsys: pytest.CaptureFix
 def test_drafts_change_nothing(run: Path, capsys: pytest.CaptureFixture[str], drafts: str, temperature: str) -> None:
     arguments = ("--prompt", "39 green bottles,", "-n", "3", "--max-tokens", "60", "--temperature", temperature)
     assert samples(capsys, run, *arguments, "--drafts", drafts) == samples(capsys, run, *arguments, "--drafts", "none")
+
+
+def test_a_damaged_text_costs_drafts_and_a_note(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    content = (tmp_path / "run" / "train.bin").read_bytes()
+    (tmp_path / "run" / "train.bin").write_bytes(content[:-3])
+    expected = samples(capsys, run, "--prompt", "40", "--drafts", "none")
+    assert samples(capsys, tmp_path / "run", "--prompt", "40", "--drafts", "prompt") == expected
+    assert main(["sample", str(tmp_path / "run"), "--prompt", "40", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(captured.out)] == expected
+    assert "note: no drafts from the training text: " in captured.err
+    assert main(["sample", str(tmp_path / "run"), "--prompt", "40", "--drafts", "text"]) == 2
+
+
+def test_a_checkpoint_may_be_named_from_beside_it(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [expected] = samples(capsys, run, "--prompt", "40", "--trace")
+    monkeypatch.chdir(run / "checkpoints")
+    [found] = samples(capsys, Path("step-00000012"), "--prompt", "40", "--trace")
+    assert found == expected
 
 
 def test_each_of_many_samples_can_be_had_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     with torch.device("meta"):
         weight_bytes = read_bytes(GPT2(GPTConfig()), "bf16")
     print(f"\nreading memory, measured:\n  {bandwidth / 1e9:.1f} GB/s on {resolved.threads} threads,", end="")
-    print(f" so the 124M model writes at most {bandwidth / weight_bytes:.0f} tokens/s without drafts (bf16 weights)")
+    print(f" so on this CPU the 124M model writes at most {bandwidth / weight_bytes:.0f} tokens/s (bf16, no drafts)")
     if resolved.device.type == "cuda":
         print(f"\nGPU memory  {torch.cuda.get_device_properties(resolved.device).total_memory / 2**30:.1f} GiB")
     return 0

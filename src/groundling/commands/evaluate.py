@@ -82,7 +82,10 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
             }
 
         last = _last_batch_loss(folder.metrics, load_state(checkpoint)["n_steps"])
-        losses = {"train/loss": last} | whole_text()
+        whole = whole_text()
+        if folder.exists():  # for `groundling report`; a checkpoint that lies alone has no folder to keep them in
+            folder.keep_losses(load_state(checkpoint)["n_steps"], whole)
+        losses = {"train/loss": last} | whole
         if options.weights == "fp32":
             return losses, {}
         round_weights(model, options.weights)

@@ -270,22 +270,24 @@ class Report:
         return float((self.settings.get("stopping") or {}).get("target") or 0)
 
     def _losses(self) -> dict[str, float | None]:
-        """The losses of these weights: of the record, or of the metrics at their step, or as read just now."""
+        """The losses of these weights: of the record, of the metrics at their step, or as `evaluate` took them."""
         losses: dict[str, float | None] = {}
+        evaluated = self.folder.kept_losses(self.n_steps)
         for name in LOSSES:
             written = [line[name] for line in self.lines if name in line and line["step"] == self.n_steps - 1]
             recorded = self.record.get(name.replace("/", "_"))
-            losses[name] = finite(written[-1] if recorded is None and written else recorded)
+            known = (recorded, *written[-1:], evaluated.get(name))
+            losses[name] = next((finite(loss) for loss in known if loss is not None), None)
         if losses["corpus/loss"] is None and self.predictions and self.predictions[0].whole:
             losses["corpus/loss"] = prediction_facts(self.predictions[0])["loss"]
         if losses["corpus/loss_offset"] is None:
-            self.missing.append("corpus/loss_offset was not taken: `groundling evaluate` takes it.")
+            self.missing.append("corpus/loss_offset was not taken: `groundling evaluate` takes it for the next report.")
         if losses["heldout/loss"] is None:
             if not (self.folder.path / "heldout.bin").exists():
                 del losses["heldout/loss"]
                 self.missing.append("No text was held out, so there is no heldout/loss.")
             else:
-                self.missing.append("heldout/loss was not taken: `groundling evaluate` takes it.")
+                self.missing.append("heldout/loss was not taken: `groundling evaluate` takes it for the next report.")
         return losses
 
     def _summary(self) -> dict[str, str]:

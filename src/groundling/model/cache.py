@@ -56,7 +56,7 @@ class Reading:
 
 
 class LayerReading:
-    """One layer's keys and values (n_slots, H, capacity, D), and the pass that adds to them."""
+    """One layer's keys and values (n_slots, H, capacity + 1, D), and the pass that adds to them."""
 
     def __init__(self, reading: Reading, keys: Tensor, values: Tensor) -> None:
         self.reading, self.keys, self.values = reading, keys, values

@@ -1,7 +1,7 @@
 """Number formats of weights that are only read: what decoding keeps in memory.
 
-Invariant: only the matrices are rounded (the tied embedding included); biases, LayerNorms and positions
-stay fp32, and so does all arithmetic with them.
+Invariant: here only the matrices are rounded (the tied embedding included); biases, LayerNorms and positions stay
+fp32. (`generation/open.py` casts the whole network where a GPU decodes in bf16.)
 
 - fp32: as trained.
 - bf16: rounded to the nearest bfloat16.

@@ -13,6 +13,7 @@ with. A folder that could not begin its run does not stay behind.
         metrics.jsonl    one line per step, and one per evaluation
         checkpoints/     see checkpoint.py
         record.json, loss.png, samples.txt, written at the end
+        evaluated.json   the losses that `groundling evaluate` last took, and after how many steps
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.record = path / "record.json"
+        self.evaluated = path / "evaluated.json"
         self.curve = path / "loss.png"
         self.samples = path / "samples.txt"
 
@@ -198,6 +200,18 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.config} cannot be read ({error}): begin the run anew with another --out"
             ) from None
+
+    def keep_losses(self, n_steps: int, losses: dict[str, float | None]) -> None:
+        """Keep losses over the whole text, by metric name, of the weights after so many steps."""
+        write_json(self.evaluated, {"steps": n_steps, "losses": losses})
+
+    def kept_losses(self, n_steps: int) -> dict[str, float | None]:
+        """What `keep_losses` kept of the weights after so many steps; empty if that was nothing, or is damaged."""
+        try:
+            kept = json.loads(self.evaluated.read_text(encoding="utf-8"))
+            return dict(kept["losses"]) if kept["steps"] == n_steps else {}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
 
     def runtime(self) -> dict[str, str]:
         """Device, dtype, threads and compilation of the run's beginning."""
