@@ -47,7 +47,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--max-steps", "-1"], "--max-steps is -1: give"),
     (["--stopping.patience", "3"], "held-out"),
     (["--resume", "--out", "runs/nowhere"], "no run"),
-    (["--resume", "--preset", "penny"], "penny"),
+    (["--resume", "--preset", "by-heart"], "by-heart"),
     (["--out", "bottles.txt"], "bottles.txt"),
     (["--out", "bottles.txt/run"], "bottles.txt"),
     (["--out", "x" * 300], "shorter"),
