@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +82,6 @@ def test_make_targets_are_what_they_are_said_to_be() -> None:
         assert f"$(BIN)/{command.replace(name, '$(1)')};" in makefile, target
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_begins_a_run_and_then_goes_on_with_it(tmp_path: Path) -> None:
     """Never a second folder: the recipe as make runs it, with an echo in the place of the command."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)

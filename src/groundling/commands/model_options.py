@@ -24,6 +24,9 @@ from groundling.runtime import Runtime, RuntimeConfig
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.run_folder import RunFolder, find_checkpoint
 
+MAX_SLOTS = 16
+"""Texts decoded together."""
+
 
 def model_parser(prog: str, description: str, examples: str) -> Parser:
     """A parser with RUN, --device and --threads."""

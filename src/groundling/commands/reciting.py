@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from groundling.commands.model_options import OpenRun
+from groundling.commands.model_options import MAX_SLOTS, OpenRun
 from groundling.commands.session import say
 from groundling.commands.tracing import STYLES, Trace, Tracer, summary_line
 from groundling.corpus.goldfish import ObjectiveConfig
@@ -32,8 +32,6 @@ from groundling.generation.sampling import SamplingConfig
 from groundling.generation.text import write
 from groundling.training.progress import clock, progress_bar
 
-N_SLOTS = 16
-"""Passages or samples decoded together."""
 ESTIMATE_AFTER_S = 4.0
 """Seconds after which an estimate is worth something; what is done by then needs none."""
 QUOTE_CHARS = 60
@@ -84,7 +82,7 @@ def recited_anywhere(run: OpenRun, tokens: Tokens, n_positions: int) -> tuple[in
     total = n_tokens_to_read(len(tokens), run.window, len(positions))
     if not len(positions):
         return 0, []
-    with run.decoder(N_SLOTS) as decoder, estimating("reciting", total) as advance:
+    with run.decoder(MAX_SLOTS) as decoder, estimating("reciting", total) as advance:
         return len(positions), extractability_anywhere(decoder, tokens, positions, advance)
 
 
@@ -142,7 +140,7 @@ def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any])
         beginning = beginning.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut in two
         asked.insert(0, ("The training text's beginning", beginning, configs[0]))
     texts = [""] * len(asked)
-    with run.decoder(min(N_SLOTS, len(asked))) as decoder:
+    with run.decoder(min(MAX_SLOTS, len(asked))) as decoder:
         for written in write(decoder, run.tokenizer, [(prompt, config) for _, prompt, config in asked]):
             texts[written.which] += written.text
     samples = []

@@ -24,7 +24,7 @@ from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.extraction import CONTINUATION, N_POSITIONS, PROMPT_LENGTHS, SEED, Extractability
 from groundling.evaluation.predictions import Predictions, fitting_lengths
 from groundling.evaluation.report import (
-    clock,
+    duration,
     extractability_facts,
     finite,
     prediction_facts,
@@ -301,7 +301,7 @@ class Report:
         facts["steps"] = f"{self.n_steps:,}"
         if self.record:
             facts["passes over the text"] = f"{self.record['passes']:.1f}"
-            facts["training took"] = clock(self.record["wall_s"])
+            facts["training took"] = duration(self.record["wall_s"])
             facts["it ended by"] = self.record["stop_reason"]
         return {name: value for name, value in facts.items() if value}
 
@@ -335,7 +335,7 @@ class Report:
                 "system": machine["system"],
                 "computed in": f"{record['dtype']} on {record['device']}{', compiled' if record['compiled'] else ''}",
                 "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-                "training took": clock(record["wall_s"]),
+                "training took": duration(record["wall_s"]),
                 "text": f"SHA-256 {record['corpus_sha256']}",
                 "weights": f"SHA-256 {record['weights_sha256']}",
             }

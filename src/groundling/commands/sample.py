@@ -12,7 +12,7 @@ from typing import Any
 from docstring_parser import parse_from_object
 
 from groundling.commands.arguments import Parser
-from groundling.commands.model_options import OpenRun, add_decoding_options, model_parser, open_run
+from groundling.commands.model_options import MAX_SLOTS, OpenRun, add_decoding_options, model_parser, open_run
 from groundling.commands.session import say
 from groundling.commands.tracing import Trace, standard_output
 from groundling.errors import ConfigError
@@ -28,9 +28,6 @@ EXAMPLES = """examples:
   groundling sample runs/gpt2 --prompt-lines names.txt --preset reference --json > samples.jsonl
   echo "First Citizen:" | groundling sample runs/gpt2 --prompt-file - --stats
 """
-
-MAX_SLOTS = 16
-"""Samples decoded together."""
 
 MAX_PROMPT_BYTES = 1 << 20
 """Far more than any window holds."""

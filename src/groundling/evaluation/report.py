@@ -99,7 +99,7 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": percent, "number": number, "clock": clock}
+    environment.filters |= {"percent": percent, "number": number}
     template = resources.files("groundling.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
     charts = _charts(facts, lines, anywhere, on_grid)
     page = environment.from_string(template).render(
@@ -125,7 +125,7 @@ def number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration in words."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

@@ -22,7 +22,8 @@ One drafter serves one stream: it is called with a context that only ever grows,
 """
 
 MAX_DRAFT = 47
-"""Most tokens drafted at once: beyond it a pass on two cores costs more than the weights it saves reading."""
+"""Most tokens drafted at once: longer passes gain little (bf16, two AVX2 cores: 2.0 ms a token in passes of 24, 1.9 of
+48), and are lost whole when a draft fails early."""
 FIRST_DRAFT = 11
 """With the token before them, drafts of 11, 23 and 47 are rows in whole tiles of `kernels/decode.cpp`."""
 

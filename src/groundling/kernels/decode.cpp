@@ -33,8 +33,9 @@ constexpr int kPanelRows = 4;     // weight rows that lie side by side in memory
 // Panels that a thread takes at once: so few that they stay in its L2 while several tiles of tokens pass by; of one
 // tile, so many that the hardware's prefetching gets into its stride.
 constexpr int kPiecePanels = 12, kPiecePanelsOnce = 24;
-// Weights are asked for this far ahead where the arithmetic on them leaves the hardware's own prefetching behind:
-// with several tokens in a tile, and with int8 (one AVX2 core read bf16 1.3 times as fast, and fp32 no faster).
+// Weights are asked for this far ahead where the arithmetic on them leaves the hardware's own prefetching behind: with
+// several tokens in a tile, and (less far) with int8. Measured (LOG.md): bf16 with six tokens, and int8 with one, 1.3
+// times as fast; one token in bf16 or fp32 no faster.
 constexpr int kBusyAheadBytes = 8192;
 constexpr float kLayerNormEps = 1e-5f;  // GPT-2's
 

@@ -20,14 +20,15 @@ class Team {
  public:
   // `job` is called on every thread with the thread's number; the caller of `work` is thread 0. It must end with `meet`.
   Team(int n_threads, std::function<void(int)> job) : n_(n_threads), job_(std::move(job)) {
-    for (int thread = 1; thread < n_; ++thread) threads_.emplace_back([this, thread] { serve(thread); });
+    try {
+      for (int thread = 1; thread < n_; ++thread) threads_.emplace_back([this, thread] { serve(thread); });
+    } catch (...) {  // the system has no more threads: those that began must end before their object does
+      end();
+      throw;
+    }
   }
 
-  ~Team() {
-    closing_ = true;
-    begin();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~Team() { end(); }
 
   void work() {
     begin();
@@ -42,13 +43,22 @@ class Team {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
-      if (spins > 10000) std::this_thread::yield();  // another program wants this core
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round;)
+      if (spins < 10000)
+        ++spins;
+      else
+        std::this_thread::yield();  // another program wants this core
   }
 
  private:
   // Between two passes a token is drawn; to fall asleep and be woken would take longer than that.
   static constexpr std::chrono::milliseconds kPatience{1};
+
+  void end() {
+    closing_ = true;
+    begin();
+    for (auto& thread : threads_) thread.join();
+  }
 
   void begin() {
     {
