@@ -11,7 +11,7 @@ the prompt to the last token. Prints a JSON line for each contestant; the ceilin
 this machine reads memory (the median of a measurement before each round, itself the best of several) divided by
 the bytes that one token must read.
 
-Needs `pip install 'groundling[bench]'`.
+Needs `pip install 'groundling[export]'`.
 """
 
 from __future__ import annotations

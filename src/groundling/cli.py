@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ COMMANDS = {
     "sample": "continue a prompt with a trained model",
     "trace": "show which parts of a text stand word for word in a run's training text",
     "report": "write a page with everything measured about a run: what it knows, recites and copies",
+    "export": "write a trained model in the format of another program, and verify it",
     "estimate": "say how long a run would take here, and how much memory",
     "doctor": "print what this machine offers and what will be used",
 }
@@ -84,5 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise ConfigError(f"there is no command {command!r}: choose one of {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"groundling.commands.{command}")
+    name = f"{command}_" if keyword.iskeyword(command) else command  # import_.py
+    module = importlib.import_module(f"groundling.commands.{name}")
     return module.main(arguments)  # type: ignore[no-any-return]

@@ -65,27 +65,48 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
+def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A free path beside `path`; the file or folder made there takes the final name only if the block ends well.
+
+    Everything in it is synced before the rename. With `overwrite`, what was at `path` goes when the new is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (path.with_name(f".{path.name}{end}") for end in (PARTIAL, f".old{PARTIAL}"))
+    _remove(temporary)
+    try:
+        yield temporary
+        for entry in [*sorted(temporary.rglob("*")), temporary]:
+            entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors writes files that only their owner reads
+            sync_file(entry)
+        if overwrite and path.exists():
+            _remove(replaced)
+            path.rename(replaced)
+        temporary.rename(path)
+        sync_file(path.parent)
+        _remove(replaced)
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory that takes its final name, which must be free, only if the block ends well.
 
-    Every file in it is synced before the rename. What an earlier attempt left under a temporary name beside
-    it is removed, so one process at a time may use the parent.
+    What earlier attempts at any directory left under temporary names beside it is removed, so one process at a time
+    may use the parent, and nobody else.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".*{PARTIAL}"):
         shutil.rmtree(left_over)
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
-    temporary.mkdir()
-    try:
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        for entry in sorted(temporary.rglob("*")):
-            entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors writes files that only their owner reads
-            sync_file(entry)
-        sync_file(temporary)
-        temporary.rename(path)
-        sync_file(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

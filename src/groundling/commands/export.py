@@ -1,0 +1,101 @@
+"""`groundling export`: a trained model in the format of another program, verified before it is there."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from groundling.commands.arguments import Parser
+from groundling.commands.session import say
+from groundling.errors import ConfigError
+from groundling.files import atomic_path
+from groundling.interop.trained import Trained, open_trained
+
+EXAMPLES = """examples:
+  groundling export runs/gpt2 --format hf --out gpt2-shakespeare
+  groundling export runs/gpt2 --format gguf --quant q8_0 --out gpt2-shakespeare.gguf
+"""
+
+
+class Writer(Protocol):
+    """What a format's module in interop/ offers."""
+
+    def write(self, trained: Trained, target: Path, precision: str) -> None:
+        """Write the model at `target`, which does not exist yet."""
+
+    def verify(self, trained: Trained, target: Path, precision: str) -> Iterable[str]:
+        """Read back what `write` wrote with the program it is for; lines that say what was found.
+
+        Raises `VerificationFailed` if it is not the same model.
+        """
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format as the command line knows it."""
+
+    module: str
+    """In interop/."""
+    flag: str
+    """The flag that chooses a precision."""
+    precisions: tuple[str, ...]
+    """The first is the default."""
+    help: str
+
+
+FORMATS = {
+    "hf": Format("huggingface", "dtype", ("fp32", "bf16", "fp16"), "a folder that Hugging Face transformers loads"),
+    "gguf": Format("gguf", "quant", ("f32", "f16", "bf16", "q8_0", "q4_0"), "a file that llama.cpp loads"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Write one export."""
+    options = _parser().parse_args(arguments)
+    form = FORMATS[options.format]
+    precision = _precision(form, options)
+    target = Path(options.out)
+    if target.exists() and not options.overwrite:
+        raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
+    module = cast(Writer, importlib.import_module(f"groundling.interop.{form.module}"))
+    trained = open_trained(Path(options.run))
+    with atomic_path(target, options.overwrite) as partial:
+        module.write(trained, partial, precision)
+        if options.verify:
+            for line in module.verify(trained, partial, precision):
+                say(f"verified: {line}")
+    say(f"exported: {target}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="groundling export", description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("run", type=str, help="run folder, or one of its checkpoints")
+    formats = "; ".join(f"{name}: {form.help}" for name, form in FORMATS.items())
+    parser.add_argument("--format", choices=list(FORMATS), default="hf", help=formats)
+    parser.add_argument("--out", type=str, required=True, help="what is written: a folder, or for gguf a file")
+    for flag in dict.fromkeys(form.flag for form in FORMATS.values()):
+        takers = {name: form.precisions for name, form in FORMATS.items() if form.flag == flag}
+        choices = list(dict.fromkeys(choice for precisions in takers.values() for choice in precisions))
+        listed = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in takers.items())
+        parser.add_argument(f"--{flag}", choices=choices, help=f"format of the weights ({listed})")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    return parser
+
+
+def _precision(form: Format, options: Any) -> str:
+    """The format's precision that was asked for, or its default.
+
+    Raises `ConfigError` for a flag or a value that this format does not have.
+    """
+    for flag in {other.flag for other in FORMATS.values()} - {form.flag}:
+        if options[flag] is not None:
+            raise ConfigError(f"--{flag} is not for --format {options.format}: give --{form.flag}, or leave it out")
+    precision: str = options[form.flag] or form.precisions[0]
+    if precision not in form.precisions:
+        raise ConfigError(f"--{form.flag} is {precision}: give one of {', '.join(form.precisions)}")
+    return precision

@@ -1,0 +1,103 @@
+"""What our own network says of a few tokens, for another program's reading of the same weights to be held against.
+
+Invariant: an export that passes gives our logits at every position of its longest window and our greedy tokens; one
+that does not raises, and nothing takes its final name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groundling.errors import RunFailed
+from groundling.generation.decode import generate
+from groundling.generation.decoder import TorchDecoder
+from groundling.generation.sampling import SamplingConfig
+from groundling.interop.trained import Trained
+
+SEED = 20190214
+"""Of the probe's random tokens; the day GPT-2 was announced."""
+MAX_PROMPT = 16
+N_CONTINUATION = 32
+TOLERANCE = 1e-4
+"""Largest difference of logits in fp32 (one program's order of summation against another's)."""
+
+
+class VerificationFailed(RunFailed):
+    """What was written is not the model it was made from (exit code 1)."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A window of random tokens with its logits, and a prompt with its greedy continuation."""
+
+    window: list[int]
+    """As many random ids as the position table is long."""
+    logits: Tensor
+    """(len(window), n_vocab), fp32."""
+    prompt: list[int]
+    continuation: list[int]
+    """Greedy tokens after the prompt, up to the first place where two of them are as good as equal."""
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, trained: Trained, tolerance: float = TOLERANCE) -> Probe:
+        """A probe of this model; `tolerance` says how near two logits may be before their order is chance."""
+        model, config = trained.model, trained.model.config
+        generator = torch.Generator().manual_seed(SEED)
+        window = torch.randint(config.n_vocab, (config.n_ctx,), generator=generator).tolist()
+        logits = model.logits(model.hidden(torch.tensor([window])))[0]
+        prompt = _prompt(trained, window)
+        greedy = SamplingConfig(temperature=0, max_tokens=min(N_CONTINUATION, config.n_ctx - len(prompt)))
+        with TorchDecoder(model, config.n_ctx) as decoder:
+            continuation = list(generate(decoder, prompt, greedy))
+        rows = model.logits(model.hidden(torch.tensor([prompt + continuation])))[0, len(prompt) - 1 : -1]
+        best = rows.topk(2).values
+        sure = (best[:, 0] - best[:, 1] > 2 * tolerance).tolist()
+        return cls(window, logits, prompt, continuation[: sure.index(False) if False in sure else None])
+
+    def hold_logits(self, theirs: Tensor, program: str, tolerance: float = TOLERANCE) -> float:
+        """The largest difference of another program's logits (len(window), n_vocab) from ours.
+
+        Raises `VerificationFailed` if it is above the tolerance, or not a number.
+        """
+        if theirs.shape != self.logits.shape:
+            raise VerificationFailed(
+                f"{program} gives logits of shape {tuple(theirs.shape)} where {tuple(self.logits.shape)} are ours:"
+                " nothing was exported, please report this"
+            )
+        difference = float((theirs.float() - self.logits).abs().max())
+        if not difference <= tolerance:
+            raise VerificationFailed(
+                f"{program} reads other logits from what was written, by up to {difference:.2g} (at most"
+                f" {tolerance:.0e} is rounding): nothing was exported, please report this"
+            )
+        return difference
+
+    def hold_tokens(self, theirs: Sequence[int], program: str) -> int:
+        """How many greedy tokens of another program, after `prompt`, equal ours: all of `continuation`.
+
+        Raises `VerificationFailed` if one differs.
+        """
+        for place, (token, own) in enumerate(zip(theirs, self.continuation, strict=False)):
+            if token != own:
+                raise VerificationFailed(
+                    f"{program} continues the same prompt with token {token} where ours is {own}, {place} tokens on:"
+                    " nothing was exported, please report this"
+                )
+        if len(theirs) < len(self.continuation):
+            raise VerificationFailed(
+                f"{program} wrote {len(theirs)} tokens where ours wrote {len(self.continuation)}:"
+                " nothing was exported, please report this"
+            )
+        return len(self.continuation)
+
+
+def _prompt(trained: Trained, window: Sequence[int]) -> list[int]:
+    """The beginning of the training text if the run still has it, else random tokens."""
+    length = min(MAX_PROMPT, max(1, trained.model.config.n_ctx // 2))
+    train = trained.folder.tokens("train") if trained.folder else None
+    return list(window[:length]) if train is None else [int(token) for token in train.tokens[:length]]
