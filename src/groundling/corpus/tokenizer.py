@@ -86,7 +86,7 @@ class Tokenizer:
             vocab, merges = _parse(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise CorpusError(f"the tokenizer {path} cannot be read ({error.strerror}): check the path") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CorpusError(
                 f"{path} is not a tokenizer.json of GPT-2's kind ({error}): "
                 f"give one, or set the tokenizer to gpt2 or train:N"
@@ -212,7 +212,7 @@ def _parse(document: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, st
     for added in document.get("added_tokens") or ():
         if added["content"] != END_OF_TEXT:
             raise ValueError(f"it adds the token {added['content']}")
-        vocab.setdefault(END_OF_TEXT, added["id"])
+        vocab.setdefault(END_OF_TEXT, int(added["id"]))
     return vocab, [_pair(merge) for merge in model["merges"]]
 
 
