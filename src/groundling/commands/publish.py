@@ -14,6 +14,7 @@ from groundling.commands.arguments import Parser
 from groundling.commands.export import FORMATS, Writer
 from groundling.commands.session import say
 from groundling.errors import Interrupted, RunFailed
+from groundling.interop import space
 from groundling.interop.hub import Hub, Place, check_repo, stays
 from groundling.interop.trained import Trained, open_trained
 from groundling.training.progress import progress_bar
@@ -29,7 +30,6 @@ The hub's token is the one that `hf auth login` left, or HF_TOKEN.
 RECITES = "a model like this can recite its training text: whoever may read the model may have that text from it"
 
 PRECISIONS = FORMATS["hf"].precisions
-PAGE_PRECISION = "fp32"
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def main(arguments: list[str]) -> int:
     model = hub.look(repo, "model", options.private)
     gradio_place = hub.look(gradio, "space", options.private, "gradio") if gradio else None
     static_place = hub.look(static, "space", options.private, "static") if static else None
-    parts = [Part(model, lambda folder: _write_model(trained, folder, options.dtype), _message("model", trained))]
+    parts = [_export_part(model, "model", trained, "hf", options.dtype)]
     if gradio_place:
         parts.append(_gradio_part(gradio_place, repo))
         if not hub.is_paid:
             say("note: the hub runs Gradio Spaces on free machines for paid accounts only; --static-space is free")
     if static_place:
-        parts.append(_static_part(static_place, trained))
+        parts.append(_export_part(static_place, "page", trained, "web"))
     with tempfile.TemporaryDirectory(prefix="groundling-") as temporary:
         folders = [Path(temporary) / str(number) for number in range(len(parts))]
         for part, folder in zip(parts, folders, strict=True):  # all of them before anything is uploaded
@@ -102,32 +102,26 @@ def _wants_static(options: Any) -> bool:
     return bool(options.static_space or options.static_repo)
 
 
-def _message(what: str, trained: Trained) -> str:
-    return f"Publish the {what} of the run {trained.name} with Groundling"
+def _export_part(place: Place, what: str, trained: Trained, form: str, precision: str | None = None) -> Part:
+    """What `groundling export` writes in one of its formats, verified; raises `VerificationFailed` if it is wrong."""
+    chosen = FORMATS[form]
+    writer = cast(Writer, importlib.import_module(f"groundling.interop.{chosen.module}"))
+    used = precision or chosen.precisions[0]
 
+    def write(folder: Path) -> None:
+        writer.write(trained, folder, used)
+        for line in writer.verify(trained, folder, used):
+            say(f"{what} verified: {line}")
 
-def _write_model(trained: Trained, folder: Path, precision: str) -> None:
-    """The export that `groundling export --format hf` writes. Raises `VerificationFailed` if it is not the model."""
-    writer = cast(Writer, importlib.import_module(f"groundling.interop.{FORMATS['hf'].module}"))
-    writer.write(trained, folder, precision)
-    for line in writer.verify(trained, folder, precision):
-        say(f"verified: {line}")
+    return Part(place, write, f"Publish the {what} of the run {trained.name} with Groundling")
 
 
 def _gradio_part(place: Place, model: str) -> Part:
-    from groundling.interop import space
-
     def write(folder: Path) -> None:
         folder.mkdir()
         space.write(folder, model)
 
     return Part(place, write, f"Serve {model} with Groundling", space.WHEELS)
-
-
-def _static_part(place: Place, trained: Trained) -> Part:
-    """A page of the run's own weights; its module is imported here, so that what it needs is missed in time."""
-    page = importlib.import_module("groundling.interop.web_page")
-    return Part(place, lambda folder: page.write(trained, folder, PAGE_PRECISION), _message("browser page", trained))
 
 
 def _show(part: Part, folder: Path) -> None:

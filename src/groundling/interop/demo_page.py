@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from groundling import runtime
 from groundling.errors import ConfigError, UserError
 from groundling.generation.decoder import Decoder
@@ -65,12 +63,11 @@ class Page:
 
 
 def serve(model: str) -> None:
-    """Serve the page of a model repository, or of a folder that `open_trained` can read, until the process is ended.
+    """Serve the page of a model on the hub, or of a folder that `open_trained` can read, until the process is ended.
 
-    Raises `ConfigError` if Gradio is missing.
+    Raises `CheckpointError` if there is no such model, `ConfigError` if Gradio is missing.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
-    trained = open_trained(folder)
+    trained = open_trained(Path(model))
     resolved = runtime.resolve(RuntimeConfig(dtype="fp32", compile="off"))
     with open_decoder(trained.model, trained.window, resolved) as decoder:
         app = blocks(model, Page(trained, decoder))
