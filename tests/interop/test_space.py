@@ -20,12 +20,14 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import groundling
-from groundling.cli import main
 from groundling.generation.decoder import TorchDecoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.generation.text import continue_text
-from groundling.interop import space, wheel
+from groundling.interop import huggingface, space, wheel
+from groundling.interop.demo_page import Page
 from groundling.interop.trained import Trained, open_trained
+
+from .conftest import MakeTrained
 
 PACKAGE = Path(groundling.__file__).parent
 
@@ -85,26 +87,18 @@ def test_what_the_hub_reads(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export, as the model's repository has it."""
-    path = tmp_path_factory.mktemp("space")
-    (path / "text.txt").write_text("One green bottle hanging on the wall, and if it should fall, none.\n" * 40)
-    small = "--model.n_layer 1 --model.n_head 2 --model.n_embd 32 --model.n_ctx 24 --windows.length 24"
-    settings = (
-        "--tokenizer train:280 --max-steps 2 --runtime.compile off --sampling.max_tokens 2 --evaluation.final none"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GROUNDLING_CACHE", str(path / "cache"))
-        arguments = ["--corpus", str(path / "text.txt"), "--out", str(path / "run"), *small.split(), *settings.split()]
-        assert main(["train", *arguments]) == 0
-    return path / "run"
+def export(make_trained: MakeTrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as its repository has it."""
+    path = tmp_path_factory.mktemp("export") / "bottles"
+    huggingface.write(make_trained("one"), path, "fp32")
+    return path
 
 
 @pytest.fixture(scope="module")
-def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def page(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the Space's own app.py, run where only its files are."""
     folder = tmp_path_factory.mktemp("app")
-    space.write(folder, str(run))
+    space.write(folder, str(export))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
     environment |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_NAME": "127.0.0.1"}
     environment |= {"PYTHONUNBUFFERED": "1", "GRADIO_SERVER_PORT": str(_free_port())}
@@ -141,8 +135,8 @@ def expected(trained: Trained, prompt: str, config: SamplingConfig) -> str:
         return prompt + "".join(continue_text(decoder, trained.tokenizer, prompt, config))
 
 
-def test_the_page_writes_what_the_model_writes(page: str, run: Path) -> None:
-    trained = open_trained(run)
+def test_the_page_writes_what_the_model_writes(page: str, export: Path) -> None:
+    trained = open_trained(export)
     client = Client(page, verbose=False)
     for temperature, top_k, max_tokens, seed in [(0, 50, 30, 1), (1.5, 0, 40, 7), (1.5, 0, 40, 8)]:
         config = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
@@ -162,3 +156,14 @@ def test_the_page_writes_what_the_model_writes(page: str, run: Path) -> None:
     assert client.predict("", 0, 0, 3, 1, api_name="/write") == expected(
         trained, "", SamplingConfig(max_tokens=3, temperature=0)
     )
+
+
+def test_a_visitor_who_leaves_disturbs_nobody(make_trained: MakeTrained) -> None:
+    trained = make_trained()
+    with TorchDecoder(trained.model, trained.window) as decoder:
+        page = Page(trained, decoder)
+        whole = list(page.write("40 green", 1.0, 0, 30, 5))
+        leaving = page.write("39 green", 1.0, 0, 30, 5)
+        next(leaving)
+        leaving.close()
+        assert list(page.write("40 green", 1.0, 0, 30, 5)) == whole

@@ -69,7 +69,7 @@ def serve(model: str) -> None:
     """
     trained = open_trained(Path(model))
     resolved = runtime.resolve(RuntimeConfig(dtype="fp32", compile="off"))
-    with open_decoder(trained.model, trained.window, resolved) as decoder:
+    with open_decoder(trained.model.to(resolved.device), trained.window, resolved) as decoder:
         app = blocks(model, Page(trained, decoder))
         app.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(show_error=True)
 
