@@ -48,7 +48,8 @@ LOSSES = {
 
 # Not text: C0 and C1 controls but tab and line feed, and halves of surrogate pairs, which names of files may hold.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$#!{}]")
+# What means something in Markdown within a line; an underscore does only at the edge of a word.
+_MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#!{}]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def write(trained: Trained, target: Path, precision: str) -> None:
