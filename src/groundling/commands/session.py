@@ -9,6 +9,7 @@ import math
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,15 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
         config = with_prompts(config, corpus)
         for line in short_text_lines(config, corpus.train.n_tokens):
             say(line)
-    ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
+    ceiling = _ceiling_flops(resolved)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
     return Prepared(config, corpus, resolved, ceiling)
+
+
+@cache
+def _ceiling_flops(runtime: Runtime) -> float:
+    """The matrix ceiling, measured once in a process: who trains several runs in one waits for it once."""
+    return machine.matrix_ceiling_flops(runtime.device, runtime.dtype, runtime.synchronize)
 
 
 def _text(config: RunConfig, resumed: RunFolder | None) -> Corpus:
