@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from groundling.corpus.documents import Document
+from groundling.corpus.shards import make_header, token_dtype
 from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
 from groundling.interop.trained import Trained
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.training.run_folder import RunFolder
 
 TEXT = "".join(f"{n} grüne Flaschen 🍾 hanging on the wall;\n\nif one should fall, it's {n - 1}.\n" for n in range(60))
 
@@ -20,6 +25,9 @@ SHAPES = {
     "one": GPTConfig(n_layer=1, n_head=1, n_embd=64, n_ctx=33),
 }
 """Without their vocabularies, which are a tokenizer's; llama.cpp's Q8_0 and Q4_0 need rows that 32 divides."""
+
+N_TEXT = 100
+"""Tokens of the text that `keep_text` gives a run: some windows of every shape, the last one short."""
 
 MakeTrained = Callable[..., Trained]
 
@@ -50,3 +58,12 @@ def make_trained(tokenizer: Tokenizer) -> MakeTrained:
         return Trained(random_network(config, seed), used, config.n_ctx, "bottles")
 
     return make
+
+
+def keep_text(trained: Trained, folder: Path) -> Trained:
+    """The same model as of a run in `folder`, which has a training text of N_TEXT tokens."""
+    tokens = np.array(trained.tokenizer.encode(TEXT)[:N_TEXT], dtype=token_dtype(trained.tokenizer.n_vocab))
+    folder.mkdir(parents=True, exist_ok=True)
+    header = make_header(tokens.dtype, len(tokens), "0" * 64, "0" * 64)
+    (folder / "train.bin").write_bytes(header + tokens.tobytes())
+    return replace(trained, folder=RunFolder(folder))
