@@ -49,6 +49,9 @@ class Format:
 FORMATS = {
     "hf": Format("huggingface", "dtype", ("fp32", "bf16", "fp16"), "a folder that Hugging Face transformers loads"),
     "gguf": Format("gguf", "quant", ("f32", "f16", "bf16", "q8_0", "q4_0"), "a file that llama.cpp loads"),
+    "ctranslate2": Format(
+        "ctranslate2", "quant", ("float32", "int8", "bfloat16", "float16"), "a folder that CTranslate2 loads"
+    ),
 }
 
 
