@@ -57,6 +57,8 @@ ROUNDING = {
 SMALLEST = 2.0**-24
 """The smallest fp16 number: what lies below may be rounded to nothing, in a Q8_0 block 127 times that."""
 
+LARGEST_FP16 = 65504
+
 LLAMA_TOLERANCE = 0.05
 """Largest difference of logits: llama.cpp looks its GELU up in a table of fp16 (ggml-cpu/vec.h)."""
 
@@ -83,9 +85,17 @@ N_TEXT_TOKENS = 2000
 
 
 def write(trained: Trained, target: Path, precision: str) -> None:
-    """Write one GGUF file; beside the network's own weights, memory holds one tensor at a time."""
+    """Write one GGUF file; beside the network's own weights, memory holds one tensor at a time.
+
+    Raises `ConfigError` if a weight is too large for fp16 where that is asked for.
+    """
     tensors = {_their_name(name): tensor for name, tensor in _tensors(trained.model)}
     kinds = {name: _kind(name, tensor, precision) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if kinds[name] == Kind.F16 and float(tensor.abs().max()) > LARGEST_FP16:
+            raise ConfigError(
+                f"{name} has weights beyond {LARGEST_FP16:,}, the most that fp16 holds: --quant f32 or bf16"
+            )
     writer = gguf.GGUFWriter(target, "gpt2")
     _describe(writer, trained, precision)
     for name, tensor in tensors.items():
@@ -205,8 +215,8 @@ def _hold_tensors(model: GPT2, reader: Any) -> str:
         read, kind = _dequantized(theirs[name]), theirs[name].tensor_type
         if read.shape != tuple(tensor.shape) or not _within_rounding(read, tensor.numpy(), kind):
             raise VerificationFailed(
-                f"gguf reads another {name} from what was written than a {kind.name} of ours: nothing was exported;"
-                " weights beyond 65,504 need --quant f32 or bf16, anything else please report"
+                f"gguf reads another {name} from what was written than ours in {kind.name}: nothing was exported,"
+                " please report this"
             )
         counts[kind.name.lower()] = counts.get(kind.name.lower(), 0) + 1
     listed = ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))

@@ -67,6 +67,7 @@ class LlamaCpp:
     def log_probs(self, prompt: Sequence[int]) -> dict[int, float]:
         """The log-probability of every id after a prompt, which is shorter than the context."""
         request = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": 1 << 30}
+        request["ignore_eos"] = True  # an answer that is <|endoftext|> has none; this changes what is drawn, not them
         first = self._post("/completion", request)["completion_probabilities"][0]
         return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
 
