@@ -133,7 +133,7 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
         if precision == "f32":
             n_same = probe.hold_tokens(_greedy(trained, llama, probe), "llama.cpp")
             difference = probe.hold_logits(logits(probe.window), "llama.cpp", LLAMA_TOLERANCE)
-            difference = max(difference, _hold_last(probe, llama))
+            difference = max(difference, _hold_last(trained, llama, probe))
             yield f"llama.cpp gives the same {n_same} greedy tokens, and our logits to within {difference:.1g}"
         else:
             llama.greedy(probe.prompt, 1)
@@ -276,13 +276,13 @@ def _greedy(trained: Trained, llama: LlamaCpp, probe: Probe) -> list[int]:
     return written
 
 
-def _hold_last(probe: Probe, llama: LlamaCpp) -> float:
+def _hold_last(trained: Trained, llama: LlamaCpp, probe: Probe) -> float:
     """The largest difference of all log-probabilities at the end of the window, llama.cpp's own head included."""
     *prompt, _ = probe.window
     if not prompt:
         return 0.0
     own = probe.logits[len(prompt) - 1].log_softmax(0)
-    theirs = llama.log_probs(prompt)
+    theirs = llama.log_probs(prompt, drawn=trained.tokenizer.encode("a")[0])
     difference = float((torch.tensor([theirs.get(token, math.nan) for token in range(len(own))]) - own).abs().max())
     if not difference <= LLAMA_TOLERANCE:
         raise VerificationFailed(

@@ -64,10 +64,13 @@ class LlamaCpp:
         request = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0.0, "return_tokens": True}
         return cast("list[int]", self._post("/completion", request)["tokens"]) if n_tokens else []
 
-    def log_probs(self, prompt: Sequence[int]) -> dict[int, float]:
-        """The log-probability of every id after a prompt, which is shorter than the context."""
-        request = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": 1 << 30}
-        request["ignore_eos"] = True  # an answer that is <|endoftext|> has none; this changes what is drawn, not them
+    def log_probs(self, prompt: Sequence[int], drawn: int) -> dict[int, float]:
+        """The log-probability of every id after a prompt, which is shorter than the context.
+
+        llama.cpp gives none with an answer that is `<|endoftext|>` or a part of a character, so `drawn`, any token
+        that is neither, is made its answer; that changes nothing in them.
+        """
+        request = {"prompt": prompt, "n_predict": 1, "n_probs": 1 << 30, "logit_bias": [[drawn, 1e9]]}
         first = self._post("/completion", request)["completion_probabilities"][0]
         return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
 
