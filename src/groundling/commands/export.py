@@ -54,6 +54,9 @@ FORMATS = {
         "flat_safetensors", "dtype", ("fp32",), "a folder for nanoGPT-like code, in nn.Linear's layout"
     ),
     "gguf": Format("gguf", "quant", ("f32", "f16", "bf16", "q8_0", "q4_0"), "a file that llama.cpp loads"),
+    "ctranslate2": Format(
+        "ctranslate2", "quant", ("float32", "int8", "bfloat16", "float16"), "a folder that CTranslate2 loads"
+    ),
 }
 
 
