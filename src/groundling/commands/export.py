@@ -49,6 +49,7 @@ class Format:
 FORMATS = {
     "hf": Format("huggingface", "dtype", ("fp32", "bf16", "fp16"), "a folder that Hugging Face transformers loads"),
     "gguf": Format("gguf", "quant", ("f32", "f16", "bf16", "q8_0", "q4_0"), "a file that llama.cpp loads"),
+    "onnx": Format("onnx", "quant", ("fp32", "int8"), "a folder that ONNX Runtime and transformers.js load"),
 }
 
 
