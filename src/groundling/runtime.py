@@ -185,7 +185,10 @@ def available_cores() -> int:
 
 
 def cache_dir() -> Path:
-    """Where token files and fetched packages are kept: $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling."""
+    """Where token files and fetched packages are kept.
+
+    $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling.
+    """
     if chosen := os.environ.get("GROUNDLING_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"

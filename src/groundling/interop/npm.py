@@ -89,7 +89,7 @@ def _pack(npm: str, package: Package, folder: Path) -> Path:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RunFailed(f"{npm} did not fetch {package} ({error}): try again, or give its file with --library") from None
+        raise RunFailed(f"{npm} did not fetch {package} ({error}): try again, or give --library its file") from None
     found = list(folder.glob("*.tgz"))
     if done.returncode or len(found) != 1:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

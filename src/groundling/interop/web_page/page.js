@@ -6,6 +6,7 @@ const element = (id) => document.getElementById(id);
 const { model, bytes, window: windowLength } = document.body.dataset;
 const N_WINDOW = Number(windowLength); // tokens that the model was trained to read at once
 const MEGABYTE = 1e6;
+const SMALL_BYTES = 30 * MEGABYTE;
 const NEW_TEXT = "<|endoftext|>"; // what an empty prompt begins after
 
 let wllama = null;
@@ -33,57 +34,73 @@ function checkBrowser() {
     throw new Trouble("This browser has no WebAssembly, which computes the model: allow it in the settings, or take a newer browser.");
 }
 
-async function fetchWeights() {
-  const total = Number(bytes);
+// A file of this folder as a Blob; `total` is how many bytes it must have, if that is known.
+async function fetchWhole(url, what, type, total) {
   const progress = element("progress");
+  if (total) progress.max = total;
+  else progress.removeAttribute("value");
   element("loading").hidden = false;
+  const sorry = `${what} cannot be loaded`;
   let response;
   try {
-    response = await fetch(model);
+    response = await fetch(url);
   } catch {
-    throw new Trouble("The weights cannot be loaded: the connection failed. Reload the page to try again.");
+    throw new Trouble(`${sorry}: the connection failed. Reload the page to try again.`);
   }
-  if (!response.ok) throw new Trouble(`The weights cannot be loaded: the server answers ${response.status} for ${model}.`);
+  if (!response.ok) throw new Trouble(`${sorry}: the server answers ${response.status} for ${url}.`);
   const parts = [];
   let loaded = 0;
   const reader = response.body.getReader();
+  const inMegabytes = (n) => (n / MEGABYTE).toFixed(1);
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) break;
       parts.push(value);
       loaded += value.length;
-      progress.value = loaded;
-      say(`Loading the weights: ${(loaded / MEGABYTE).toFixed(1)} of ${(total / MEGABYTE).toFixed(1)} MB`);
+      if (total) progress.value = loaded;
+      say(`Loading: ${what.toLowerCase()}, ${inMegabytes(loaded)}${total ? ` of ${inMegabytes(total)}` : ""} MB`);
     }
   } catch {
-    throw new Trouble(`The weights cannot be loaded: the connection broke after ${(loaded / MEGABYTE).toFixed(1)} MB. Reload the page to try again.`);
+    throw new Trouble(`${sorry}: the connection broke after ${inMegabytes(loaded)} MB. Reload the page to try again.`);
   }
-  if (loaded !== total)
-    throw new Trouble(`The weights cannot be used: ${loaded} bytes came where ${total} belong to this page. The folder was not copied whole.`);
-  return new Blob(parts);
+  if (total && loaded !== total)
+    throw new Trouble(`${sorry}: ${loaded} bytes came where ${total} belong to this page. Its folder was not copied whole.`);
+  return new Blob(parts, { type });
+}
+
+function threads() {
+  // Threads need shared memory, which a page has only with the headers of cross-origin isolation. A small network
+  // gains little from them, and loses much where something else uses the cores.
+  if (!self.crossOriginIsolated || Number(bytes) < SMALL_BYTES) return 1;
+  return Math.min(8, Math.max(1, Math.floor((navigator.hardwareConcurrency || 1) / 2)));
 }
 
 async function start() {
   checkBrowser();
-  say("Loading the program …");
+  const sorry = "The program that computes the model";
   let library;
   try {
     library = await import("./wllama.js");
   } catch {
-    throw new Trouble("The program that computes the model (wllama.js) cannot be loaded: reload the page to try again.");
+    throw new Trouble(`${sorry} (wllama.js) cannot be loaded. Reload the page to try again.`);
   }
   const logger = { debug() {}, log() {}, warn: console.warn, error: console.error };
-  const program = new library.Wllama({ default: "./wllama.wasm" }, { suppressNativeLog: true, logger });
-  // Taken by browsers without JSPI or Memory64 (Safari); the library's own default is a copy on another origin.
-  program.setCompat({ worker: "./wllama-compat.js", wasm: "./wllama-compat.wasm" });
-  const weights = await fetchWeights();
+  // Browsers without JSPI or Memory64 (Safari) take the second build; the library's own default for it lies elsewhere.
+  const prepare = (wasm, compat) => {
+    const made = new library.Wllama({ default: wasm }, { suppressNativeLog: true, logger });
+    made.setCompat({ worker: "./wllama-compat.js", wasm: compat });
+    return made;
+  };
+  const { wasmPath } = prepare("./wllama.wasm", "./wllama-compat.wasm").getWorkerResources();
+  const wasm = URL.createObjectURL(await fetchWhole(wasmPath, sorry, "application/wasm"));
+  const program = prepare(wasm, wasm);
+  const weights = await fetchWhole(model, "The weights", "application/octet-stream", Number(bytes));
   say("Reading the weights …");
-  const settings = { n_ctx: N_WINDOW, n_parallel: 1, n_gpu_layers: 0, cache_type_k: "f32", cache_type_v: "f32", flash_attn: false };
-  if (self.crossOriginIsolated) settings.n_threads = Math.max(1, Math.floor((navigator.hardwareConcurrency || 1) / 2));
-  else settings.n_threads = 1;
+  const settings = { n_ctx: N_WINDOW, n_parallel: 1, n_gpu_layers: 0, n_threads: threads(), warmup: false };
+  const exact = { cache_type_k: "f32", cache_type_v: "f32", flash_attn: false };
   try {
-    await program.loadModel([weights], { ...settings, warmup: false });
+    await program.loadModel([weights], { ...settings, ...exact });
   } catch (error) {
     console.error(error);
     throw new Trouble("The model cannot be started: this browser's WebAssembly lacks what it needs, or its memory is too small. Try a newer browser.");
@@ -166,8 +183,8 @@ async function write() {
     if (n === 0 && before < 2) throw new Trouble("The model could not read this beginning: try another.");
     context = context.slice(-Math.ceil(context.length / 2)); // as the last half of a full window is read anew
   }
-  const end = nWritten < nTokens && !stopping.signal.aborted ? "the text ended" : "done";
-  say(`${stopping.signal.aborted ? "Stopped" : end[0].toUpperCase() + end.slice(1)} after ${nWritten} token${nWritten === 1 ? "" : "s"}.`);
+  const end = stopping.signal.aborted ? "Stopped" : nWritten < nTokens ? "The text ended" : "Done";
+  say(`${end} after ${nWritten} token${nWritten === 1 ? "" : "s"}.`);
 }
 
 element("form").addEventListener("submit", async (event) => {
