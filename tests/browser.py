@@ -46,7 +46,7 @@ def find_browser() -> tuple[Path, dict[str, str]]:
         return Path(found), {}
     folder = _unpacked()
     libraries = [str(folder / "lib"), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    fonts = {"FONTCONFIG_PATH": str(folder / "fonts")}
+    fonts = {"FONTCONFIG_FILE": str(folder / "fonts.conf")}
     return folder / "chromium", {"LD_LIBRARY_PATH": os.pathsep.join(libraries), **fonts}
 
 
@@ -62,6 +62,7 @@ def _unpacked() -> Path:
                 content = io.BytesIO(brotli.decompress(packed[f"bin/{name}.tar.br"]))
                 with tarfile.open(fileobj=content) as archive:
                     archive.extractall(partial, filter="data")
+            (partial / "fonts.conf").write_text(f"<fontconfig><dir>{folder / 'fonts'}</dir></fontconfig>")
     (folder / "chromium").chmod(0o755)
     return folder
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 from playwright.sync_api import Browser, Page, Route, expect
 
+from groundling.cli import main
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import ConfigError
 from groundling.generation.decode import generate
 from groundling.generation.decoder import TorchDecoder
 from groundling.generation.sampling import SamplingConfig
@@ -239,6 +239,16 @@ def test_what_is_missing_is_said_in_a_sentence(
     page.close()
 
 
+def test_weights_that_are_none_are_said_to_be(browser: Browser, address: str, folder: Path) -> None:
+    damaged = bytearray((folder / "model.gguf").read_bytes())
+    damaged[:4] = b"GGML"
+    page = browser.new_page()
+    page.context.route("**/model.gguf", lambda route: route.fulfill(body=bytes(damaged)))
+    page.goto(address)
+    expect(page.get_by_role("alert")).to_contain_text("The model cannot be started", timeout=60_000)
+    page.close()
+
+
 def test_a_browser_that_cannot_is_told_so(browser: Browser, open_page: OpenPage, folder: Path) -> None:
     page = open_page("delete globalThis.WebAssembly;")
     expect(page.get_by_role("alert")).to_contain_text("has no WebAssembly")
@@ -274,10 +284,11 @@ def test_the_folder_is_a_static_space(folder: Path, trained: Trained) -> None:
     assert "MIT" in (folder / "wllama-LICENSE.txt").read_text()
 
 
-def test_another_file_in_the_librarys_place_is_refused(tmp_path: Path) -> None:
+def test_another_file_in_the_librarys_place_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "wllama.tgz"
     other.write_bytes(b"something else")
-    with pytest.raises(ConfigError, match="SHA-512"):
-        web_page.keep_library(other)
-    with pytest.raises(ConfigError, match="check the path"):
-        web_page.keep_library(tmp_path / "none.tgz")
+    command = ["export", "run", "--out", str(tmp_path / "out"), "--library", str(other)]
+    assert main([*command, "--format", "web"]) == 2
+    assert "SHA-512" in capsys.readouterr().err
+    assert main([*command, "--format", "onnx"]) == 2
+    assert "--library is not for --format onnx" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from groundling.interop import gguf, npm
 from groundling.interop.trained import Trained
@@ -91,7 +92,7 @@ def _facts(trained: Trained, precision: str, n_bytes: int) -> dict[str, Any]:
     sources = [Path(source).name for source in (settings.get("text") or {}).get("sources") or []]
     return {
         "name": name,
-        "title": jinja2.utils.markupsafe.Markup(json.dumps(name, ensure_ascii=False)),  # as YAML quotes it
+        "title": Markup(json.dumps(name, ensure_ascii=False)),  # as YAML quotes it
         "n_parameters": f"{config.n_parameters():,}",
         "n_vocab": config.n_vocab,
         "window": trained.window,

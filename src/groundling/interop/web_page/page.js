@@ -101,6 +101,8 @@ async function start() {
   const exact = { cache_type_k: "f32", cache_type_v: "f32", flash_attn: false };
   try {
     await program.loadModel([weights], { ...settings, ...exact });
+    // The library goes on where llama.cpp has refused a file.
+    if (!program.getModelMetadata().hparams.nVocab) throw new Error("llama.cpp refuses the weights");
   } catch (error) {
     console.error(error);
     throw new Trouble("The model cannot be started: this browser's WebAssembly lacks what it needs, or its memory is too small. Try a newer browser.");
