@@ -57,6 +57,8 @@ FORMATS = {
     "ctranslate2": Format(
         "ctranslate2", "quant", ("float32", "int8", "bfloat16", "float16"), "a folder that CTranslate2 loads"
     ),
+    "onnx": Format("onnx", "quant", ("fp32", "int8"), "a folder that ONNX Runtime and transformers.js load"),
+    "web": Format("web_page", "quant", ("q8_0", "f16", "f32", "q4_0"), "a page that runs the model in a browser"),
 }
 
 
@@ -68,6 +70,8 @@ def main(arguments: list[str]) -> int:
     target = Path(options.out)
     check_target(target, options.overwrite)
     module = cast(Writer, importlib.import_module(f"groundling.interop.{form.module}"))
+    if options.library:
+        _keep_library(options)
     trained = open_trained(Path(options.run))
     with atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
@@ -111,9 +115,21 @@ def _parser() -> Parser:
         choices = list(dict.fromkeys(choice for precisions in takers.values() for choice in precisions))
         listed = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in takers.items())
         parser.add_argument(f"--{flag}", choices=choices, help=f"format of the weights ({listed})")
+    library = "for web: the tarball of one of the library's packages, instead of fetching it with npm; may be repeated"
+    parser.add_argument("--library", action="append", default=[], metavar="FILE", help=library)
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser
+
+
+def _keep_library(options: Any) -> None:
+    """Keep the files of --library. Raises `ConfigError` for a format that has none, or for other files."""
+    if options.format != "web":
+        raise ConfigError(f"--library is not for --format {options.format}: leave it out")
+    from groundling.interop import web_page
+
+    for path in options.library:
+        web_page.keep_library(Path(path))
 
 
 def _precision(form: Format, options: Any) -> str:
