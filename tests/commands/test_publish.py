@@ -199,3 +199,19 @@ def test_at_a_terminal_it_asks_before_something_becomes_public(
     assert server.repositories == {}
     assert publish("--yes")[0] == 0
     assert sys.stdin.readline() == "yes\n", "--yes asked"
+
+
+def test_a_page_for_browsers_is_made_beside_the_model(
+    publish: Publish, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GROUNDLING_CACHE")  # the page's library lies where tests/interop/test_web_page.py has it too
+    code, out, err = publish("--static-space", "--private", "--static-repo", f"{USER}/stage")
+    assert code == 0
+    assert out.split()[1] == f"{huggingface_hub.constants.ENDPOINT}/spaces/{USER}/stage"
+    space = server.repositories["space", f"{USER}/stage"]
+    assert (space.sdk, space.private) == ("static", True)
+    assert space.files["model.gguf"].startswith(b"GGUF")
+    assert b"sdk: static" in space.files["README.md"]
+    assert {"index.html", "page.js", "wllama.wasm"} <= space.files.keys()
+    assert "page verified: " in err
+    assert "paid" not in err
