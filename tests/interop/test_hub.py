@@ -116,7 +116,7 @@ def test_nothing_is_uploaded_if_the_hub_decided_on_the_other_visibility(
     server: HubServer, hub: Hub, folder: Path, private: bool
 ) -> None:
     server.makes = "public" if private else "private"
-    with pytest.raises(RunFailed, match=f"made the model repository {REPO} {server.makes}"):
+    with pytest.raises(RunFailed, match=f"{REPO} is {server.makes} on the hub, not"):
         hub.upload(hub.look(REPO, "model", private), folder, "Publish it")
     assert server.objects == {}
     assert server.repositories["model", REPO].commits == []
@@ -208,9 +208,13 @@ TROUBLES = {
     "too many requests": ("preupload", 429, "429.* wait, then repeat"),
     "metadata that are refused": ("validate-yaml", 400, "did not take.*Invalid metadata.* has none"),
     "an answer that is none": ("validate-yaml", 502, "502|cannot be read"),
-    "the connection breaks at the making": ("POST /api/repos/create", None, "was not made"),
-    "the hub fails at the making": ("POST /api/repos/create", 500, "500.* later; .* was not made"),
-    "somebody was quicker": ("POST /api/repos/create", 409, "409.* was not made"),
+    "the connection breaks at the making": (
+        "POST /api/repos/create",
+        None,
+        "was not made, or, if .* is there and empty",
+    ),
+    "the hub fails at the making": ("POST /api/repos/create", 500, "500.* later; .* was not made, or, if"),
+    "somebody was quicker": ("POST /api/repos/create", 409, "409.* was not made; the same"),
     "the connection breaks before the commit": ("/commit/", None, "answer was lost, has all of them"),
     "the hub fails in the commit": ("/commit/", 503, "503.*answer was lost, has all of them"),
     "the hub refuses the commit": ("/commit/", 413, "413.*free some.* has none of these files; the same"),
@@ -260,6 +264,14 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(server: HubServer, hub
         hub.upload(hub.look(REPO, "model", False), folder, "Publish it")
     assert not hub.upload(hub.look(REPO, "model", False), folder, "Publish it").changed
     assert len(server.repositories["model", REPO].commits) == 1
+
+
+def test_a_making_whose_answer_was_lost_is_found_again(server: HubServer, hub: Hub, folder: Path) -> None:
+    server.trouble("/repos/create", lost_answer=True, times=1)
+    with pytest.raises(RunFailed, match="if only the hub's answer was lost, is there and empty"):
+        hub.upload(hub.look(REPO, "model", True), folder, "Publish it")
+    hub.upload(hub.look(REPO, "model", True), folder, "Publish it")
+    assert published(server.repositories["model", REPO]) == contents(folder)
 
 
 def test_a_passing_trouble_is_waited_for_and_told(server: HubServer, hub: Hub, folder: Path, notes: list[str]) -> None:

@@ -82,7 +82,7 @@ def _parser() -> Parser:
     parser = Parser(prog="groundling publish", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", type=str, help="run folder, or one of its checkpoints")
     parser.add_argument("--repo", type=str, required=True, metavar="USER/NAME", help="the model's repository")
-    parser.add_argument("--private", action="store_true", help="readable by you alone (a new repository is public)")
+    parser.add_argument("--private", action="store_true", help="make what is new private (else it is public)")
     parser.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help="format of the weights")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that serves the model")
     parser.add_argument("--space-repo", type=str, metavar="USER/NAME", help="that Space; default is --repo with -demo")

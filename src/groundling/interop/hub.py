@@ -50,6 +50,9 @@ ADVICE = {
 """What to do about a status of HTTP (RFC 9110, and RFC 4918 for 507)."""
 SERVER_ADVICE = "the trouble is the hub's: repeat the command later"
 
+OUTCOMES = {"/repos/create": "is there and empty", "/commit/": "has all of them"}
+"""Of requests that change a repository, by a part of their paths."""
+
 MAX_REASON_CHARS = 300
 """Of what the hub says; some answers are whole pages."""
 
@@ -203,8 +206,8 @@ class Hub:
             found = self._info(place.repo, place.kind)
             if bool(found.private) != place.private:  # an organisation may decide on it
                 raise RunFailed(
-                    f"the hub made the {place} {'private' if found.private else 'public'}, not {place.visibility}:"
-                    " nothing was uploaded, so change it in its settings and repeat the command"
+                    f"the {place} is {'private' if found.private else 'public'} on the hub, not {place.visibility} as"
+                    " asked: nothing was uploaded, so change it in its settings and repeat the command"
                 )
             before = found.sha
         with contextlib.ExitStack() as stack:
@@ -248,8 +251,8 @@ class Hub:
 
     def _sentence(self, error: BaseException, what: str, state: str, begun: bool) -> ConfigError | RunFailed:
         error = _innermost(error)
-        if _was_commit(error):
-            state += ", or, if only the hub's answer was lost, has all of them"
+        if (unless := _outcome_if_done(error)) is not None:
+            state += f", or, if only the hub's answer was lost, {unless}"
         again = f"{state}; the same command goes on from there"
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
@@ -299,14 +302,17 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _was_commit(error: BaseException) -> bool:
-    """Whether it is the commit itself that got no answer, or none that says what was done."""
+def _outcome_if_done(error: BaseException) -> str | None:
+    """What a request that changes the repository has made of it, if nobody can know whether it was carried out."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500 and "/commit/" in error.response.request.url.path
-    try:
-        return isinstance(error, httpx2.HTTPError) and "/commit/" in error.request.url.path
-    except RuntimeError:  # no request belongs to it
-        return False
+        request = error.response.request if error.response.status_code >= 500 else None
+    else:
+        try:
+            request = error.request if isinstance(error, httpx2.HTTPError) else None
+        except RuntimeError:  # no request belongs to it
+            request = None
+    path = request.url.path if request else ""
+    return next((outcome for verb, outcome in OUTCOMES.items() if verb in path), None)
 
 
 @contextlib.contextmanager
