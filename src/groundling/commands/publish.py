@@ -157,5 +157,5 @@ def _upload(hub: Hub, part: Part, folder: Path, done: list[Part]) -> None:
         if done:
             error.args = (f"{error} ({' and '.join(f'the {other.place}' for other in done)}: published)",)
         raise
-    say(f"{'published' if upload.changed else 'nothing new: it had these files already'}: the {part.place}")
+    say(f"published: the {part.place}" if upload.changed else f"nothing new: the {part.place} had these files already")
     print(upload.address, flush=True)
