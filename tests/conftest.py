@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import huggingface_hub.utils._http
 import numpy as np
 import pytest
 import torch
@@ -9,6 +15,8 @@ from numpy.typing import NDArray
 
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
+
+from .interop.hub_server import TOKEN, HubServer
 
 
 @pytest.fixture
@@ -31,3 +39,16 @@ def model(tiny: GPTConfig) -> GPT2:
 def tokens(tiny: GPTConfig) -> NDArray[np.uint16]:
     """203 tokens: no multiple of any window or batch in these tests."""
     return np.random.default_rng(0).integers(tiny.n_vocab, size=203).astype(np.uint16)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub that huggingface_hub's own client reaches, with a token for it; the client's waits are over at once."""
+    server = HubServer()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token here"))
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=server.waits.append))
+    before = huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY
+    huggingface_hub.set_client_factory(server.client)
+    yield server
+    huggingface_hub.set_client_factory(before)

@@ -41,3 +41,77 @@ def test_sums_are_those_of_hashlib(tmp_path: Path) -> None:
     content = bytes(range(256)) * 9000  # more than one block
     (tmp_path / "f").write_bytes(content)
     assert files.sha256_of(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_atomic_path_is_whole_or_as_it_was(tmp_path: Path, folder: bool, overwrite: bool) -> None:
+    path = tmp_path / "deep" / "thing"
+
+    def make(place: Path, content: str) -> None:
+        if folder:
+            place.mkdir()
+            place = place / "inner"
+        place.write_text(content)
+
+    with pytest.raises(RuntimeError), files.atomic_path(path, overwrite) as place:  # noqa: PT012
+        make(place, "half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    with files.atomic_path(path, overwrite) as place:
+        assert place.parent == path.parent, "a rename cannot cross disks"
+        make(place, "first")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(path, overwrite) as place:  # noqa: PT012
+        make(place, "half")
+        raise KeyboardInterrupt
+    content = path / "inner" if folder else path
+    assert content.read_text() == "first"
+    if overwrite:
+        with files.atomic_path(path, overwrite) as place:
+            make(place, "second")
+            assert content.read_text() == "first"
+        assert content.read_text() == "second"
+    assert [found.name for found in path.parent.iterdir()] == ["thing"]
+
+
+def test_an_atomic_folder_does_not_replace_one_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+    path.mkdir()
+    (path / "inner").write_text("first")
+    with pytest.raises(OSError, match="not empty"), files.atomic_path(path) as place:
+        place.mkdir()
+    assert (path / "inner").read_text() == "first"
+    assert [found.name for found in tmp_path.iterdir()] == ["thing"]
+
+
+def test_an_atomic_path_takes_a_file_or_folder_in_the_place_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+    path.mkdir()
+    (path / "inner").write_text("first")
+    with files.atomic_path(path, overwrite=True) as place:
+        place.write_text("a file")
+    assert path.read_text() == "a file"
+    with files.atomic_path(path, overwrite=True) as place:
+        place.mkdir()
+    assert path.is_dir()
+    assert [found.name for found in tmp_path.iterdir()] == ["thing"]
+
+
+def test_what_a_killed_process_left_does_not_hinder(tmp_path: Path) -> None:
+    for left in (".thing.partial", ".thing.old.partial"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half").touch()
+    (tmp_path / "thing").write_text("first")
+    with files.atomic_path(tmp_path / "thing", overwrite=True) as place:
+        place.write_text("second")
+    assert [found.name for found in tmp_path.iterdir()] == ["thing"]
+    assert (tmp_path / "thing").read_text() == "second"
+
+
+def test_everybody_may_read_what_an_atomic_path_wrote(tmp_path: Path) -> None:
+    with files.atomic_path(tmp_path / "thing") as place:
+        place.mkdir(mode=0o700)
+        (place / "inner").touch(mode=0o600)
+    assert (tmp_path / "thing" / "inner").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "thing").stat().st_mode & 0o777 == 0o755

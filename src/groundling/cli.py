@@ -23,6 +23,8 @@ COMMANDS = {
     "trace": "show which parts of a text stand word for word in a run's training text",
     "report": "write a page with everything measured about a run: what it knows, recites and copies",
     "export": "write a trained model in the format of another program, and verify it",
+    "publish": "upload a trained model to the Hugging Face hub, with a page that runs it if asked",
+    "import": "make a run of GPT-2 weights that another program wrote",
     "estimate": "say how long a run would take here, and how much memory",
     "doctor": "print what this machine offers and what will be used",
 }

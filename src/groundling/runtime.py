@@ -172,6 +172,11 @@ def cpp_compiler() -> str | None:
     return None
 
 
+def program(name: str) -> str | None:
+    """Path of a program, beside this Python if it is there, else on PATH, or None."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
 def available_cores() -> int:
     """Cores that this process may use (an affinity mask, as containers set it, counts)."""
     if sys.platform == "linux":
@@ -180,7 +185,10 @@ def available_cores() -> int:
 
 
 def cache_dir() -> Path:
-    """Where token files are cached: $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling."""
+    """Where token files and fetched packages are kept.
+
+    $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling.
+    """
     if chosen := os.environ.get("GROUNDLING_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"

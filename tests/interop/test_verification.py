@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
+from groundling.evaluation.corpus_loss import Evaluator
 from groundling.interop.trained import Trained
-from groundling.interop.verification import Probe, VerificationFailed
+from groundling.interop.verification import Probe, VerificationFailed, loss_difference
+from groundling.runtime import RuntimeConfig, resolve
 
-from .conftest import SHAPES, MakeTrained
+from .conftest import N_TEXT, SHAPES, MakeTrained, keep_text
 
 
 @pytest.fixture(params=list(SHAPES))
@@ -53,3 +58,40 @@ def test_a_continuation_ends_where_the_order_of_two_tokens_would_be_chance(train
         trained.model.transformer.ln_f.weight.zero_()
         trained.model.transformer.ln_f.bias.zero_()  # all logits are nought
     assert Probe.of(trained).continuation == []
+
+
+def test_a_difference_of_losses_is_that_of_corpus_loss(trained: Trained, tmp_path: Path) -> None:
+    trained = keep_text(trained, tmp_path)
+    assert trained.folder is not None
+    train = trained.folder.tokens("train")
+    assert train is not None
+    runtime = resolve(RuntimeConfig(device="cpu", threads=1, compile="off"))
+    loss = Evaluator(trained.model.loss_sum, trained.window, runtime).loss(train.tokens)
+    line = loss_difference(trained, lambda tokens: _logits(trained, tokens), "itself")
+    assert line.startswith(f"corpus/loss {loss:.4f} here, {loss:.4f} in itself (")
+    assert line.endswith(f"over all {N_TEXT - 1} predictions of the training text")
+    even = loss_difference(trained, lambda tokens: torch.zeros(len(tokens), 301), "a fair die")
+    assert f", {torch.tensor(301).log():.4f} in a fair die (" in even
+
+
+def test_a_loss_over_a_part_is_no_corpus_loss(make_trained: MakeTrained, tmp_path: Path) -> None:
+    trained = keep_text(make_trained(), tmp_path)
+    line = loss_difference(trained, lambda tokens: _logits(trained, tokens), "itself", budget_s=0)
+    assert line.startswith("loss ")
+    assert line.endswith(f"over 1 of the {-(-(N_TEXT - 1) // trained.window)} windows of the training text")
+
+
+def test_a_run_without_its_text_is_told_so(make_trained: MakeTrained) -> None:
+    assert "not compared" in loss_difference(make_trained(), lambda tokens: torch.zeros(1), "nothing")
+
+
+def test_a_loss_that_is_no_number_is_refused(make_trained: MakeTrained, tmp_path: Path) -> None:
+    with pytest.raises(VerificationFailed, match="nan in a program"):
+        loss_difference(
+            keep_text(make_trained(), tmp_path), lambda t: torch.full((len(t), 301), torch.nan), "a program"
+        )
+
+
+@torch.inference_mode()
+def _logits(trained: Trained, tokens: list[int]) -> Tensor:
+    return trained.model.logits(trained.model.hidden(torch.tensor([tokens])))[0]

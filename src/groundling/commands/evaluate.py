@@ -1,4 +1,4 @@
-"""`groundling evaluate`: the losses of a run, over the whole text."""
+"""`groundling evaluate`: the losses of a run, over its whole text or over another."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from groundling.commands.model_options import folder_of, model_parser, resolve_runtime
-from groundling.errors import CheckpointError, ConfigError
+from groundling.commands.session import say
+from groundling.corpus.config import CorpusConfig
+from groundling.corpus.load import load_corpus
+from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator
-from groundling.model.formats import WEIGHT_FORMATS, round_weights
+from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
+from groundling.runtime import cache_dir
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.metrics import read_lines
 from groundling.training.progress import progress_bar
-from groundling.training.run_folder import find_checkpoint
+from groundling.training.run_folder import RunFolder, find_checkpoint
 
 EXAMPLES = """examples:
   groundling evaluate runs/gpt2
   groundling evaluate runs/gpt2 --json
+  groundling evaluate runs/gpt2 --corpus page.txt    over another text, also for imported models
   groundling evaluate runs/gpt2 --weights int8    beside them the losses of the weights rounded to int8
 """
+
+ANOTHER_TEXT = {
+    "corpus/loss": "the whole text, on the grid",
+    "corpus/loss_offset": "the whole text, at 8 other offsets",
+}
+"""What the losses over a text mean that the run was not trained on."""
 
 MEANINGS = {
     "train/loss": "the last step's batch, before its update",
@@ -39,20 +50,28 @@ def main(arguments: list[str]) -> int:
         default="fp32",
         help="also take the losses of the weights as `groundling sample` reads them in this format",
     )
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="take the losses over this text, named as in training, instead of the run's own",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one forward pass")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}: give a positive number")
-    losses, rounded = _losses(Path(options.run), options)
+    losses, rounded = (_losses_of_another if options.corpus else _losses)(Path(options.run), options)
     if options.json:
         print(json.dumps(losses | ({options.weights: rounded} if rounded else {})))
         return 0
     if rounded:
         print(f"{'':18}  {'fp32':>10}  {options.weights:>10}")
+    meanings = ANOTHER_TEXT if options.corpus else MEANINGS
     for name, loss in losses.items():
         second = f"  {_digits(rounded.get(name)):>10}" if rounded else ""
-        print(f"{name:18}  {_digits(loss):>10}{second}  {MEANINGS[name]}")
+        print(f"{name:18}  {_digits(loss):>10}{second}  {meanings[name]}")
     return 0
 
 
@@ -65,8 +84,11 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
     checkpoint = find_checkpoint(run)
     folder = folder_of(run, checkpoint)
     train, heldout = folder.tokens("train"), folder.tokens("heldout")
+    if train is None and folder.imported.exists():
+        raise CheckpointError(f"{folder.path} was imported, so it has no text of its own: give one with --corpus")
     if train is None:
         raise CheckpointError(f"{folder.path} lacks train.bin, the tokens of its text: give the folder of the run")
+    say(f"text: {_name_of(folder)}, {train.n_tokens:,} tokens, {heldout.n_tokens if heldout else 0:,} held out")
     runtime = resolve_runtime(options, options.dtype)
     model, _, window = load_model(checkpoint, runtime.device)
     n_readings = 1 if options.weights == "fp32" else 2
@@ -90,6 +112,34 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
             return losses, {}
         round_weights(model, options.weights)
         return losses, whole_text()
+
+
+def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """The same over a text that the options name, in the run's tokens; it is not kept."""
+    checkpoint = find_checkpoint(run)
+    runtime = resolve_runtime(options, options.dtype)
+    model, tokenizer, window = load_model(checkpoint, runtime.device)
+    sources = CorpusConfig(sources=tuple(options.corpus))
+    with progress_bar("encoding the text") as advance:
+        corpus = load_corpus(sources, cache_dir(), advance, tokenizer=tokenizer, heldout=False)
+    tokens = corpus.train.tokens
+    say(f"text: {corpus.name}, {len(tokens):,} tokens, in windows of {window:,}")
+    forms: list[WeightFormat] = ["fp32"] if options.weights == "fp32" else ["fp32", options.weights]
+    taken: list[dict[str, float | None]] = []
+    with progress_bar("reading the text", len(forms) * (1 + N_OFFSETS) * len(tokens) / window) as advance:
+        evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
+        for form in forms:
+            round_weights(model, form)
+            taken.append({"corpus/loss": evaluator.loss(tokens), "corpus/loss_offset": evaluator.offset_loss(tokens)})
+    return taken[0], taken[1] if len(taken) > 1 else {}
+
+
+def _name_of(folder: RunFolder) -> str:
+    """The name of the text that the run was trained on, as far as the folder still tells it."""
+    try:
+        return folder.text().name
+    except (CheckpointError, CorpusError):
+        return str(folder.path / "train.bin")
 
 
 def _last_batch_loss(metrics: Path, n_steps: int) -> float | None:

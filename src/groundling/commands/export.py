@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from groundling.interop.trained import Trained, open_trained
 
 EXAMPLES = """examples:
   groundling export runs/gpt2 --format hf --out gpt2-shakespeare
+  groundling export runs/gpt2 --format hf --dtype bf16 --out gpt2-shakespeare-bf16
   groundling export runs/gpt2 --format gguf --quant q8_0 --out gpt2-shakespeare.gguf
 """
 
@@ -48,7 +50,15 @@ class Format:
 
 FORMATS = {
     "hf": Format("huggingface", "dtype", ("fp32", "bf16", "fp16"), "a folder that Hugging Face transformers loads"),
+    "safetensors": Format(
+        "flat_safetensors", "dtype", ("fp32",), "a folder for nanoGPT-like code, in nn.Linear's layout"
+    ),
     "gguf": Format("gguf", "quant", ("f32", "f16", "bf16", "q8_0", "q4_0"), "a file that llama.cpp loads"),
+    "ctranslate2": Format(
+        "ctranslate2", "quant", ("float32", "int8", "bfloat16", "float16"), "a folder that CTranslate2 loads"
+    ),
+    "onnx": Format("onnx", "quant", ("fp32", "int8"), "a folder that ONNX Runtime and transformers.js load"),
+    "web": Format("web_page", "quant", ("q8_0", "f16", "f32", "q4_0"), "a page that runs the model in a browser"),
 }
 
 
@@ -58,9 +68,10 @@ def main(arguments: list[str]) -> int:
     form = FORMATS[options.format]
     precision = _precision(form, options)
     target = Path(options.out)
-    if target.exists() and not options.overwrite:
-        raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
+    check_target(target, options.overwrite)
     module = cast(Writer, importlib.import_module(f"groundling.interop.{form.module}"))
+    if options.library:
+        _keep_library(options)
     trained = open_trained(Path(options.run))
     with atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
@@ -69,6 +80,28 @@ def main(arguments: list[str]) -> int:
                 say(f"verified: {line}")
     say(f"exported: {target}")
     return 0
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
+
+    A folder is replaced only if it is empty or holds a config.json, as exports do; never a run, nor a repository.
+    """
+    if target.name in ("", ".."):
+        raise ConfigError(f"--out is {target}: give the name of what is to be written")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if held and ("config.json" not in held or held & {"checkpoints", ".git"}):
+        raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"{parent} is a file, so {target} cannot be written: give another --out")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # only trying says it for every user and file system
+            pass
+    except OSError as error:
+        raise ConfigError(f"{parent} cannot be written ({error.strerror}): give another --out") from None
 
 
 def _parser() -> Parser:
@@ -82,9 +115,21 @@ def _parser() -> Parser:
         choices = list(dict.fromkeys(choice for precisions in takers.values() for choice in precisions))
         listed = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in takers.items())
         parser.add_argument(f"--{flag}", choices=choices, help=f"format of the weights ({listed})")
+    library = "for web: the tarball of one of the library's packages, instead of fetching it with npm; may be repeated"
+    parser.add_argument("--library", action="append", default=[], metavar="FILE", help=library)
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser
+
+
+def _keep_library(options: Any) -> None:
+    """Keep the files of --library. Raises `ConfigError` for a format that has none, or for other files."""
+    if options.format != "web":
+        raise ConfigError(f"--library is not for --format {options.format}: leave it out")
+    from groundling.interop import web_page
+
+    for path in options.library:
+        web_page.keep_library(Path(path))
 
 
 def _precision(form: Format, options: Any) -> str:

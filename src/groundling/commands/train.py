@@ -115,6 +115,8 @@ def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
     """The file that settings start from: a preset's, or that of the run to resume."""
     if folder is None:
         return preset_path(preset or DEFAULT_PRESET)
+    if folder.imported.exists():
+        raise CheckpointError(f"{folder.path} was imported, so it has no run to resume: give --init {folder.path}")
     if not folder.exists():
         raise CheckpointError(f"{folder.path} holds no run to resume: leave out --resume to begin one")
     if preset not in (None, made_with := folder.settings()["preset"]):

@@ -54,31 +54,42 @@ CheckText = Callable[[str, str], None]
 
 
 def load_corpus(
-    config: CorpusConfig, cache_dir: Path, progress: Progress | None = None, check_text: CheckText | None = None
+    config: CorpusConfig,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    check_text: CheckText | None = None,
+    tokenizer: Tokenizer | None = None,
+    heldout: bool = True,
 ) -> Corpus:
     """The tokens of a text, made once and kept in `cache_dir`.
 
     `progress` is called with the bytes of text that are encoded and all that are to be, both splits counted;
     not at all if the cache has them. `check_text` is called before a tokenizer is trained on the text or the
-    text encoded. Raises `CorpusError` for anything in the config that cannot be used.
+    text encoded. A `tokenizer` takes the place of the config's; without `heldout`, Tiny Shakespeare comes without its
+    held-out plays. Raises `CorpusError` for anything in the config that cannot be used.
     """
     if not config.sources:
         raise CorpusError(f"no text is named: give a file, a folder, or a packaged text such as {TINY_SHAKESPEARE}")
     if config.heldout and config.heldout_fraction:
         raise CorpusError("both heldout and heldout_fraction are given: choose one of them")
     if any(_is_token_file(source) for source in (*config.sources, *config.heldout)):
-        return _load_token_files(config, check_text)
-    return _load_text(config, cache_dir, progress, check_text)
+        return _load_token_files(config, check_text, tokenizer)
+    return _load_text(config, cache_dir, progress, check_text, tokenizer, heldout)
 
 
 def _load_text(
-    config: CorpusConfig, cache_dir: Path, progress: Progress | None, check_text: CheckText | None
+    config: CorpusConfig,
+    cache_dir: Path,
+    progress: Progress | None,
+    check_text: CheckText | None,
+    tokenizer: Tokenizer | None,
+    own_heldout: bool,
 ) -> Corpus:
-    train, heldout = _documents(config, cache_dir)
+    train, heldout = _documents(config, cache_dir, own_heldout)
     name, sha256 = _short_name(config.sources), _text_sum(train)
     if check_text:
         check_text(name, sha256)
-    tokenizer = _tokenizer(config.tokenizer, train, cache_dir)
+    tokenizer = tokenizer or _tokenizer(config.tokenizer, train, cache_dir)
 
     train_bytes = sum(document.n_bytes for document in train)
     total_bytes = train_bytes + sum(document.n_bytes for document in heldout)
@@ -102,14 +113,16 @@ def _load_text(
     )
 
 
-def _documents(config: CorpusConfig, cache_dir: Path) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def _documents(
+    config: CorpusConfig, cache_dir: Path, own_heldout: bool
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     """The documents to train on and those to hold out."""
     if STANDARD_INPUT in config.sources and STANDARD_INPUT in config.heldout:
         raise CorpusError("standard input (-) is named for training and held out: it can be read only once")
     train = find_documents(config.sources, cache_dir)
     if config.heldout_fraction:
         return split_heldout(train, config.heldout_fraction)
-    default = ("heldout",) if tuple(config.sources) == (TINY_SHAKESPEARE,) else ()
+    default = ("heldout",) if own_heldout and tuple(config.sources) == (TINY_SHAKESPEARE,) else ()
     heldout = find_documents(config.heldout or default, cache_dir)
     refuse_overlap(train, heldout)
     return train, heldout
@@ -144,20 +157,14 @@ def _is_token_file(source: str) -> bool:
     return Path(source).suffix == ".bin"
 
 
-def _load_token_files(config: CorpusConfig, check_text: CheckText | None) -> Corpus:
+def _load_token_files(config: CorpusConfig, check_text: CheckText | None, tokenizer: Tokenizer | None) -> Corpus:
     if (
         len(config.sources) > 1
         or len(config.heldout) > 1
         or not all(_is_token_file(source) for source in (*config.sources, *config.heldout))
     ):
         raise CorpusError("a token file (.bin) stands alone: give one for training, at most one held out, and no text")
-    meaning = parse_tokenizer_spec(config.tokenizer)
-    if isinstance(meaning, int):
-        raise CorpusError(
-            f"a tokenizer cannot be trained on a token file: set the tokenizer to gpt2 or to the "
-            f"tokenizer.json that {config.sources[0]} was made with"
-        )
-    tokenizer = Tokenizer.load(meaning) if meaning else Tokenizer.gpt2()
+    tokenizer = tokenizer or _tokenizer_of_tokens(config)
     train = _open_tokens(config.sources[0], tokenizer)
     heldout = _open_tokens(config.heldout[0], tokenizer) if config.heldout else None
     if heldout and heldout.sha256() == train.sha256():
@@ -170,6 +177,17 @@ def _load_token_files(config: CorpusConfig, check_text: CheckText | None) -> Cor
     n_bytes, n_documents = _measure(train, tokenizer)
     names = (config.sources[0],)
     return Corpus(name, tokenizer, train, heldout, sha256, n_bytes, n_documents, names)
+
+
+def _tokenizer_of_tokens(config: CorpusConfig) -> Tokenizer:
+    """The tokenizer that token files were made with."""
+    meaning = parse_tokenizer_spec(config.tokenizer)
+    if isinstance(meaning, int):
+        raise CorpusError(
+            f"a tokenizer cannot be trained on a token file: set the tokenizer to gpt2 or to the "
+            f"tokenizer.json that {config.sources[0]} was made with"
+        )
+    return Tokenizer.load(meaning) if meaning else Tokenizer.gpt2()
 
 
 def _open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:

@@ -86,7 +86,7 @@ class Tokenizer:
             vocab, merges = _parse(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise CorpusError(f"the tokenizer {path} cannot be read ({error.strerror}): check the path") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CorpusError(
                 f"{path} is not a tokenizer.json of GPT-2's kind ({error}): "
                 f"give one, or set the tokenizer to gpt2 or train:N"
@@ -96,6 +96,16 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write the canonical tokenizer.json, which Hugging Face's libraries read too."""
         write_text(path, self._json)
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Ids by token, in GPT-2's spelling of bytes, smallest id first."""
+        return dict(sorted(self._vocab.items(), key=lambda item: item[1]))
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens, first to be merged first."""
+        return list(self._merges)
 
     @property
     def n_vocab(self) -> int:
@@ -133,8 +143,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token, by id."""
-        tokens = sorted(self._vocab, key=self._vocab.__getitem__)
-        return [bytes(BYTE_OF[character] for character in token) for token in tokens]
+        return [bytes(BYTE_OF[character] for character in token) for token in self.vocab]
 
     @cached_property
     def _json(self) -> str:
@@ -166,7 +175,7 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": dict(sorted(self._vocab.items(), key=lambda item: item[1])),
+                "vocab": self.vocab,
                 "merges": [f"{left} {right}" for left, right in self._merges],
             },
         }
@@ -212,7 +221,7 @@ def _parse(document: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, st
     for added in document.get("added_tokens") or ():
         if added["content"] != END_OF_TEXT:
             raise ValueError(f"it adds the token {added['content']}")
-        vocab.setdefault(END_OF_TEXT, added["id"])
+        vocab.setdefault(END_OF_TEXT, int(added["id"]))
     return vocab, [_pair(merge) for merge in model["merges"]]
 
 

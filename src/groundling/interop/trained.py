@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import CheckpointError
+from groundling.errors import CheckpointError, ConfigError
+from groundling.interop.foreign import Imported
+from groundling.interop.sources import is_run, open_foreign
 from groundling.model.gpt2 import GPT2
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import RunFolder, find_checkpoint
@@ -32,27 +34,45 @@ class Trained:
     folder: RunFolder | None = None
     """The run it comes from, if it comes from one."""
     record: dict[str, Any] = field(default_factory=dict)
-    """The run's record.json; empty if these weights have none."""
+    """The run's record.json; empty if these weights have none. Of a foreign checkpoint: `steps` and
+    `train_loss`, if it says them."""
 
 
-def open_trained(path: Path) -> Trained:
-    """The model of a run folder or of a checkpoint.
+def open_trained(path: Path, tokenizer: Path | None = None, n_head: int | None = None) -> Trained:
+    """The model of a run folder or of a checkpoint, or of anything that `groundling import` reads.
 
-    Raises `CheckpointError` if there is none, or none intact.
+    `tokenizer` and `n_head` say what a foreign source does not. Raises `CheckpointError` if there is no model there, or
+    none intact.
     """
+    if not is_run(path):
+        return of_foreign(open_foreign(path, tokenizer, n_head), path)
+    if tokenizer or n_head:
+        raise ConfigError(f"{path} is a run, which has a tokenizer and sizes: leave out --tokenizer and --n-head")
     checkpoint = find_checkpoint(path)
-    model, tokenizer, window = load_model(checkpoint, torch.device("cpu"))
+    model, own_tokenizer, window = load_model(checkpoint, torch.device("cpu"))
     folder = RunFolder(path if path != checkpoint else path.resolve().parent.parent)
-    return Trained(model, tokenizer, window, folder.path.resolve().name, folder, _record(folder, checkpoint))
+    return Trained(model, own_tokenizer, window, folder.path.resolve().name, folder, _record(folder, checkpoint))
+
+
+def of_foreign(imported: Imported, path: Path) -> Trained:
+    """A foreign model as exports receive it: of its training, the steps and the last loss are known, if anything."""
+    name = path.stem if path.is_file() else path.resolve().name
+    return Trained(
+        imported.model, imported.tokenizer, imported.model.config.n_ctx, name, record=dict(imported.source.record)
+    )
 
 
 def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """The folder's record, if it is of this checkpoint."""
+    """The folder's record, if it is of this checkpoint; of an imported model, what its source said."""
     try:
+        if folder.imported.exists():
+            facts = json.loads(folder.imported.read_text(encoding="utf-8"))
+            return {name: facts[name] for name in ("steps", "train_loss") if name in facts}
         record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
         sums = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         return record if record["weights_sha256"] == sums["model.safetensors"] else {}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder.record} cannot be read ({error}): remove it to do without") from None
+        path = folder.imported if folder.imported.exists() else folder.record
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it to do without") from None

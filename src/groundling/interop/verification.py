@@ -6,12 +6,19 @@ that does not raises, and nothing takes its final name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from groundling.corpus.shards import Tokens
+from groundling.corpus.windows import gather, grid
 from groundling.errors import RunFailed
 from groundling.generation.decode import generate
 from groundling.generation.decoder import TorchDecoder
@@ -24,6 +31,12 @@ MAX_PROMPT = 16
 N_CONTINUATION = 32
 TOLERANCE = 1e-4
 """Largest difference of logits in fp32 (one program's order of summation against another's)."""
+
+COMPARISON_S = 120.0
+"""Seconds that a comparison of losses may take before it reads only a part of the training text."""
+
+Logits = Callable[[list[int]], Tensor]
+"""Another program's logits, or log-probabilities, (T, n_vocab) of T token ids that begin a window."""
 
 
 class VerificationFailed(RunFailed):
@@ -94,6 +107,46 @@ class Probe:
                 " nothing was exported, please report this"
             )
         return len(self.continuation)
+
+
+def loss_difference(trained: Trained, theirs: Logits, where: str, budget_s: float = COMPARISON_S) -> str:
+    """A line with the loss over the training text here and in another program's reading of what was written.
+
+    `where` completes "in ...". Reads every window of the text if the first says that this takes no longer than
+    `budget_s`, else evenly spaced ones, and the line says so; a loss over a part is not called corpus/loss. Raises
+    `VerificationFailed` if their loss is no number.
+    """
+    train = trained.folder.tokens("train") if trained.folder else None
+    if train is None:
+        return f"the training text is not there, so the loss in {where} was not compared with the loss here"
+    windows = grid(len(train.tokens), trained.window)
+    started = time.perf_counter()
+    sums = _losses(trained, train.tokens, windows[:1], theirs)
+    n_affordable = int(budget_s / (time.perf_counter() - started))
+    chosen = np.unique(np.linspace(0, len(windows) - 1, min(len(windows), max(1, n_affordable))).astype(int))
+    sums += _losses(trained, train.tokens, windows[chosen[1:]], theirs)
+    n_predictions = int(windows[chosen, 1].sum())
+    own, other = (sums / n_predictions).tolist()
+    if not math.isfinite(other):
+        raise VerificationFailed(
+            f"the loss of what was written is {other} in {where}: the weights do not fit that format, export another"
+        )
+    losses = f"{own:.4f} here, {other:.4f} in {where} ({other - own:+.4f})"
+    if len(chosen) == len(windows):
+        return f"corpus/loss {losses}, over all {n_predictions:,} predictions of the training text"
+    return f"loss {losses}, over {len(chosen):,} of the {len(windows):,} windows of the training text"
+
+
+@torch.inference_mode()
+def _losses(trained: Trained, tokens: Tokens, windows: NDArray[np.int64], theirs: Logits) -> NDArray[np.float64]:
+    """Summed cross-entropy over some windows: our network's, and the other program's."""
+    sums = np.zeros(2)
+    for window in windows:
+        batch = gather(tokens, window[None], int(window[1]))
+        logits = theirs(batch.inputs[0].tolist())
+        sums[0] += float(trained.model.loss_sum(batch.inputs, batch.targets))
+        sums[1] += float(F.cross_entropy(logits.float(), batch.targets[0], reduction="sum"))
+    return sums
 
 
 def _prompt(trained: Trained, window: Sequence[int]) -> list[int]:

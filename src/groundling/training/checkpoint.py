@@ -6,7 +6,7 @@ tokenizer, its window). The manifest, with the SHA-256 of every other file, is w
 
     checkpoints/step-00002145/
         model.safetensors      weights, as transformers reads them
-        optimizer.safetensors  AdamW's moments, by parameter name
+        optimizer.safetensors  AdamW's moments, by parameter name (not of imported models)
         model.json             GPTConfig and the training window
         tokenizer.json         Hugging Face tokenizers
         state.json             step, tokens seen, wall time, stop rule
@@ -67,7 +67,7 @@ def save(
     root: Path,
     n_steps: int,
     model: GPT2,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: Mapping[str, Any],
     tokenizer: Tokenizer,
     window: int,
@@ -75,13 +75,15 @@ def save(
 ) -> Path:
     """Write a checkpoint after `n_steps` steps and remove all but the newest `keep`; returns its directory.
 
+    Without an optimizer it holds a model that was trained elsewhere.
     Raises `RunFailed` if the disk is full or cannot be written; older checkpoints then stay.
     """
     path = root / NAME.format(n_steps)
     try:
         with atomic_directory(path) as directory:
             weights.save(model, directory / "model.safetensors")
-            save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+            if optimizer is not None:
+                save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
             write_json(directory / "model.json", {**asdict(model.config), "window": window})
             tokenizer.save(directory / "tokenizer.json")
             write_json(directory / "state.json", dict(state))

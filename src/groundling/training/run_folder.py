@@ -14,6 +14,8 @@ with. A folder that could not begin its run does not stay behind.
         checkpoints/     see checkpoint.py
         record.json, loss.png, samples.txt, written at the end
         evaluated.json   the losses that `groundling evaluate` last took, and after how many steps
+
+A folder that `groundling import` made has a checkpoint of step 0, tokenizer.json and imported.json, no text and no run.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.record = path / "record.json"
+        self.imported = path / "imported.json"
         self.evaluated = path / "evaluated.json"
         self.curve = path / "loss.png"
         self.samples = path / "samples.txt"
@@ -98,7 +101,10 @@ class RunFolder:
         """Raises `CheckpointError` if a new run cannot begin here because something is here already."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             what = "already holds a run: give --resume to continue it, or another --out"
-            raise CheckpointError(f"{self.path} {what if self.exists() else 'is not empty: give another --out'}")
+            other = "holds an imported model: give another --out"
+            if not self.exists():
+                what = other if self.imported.exists() else "is not empty: give another --out"
+            raise CheckpointError(f"{self.path} {what}")
 
     def refuse_another_text(self, name: str, sha256: str) -> None:
         """Raises `CheckpointError` if the run was made with another text than the one of this name and sum."""
@@ -182,6 +188,8 @@ class RunFolder:
     def text(self) -> Corpus:
         """The text that `keep_text` kept. Raises `CheckpointError` if it is missing."""
         train = self.tokens("train")
+        if train is None and self.imported.exists():
+            raise CheckpointError(f"{self.path} was imported, so it has no training text: give a run that was trained")
         if train is None or not self.origin.exists():
             raise CheckpointError(f"{self.path} lacks train.bin or origin.json: begin the run anew with another --out")
         origin = json.loads(self.origin.read_text(encoding="utf-8"))

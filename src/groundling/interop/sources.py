@@ -1,0 +1,51 @@
+"""What a user may name as a model: which of the readers is for it.
+
+Invariant: a source is told by what it is, never by its name alone, and nothing but regular files is opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from groundling.errors import CheckpointError
+from groundling.interop.foreign import Imported, make_own
+from groundling.interop.hub_folder import CONFIG, HUB_NAME, download, folder_weights, with_neighbours
+from groundling.interop.pickles import pickled_weights
+from groundling.interop.tensor_files import Weights, regular_file, safetensors_weights
+from groundling.training import checkpoint
+
+FILE_NAMES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".zip", ".json")
+"""Ends of names that are files', not models' on the hub."""
+READABLE = "a run, a Hugging Face folder or name, a .safetensors file or a PyTorch checkpoint"
+
+
+def is_run(path: Path) -> bool:
+    """Whether the path is a run folder, or a checkpoint of one."""
+    return path.is_dir() and any(
+        (path / name).exists() for name in (checkpoint.MANIFEST, "checkpoints", "identity.json")
+    )
+
+
+def open_foreign(source: Path, tokenizer: Path | None = None, n_head: int | None = None) -> Imported:
+    """The model that a user means by a path, or by a name on the hub.
+
+    Raises `CheckpointError` or `ConfigError` if it cannot be made our own.
+    """
+    return make_own(_weights(source), tokenizer, n_head)
+
+
+def _weights(source: Path) -> Weights:
+    if source.is_dir():
+        return folder_weights(source)
+    if not source.exists() and not source.is_symlink():
+        if HUB_NAME.fullmatch(str(source)) and source.suffix not in FILE_NAMES:
+            return folder_weights(download(str(source)))
+        raise CheckpointError(f"there is no file or folder {source}: give {READABLE}")
+    with regular_file(source).open("rb") as file:
+        begin = file.read(9)
+    if begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02":
+        return pickled_weights(source)
+    if source.suffix == ".safetensors" or begin[8:9] == b"{":
+        weights = safetensors_weights(source)
+        return with_neighbours(weights, source.parent) if (source.parent / CONFIG).exists() else weights
+    raise CheckpointError(f"{source} is no model that Groundling reads: give {READABLE}")
