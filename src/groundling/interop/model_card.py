@@ -240,9 +240,12 @@ def _text(trained: Trained) -> dict[str, Any] | None:
     if "corpus_sha256" not in record:
         return None
     facts: dict[str, Any] = {"name": None, "sha256": record["corpus_sha256"], "n_bytes": None, "n_tokens": None}
-    origin = json.loads(_read(folder.origin) or "{}") if folder else {}
-    if origin.get("text", {}).get("sha256") == record["corpus_sha256"]:
-        facts |= {"name": printable(origin["text"]["name"]), "n_bytes": origin["text"]["n_bytes"]}
+    try:
+        text = json.loads((folder and _read(folder.origin)) or "{}")["text"]
+        if text["sha256"] == record["corpus_sha256"]:
+            facts |= {"name": printable(text["name"]), "n_bytes": int(text["n_bytes"])}
+    except (ValueError, TypeError, KeyError):  # not there, or damaged: the sum remains
+        pass
     train = folder.tokens("train") if folder else None
     if train is not None:
         facts["n_tokens"] = train.n_tokens
