@@ -122,15 +122,16 @@ def _metadata(facts: Mapping[str, Any]) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type="custom",
-            dataset_name=text.get("name") or "the training text",
-            dataset_split="heldout" if loss["name"] == "heldout/loss" else "train",
-            dataset_revision=None if loss["name"] == "heldout/loss" else text.get("sha256"),
+            # Held-out text may be another text altogether, and the record does not name it.
+            dataset_name=(text.get("name") or "training text") if name != "heldout/loss" else "held-out text",
+            dataset_split="train" if name != "heldout/loss" else "heldout",
+            dataset_revision=text.get("sha256") if name != "heldout/loss" else None,
             metric_type="loss",
-            metric_name=f"{loss['name']} ({LOSSES[loss['name']][0]})",
-            metric_value=loss["value"],
+            metric_name=f"{name} ({LOSSES[name][0]})",
+            metric_value=value,
         )
-        for loss in facts["losses"]
-        if loss["value"] is not None
+        for name, value in ((loss["name"], loss["value"]) for loss in facts["losses"])
+        if value is not None
     ]
     card = ModelCardData(
         library_name="transformers",
