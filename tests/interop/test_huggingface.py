@@ -77,6 +77,9 @@ def test_the_files_say_what_transformers_asks(exported: tuple[Trained, Path]) ->
     assert config["n_positions"] == config["n_ctx"] == trained.model.config.n_ctx
     assert {config[name] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")} == {0.0}
     assert config["dtype"] == config["torch_dtype"] == "float32"
+    tokenizer = json.loads((target / "tokenizer_config.json").read_text())
+    assert tokenizer["clean_up_tokenization_spaces"] is False, "transformers 4 would make `a.` of `a .`"
+    assert tokenizer["model_max_length"] == trained.window
     sampling = transformers.GenerationConfig.from_pretrained(target)
     assert (sampling.do_sample, sampling.temperature, sampling.top_k) == (True, 0.8, 50)
     assert sampling.eos_token_id == sampling.pad_token_id == trained.tokenizer.end_of_text_id

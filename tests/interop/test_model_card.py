@@ -92,7 +92,7 @@ def test_the_metadata_holds_every_loss_under_a_name_of_its_own(trained: Trained)
     assert "grid" in losses["corpus/loss"].metric_name
     assert "by heart" in losses["corpus/loss_offset"].metric_name
     assert [losses[name].dataset_split for name in losses] == ["train", "train", "heldout"]
-    assert {result.dataset_name for result in losses.values()} == {"a-play"}
+    assert [losses[name].dataset_name for name in losses] == ["a-play", "a-play", "held-out text"]
     assert losses["corpus/loss"].dataset_revision == "ab" * 32
     assert "license" not in data.to_dict(), "nobody has said what the text's licence allows"
 
@@ -182,6 +182,16 @@ def test_losses_that_evaluate_took_later_are_shown(trained: Trained) -> None:
     assert "was not measured" in model_card.render(replace(trained, record=record), "fp32")
 
 
+@pytest.mark.parametrize("origin", ["{", "[]", "{}", '{"text": {"name": "another", "sha256": "00", "n_bytes": 1}}'])
+def test_a_text_whose_name_is_not_known_keeps_its_sum(trained: Trained, origin: str) -> None:
+    assert trained.folder is not None
+    trained.folder.origin.write_text(origin)
+    card = model_card.render(trained, "fp32")
+    assert "ab" * 32 in card
+    assert "another" not in card
+    assert "a-play" not in card
+
+
 REPORT: dict[str, Any] = {
     "record": {"weights_sha256": "cd" * 32},
     "extraction": {
@@ -257,12 +267,14 @@ def test_nothing_in_names_prompts_and_texts_breaks_the_card(trained: Trained, wo
     assert command.startswith("groundling")
 
 
-@given(st.text())
+@given(st.text() | st.text("`~ \n<*_a"))
 def test_code_spans_and_blocks_hold_any_text(text: str) -> None:
     (token,) = (t for t in MarkdownIt().parse(model_card.code_block(text)) if t.type == "fence")
     assert token.content == (model_card.printable(text).rstrip("\n") + "\n")
     (inline,) = (t for t in MarkdownIt().parse(f"a {model_card.code_span(text)} b") if t.type == "inline")
-    assert [child.type for child in inline.children or ()] == ["text", "code_inline", "text"]
+    before, span, after = inline.children or ()
+    assert (before.content, span.type, after.content) == ("a ", "code_inline", " b")
+    assert span.content.strip() == " ".join(model_card.printable(text).split())
     heading = MarkdownIt().parse(f"# {model_card.in_markdown(text)}")
     assert {child.type for child in heading[1].children or ()} <= {"text", "text_special"}
 

@@ -122,15 +122,16 @@ def _metadata(facts: Mapping[str, Any]) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type="custom",
-            dataset_name=text.get("name") or "the training text",
-            dataset_split="heldout" if loss["name"] == "heldout/loss" else "train",
-            dataset_revision=None if loss["name"] == "heldout/loss" else text.get("sha256"),
+            # Held-out text may be another text altogether, and the record does not name it.
+            dataset_name=(text.get("name") or "training text") if name != "heldout/loss" else "held-out text",
+            dataset_split="train" if name != "heldout/loss" else "heldout",
+            dataset_revision=text.get("sha256") if name != "heldout/loss" else None,
             metric_type="loss",
-            metric_name=f"{loss['name']} ({LOSSES[loss['name']][0]})",
-            metric_value=loss["value"],
+            metric_name=f"{name} ({LOSSES[name][0]})",
+            metric_value=value,
         )
-        for loss in facts["losses"]
-        if loss["value"] is not None
+        for name, value in ((loss["name"], loss["value"]) for loss in facts["losses"])
+        if value is not None
     ]
     card = ModelCardData(
         library_name="transformers",
@@ -240,9 +241,12 @@ def _text(trained: Trained) -> dict[str, Any] | None:
     if "corpus_sha256" not in record:
         return None
     facts: dict[str, Any] = {"name": None, "sha256": record["corpus_sha256"], "n_bytes": None, "n_tokens": None}
-    origin = json.loads(_read(folder.origin) or "{}") if folder else {}
-    if origin.get("text", {}).get("sha256") == record["corpus_sha256"]:
-        facts |= {"name": printable(origin["text"]["name"]), "n_bytes": origin["text"]["n_bytes"]}
+    try:
+        text = json.loads((folder and _read(folder.origin)) or "{}")["text"]
+        if text["sha256"] == record["corpus_sha256"]:
+            facts |= {"name": printable(text["name"]), "n_bytes": int(text["n_bytes"])}
+    except (ValueError, TypeError, KeyError):  # not there, or damaged: the sum remains
+        pass
     train = folder.tokens("train") if folder else None
     if train is not None:
         facts["n_tokens"] = train.n_tokens
