@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,6 +72,15 @@ def test_the_program_gives_our_tokens_and_logits(make_trained: MakeTrained, tmp_
     assert tensors == f"all {n_tensors} tensors are ours ({n_tensors} in f32)"
     assert "the same" in tokens
     assert "greedy tokens" in logits
+
+
+def test_a_network_of_large_logits_is_no_other(make_trained: MakeTrained, tmp_path: Path) -> None:
+    trained = make_trained()
+    with torch.no_grad():
+        trained.model.transformer.ln_f.weight.mul_(50)  # llama.cpp's table of GELU now makes a visible difference
+    format_.write(trained, tmp_path / "out.gguf", "f32")
+    *_, line = format_.verify(trained, tmp_path / "out.gguf", "f32")
+    assert float(line.split()[-1]) > format_.LLAMA_TOLERANCE
 
 
 @pytest.mark.parametrize("precision", ["f16", "bf16", "q8_0", "q4_0"])
@@ -159,17 +167,20 @@ def test_a_file_that_is_cut_off_is_one_sentence(make_trained: MakeTrained, tmp_p
     path = tmp_path / "out.gguf"
     format_.write(make_trained(), path, "f32")
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(RunFailed, match="cannot load"), LlamaCpp.reading(path, 24, threads=1, exact=True):
+    with (
+        pytest.raises(RunFailed, match=r"cannot load .* (not within|corrupted)"),
+        LlamaCpp.reading(path, 24, threads=1, exact=True),
+    ):
         pass
 
 
-def test_a_program_that_dies_is_one_sentence(make_trained: MakeTrained, tmp_path: Path) -> None:
+def test_a_request_that_is_refused_is_one_sentence(make_trained: MakeTrained, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     format_.write(make_trained(), path, "f32")
-    with LlamaCpp.reading(path, 24, threads=1, exact=True) as program, pytest.raises(RunFailed) as refused:
-        program.hidden([10**6])
-    assert "\n" not in str(refused.value)
-    assert json.dumps(str(refused.value))
+    with LlamaCpp.reading(path, 24, threads=1, exact=True) as program:
+        with pytest.raises(RunFailed, match="invalid tokens"):
+            program.hidden([10**6])
+        assert program.greedy([1, 2], 3)
 
 
 def export(trained: Trained, wrong: Callable[[Trained], Trained], target: Path, precision: str) -> None:
