@@ -178,7 +178,8 @@ def _describe(writer: Any, trained: Trained, precision: str) -> None:
     config, tokenizer = trained.model.config, trained.tokenizer
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(trained.name)
-    writer.add_description(f"GPT-2 of {config.n_parameters():,} parameters, trained from scratch by Groundling")
+    made = "trained" if trained.record else "exported"  # weights that came from elsewhere have no record
+    writer.add_description(f"GPT-2 of {config.n_parameters():,} parameters, {made} by Groundling")
     writer.add_file_type(PRECISIONS[precision][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.n_ctx)
@@ -232,10 +233,10 @@ def _hold_tensors(model: GPT2, reader: Any) -> str:
 def _within_rounding(read: NDArray[np.float32], own: NDArray[np.float32], kind: Any) -> bool:
     if kind == Kind.F32:
         return np.array_equal(read, own)
-    blocked = kind in (Kind.Q8_0, Kind.Q4_0)
-    n = BLOCK if blocked else 1
-    own, read = own.reshape(-1, n), read.reshape(-1, n)
-    allowed = ROUNDING[kind] * abs(own).max(axis=1, keepdims=True) + (127 if blocked else 1) * SMALLEST
+    if kind not in (Kind.Q8_0, Kind.Q4_0):
+        return bool((abs(read - own) <= ROUNDING[kind] * abs(own) + SMALLEST).all())
+    own, read = own.reshape(-1, BLOCK), read.reshape(-1, BLOCK)
+    allowed = ROUNDING[kind] * abs(own).max(axis=1, keepdims=True) + 127 * SMALLEST
     return bool((abs(read - own) <= allowed).all())
 
 
