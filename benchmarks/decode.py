@@ -28,9 +28,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import foreign_formats
-
 from groundling import machine, runtime
+from groundling.interop import ctranslate2 as ctranslate2_format
+from groundling.interop import gguf as gguf_format
+from groundling.interop import huggingface as huggingface_format
+from groundling.interop.trained import open_trained
 from groundling.model.formats import read_bytes
 from groundling.runtime import RuntimeConfig
 from groundling.training.checkpoint import load_model
@@ -204,19 +206,19 @@ def main() -> None:
     n = min(options.tokens, window - options.prompt_tokens)
 
     n_bytes = {form: read_bytes(model, form) for form in ("fp32", "bf16", "int8")}
-    vocabulary = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = vocabulary["model"]["vocab"] | {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
-    words = sorted(ids, key=ids.__getitem__)
+    words = list(tokenizer.vocab)
     n_ctx = model.config.n_ctx
     del model
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         hf = root / "hf"
-        foreign_formats.write_huggingface(checkpoint, hf)
-        for kind in foreign_formats.QUANTIZATIONS:
-            foreign_formats.write_gguf(checkpoint, root / f"{kind}.gguf", kind)
+        trained = open_trained(options.run)
+        huggingface_format.write(trained, hf, "fp32")
+        for kind in ("f16", "q8_0"):
+            gguf_format.write(trained, root / f"{kind}.gguf", kind)
         for kind in ("float32", "int8"):
-            foreign_formats.write_ctranslate2(hf, root / kind, kind)
+            ctranslate2_format.write(trained, root / kind, kind)
+        del trained
         plans: list[tuple[str, int, Callable[..., Write], tuple[Any, ...], int]] = [
             *(
                 (
@@ -229,8 +231,8 @@ def main() -> None:
                 for drafts in ("", "text")
                 for form in ("fp32", "bf16", "int8")
             ),
-            ("llama.cpp F16", n_bytes["bf16"], llama_cpp, (root / "F16.gguf", n_ctx), n),
-            ("llama.cpp Q8_0", n_bytes["int8"] * 34 // 32, llama_cpp, (root / "Q8_0.gguf", n_ctx), n),
+            ("llama.cpp F16", n_bytes["bf16"], llama_cpp, (root / "f16.gguf", n_ctx), n),
+            ("llama.cpp Q8_0", n_bytes["int8"] * 34 // 32, llama_cpp, (root / "q8_0.gguf", n_ctx), n),
             ("CTranslate2 fp32", n_bytes["fp32"], ctranslate2, (root / "float32", "float32", words), n),
             ("CTranslate2 int8", n_bytes["int8"], ctranslate2, (root / "int8", "int8", words), n),
             ("Hugging Face fp32", n_bytes["fp32"], huggingface, (hf, "float32", True), n),

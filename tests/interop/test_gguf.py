@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError, RunFailed
@@ -58,6 +58,13 @@ def test_texts_become_the_same_tokens(llama: tuple[Trained, LlamaCpp], text: str
     assert program.tokenize(text) == trained.tokenizer.encode(text)
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=strategies.text(max_size=60))
+def test_any_text_becomes_the_same_tokens(llama: tuple[Trained, LlamaCpp], text: str) -> None:
+    trained, program = llama
+    assert program.tokenize(text) == trained.tokenizer.encode(text)
+
+
 def test_a_prompt_of_text_is_continued_as_its_tokens(llama: tuple[Trained, LlamaCpp]) -> None:
     trained, program = llama
     text = "it's ü\n\n 12"
@@ -75,14 +82,23 @@ def test_the_program_gives_our_tokens_and_logits(make_trained: MakeTrained, tmp_
     assert "greedy tokens" in logits
 
 
+def test_a_network_of_large_logits_is_no_other(make_trained: MakeTrained, tmp_path: Path) -> None:
+    trained = make_trained()
+    with torch.no_grad():
+        trained.model.transformer.ln_f.weight.mul_(50)  # llama.cpp's table of GELU now makes a visible difference
+    format_.write(trained, tmp_path / "out.gguf", "f32")
+    *_, line = format_.verify(trained, tmp_path / "out.gguf", "f32")
+    assert float(line.split()[-1]) > format_.LLAMA_TOLERANCE
+
+
 @pytest.mark.parametrize("precision", ["f16", "bf16", "q8_0", "q4_0"])
 def test_the_difference_of_the_loss_is_told(make_trained: MakeTrained, tmp_path: Path, precision: str) -> None:
     trained = keep_text(make_trained("odd"), tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
     format_.write(trained, tmp_path / "out.gguf", precision)
     *_, line = format_.verify(trained, tmp_path / "out.gguf", precision)
-    assert f"in {precision} by llama.cpp (" in line
-    assert f"over all {N_TEXT - 1} predictions of the training text" in line
+    assert f"in {precision} by llama.cpp up to the head (" in line
+    assert line.endswith(f"over all {N_TEXT - 1} predictions of the training text")
     difference = float(line.partition(" (")[2].partition(")")[0])
     assert abs(difference) < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.3, "q4_0": 2.0}[precision]
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.model.state_dict().items())
@@ -159,17 +175,20 @@ def test_a_file_that_is_cut_off_is_one_sentence(make_trained: MakeTrained, tmp_p
     path = tmp_path / "out.gguf"
     format_.write(make_trained(), path, "f32")
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(RunFailed, match="cannot load"), LlamaCpp.reading(path, 24, threads=1, exact=True):
+    with (
+        pytest.raises(RunFailed, match=r"cannot load .* (not within|corrupted)"),
+        LlamaCpp.reading(path, 24, threads=1, exact=True),
+    ):
         pass
 
 
-def test_a_program_that_dies_is_one_sentence(make_trained: MakeTrained, tmp_path: Path) -> None:
+def test_a_request_that_is_refused_is_one_sentence(make_trained: MakeTrained, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     format_.write(make_trained(), path, "f32")
-    with LlamaCpp.reading(path, 24, threads=1, exact=True) as program, pytest.raises(RunFailed) as refused:
-        program.hidden([10**6])
-    assert "\n" not in str(refused.value)
-    assert json.dumps(str(refused.value))
+    with LlamaCpp.reading(path, 24, threads=1, exact=True) as program:
+        with pytest.raises(RunFailed, match="invalid tokens"):
+            program.hidden([10**6])
+        assert program.greedy([1, 2], 3)
 
 
 def export(trained: Trained, wrong: Callable[[Trained], Trained], target: Path, precision: str) -> None:

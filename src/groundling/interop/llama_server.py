@@ -49,7 +49,7 @@ class LlamaCpp:
                     if line.decode(errors="replace").startswith(ADDRESS):
                         yield cls(line.decode().removeprefix(ADDRESS).strip(), log)
                         return
-                raise RunFailed(f"llama.cpp cannot load what was written ({_last_error(log)})")
+                raise RunFailed(f"llama.cpp cannot load what was written ({_cause(log)})")
             finally:
                 process.stdin.close()
                 process.stdout.close()
@@ -85,10 +85,8 @@ class LlamaCpp:
             connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise RunFailed(
-                f"llama.cpp ended while it read what was written ({_last_error(self._log) or error})"
-            ) from None
+        except (OSError, http.client.HTTPException, ValueError):
+            raise RunFailed(f"llama.cpp ended while it read what was written ({_cause(self._log)})") from None
         finally:
             connection.close()
         if response.status != http.HTTPStatus.OK:
@@ -96,12 +94,13 @@ class LlamaCpp:
         return answer
 
 
-def _last_error(log: IO[bytes]) -> str:
-    """The last line that llama.cpp wrote, one that it calls an error if there is any."""
+def _cause(log: IO[bytes]) -> str:
+    """The line in which llama.cpp says what went wrong: a broken assertion, else its first error, else its last."""
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
-    errors = [line for line in lines if " E " in line or "error" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1].strip()
+    asserted = [line for line in lines if "GGML_ASSERT" in line]
+    errors = [line.partition(" E ")[2] for line in lines if " E " in line]
+    return " ".join([*asserted, *errors, *lines[-1:], "it said nothing"][0].split())
 
 
 def main(path: str, n_ctx: str, threads: str, exact: str) -> None:

@@ -131,7 +131,7 @@ def loss_difference(trained: Trained, theirs: Logits, where: str, budget_s: floa
         raise VerificationFailed(
             f"the loss of what was written is {other} in {where}: the weights do not fit that format, export another"
         )
-    losses = f"{own:.4f} here, {other:.4f} in {where} ({other - own:+.4f})"
+    losses = f"{own:.4f} here, {other:.4f} in {where} ({other - own:+z.4f})"
     if len(chosen) == len(windows):
         return f"corpus/loss {losses}, over all {n_predictions:,} predictions of the training text"
     return f"loss {losses}, over {len(chosen):,} of the {len(windows):,} windows of the training text"
