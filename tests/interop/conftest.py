@@ -26,6 +26,9 @@ SHAPES = {
 }
 """Without their vocabularies, which are a tokenizer's; llama.cpp's Q8_0 and Q4_0 need rows that 32 divides."""
 
+RAGGED = GPTConfig(n_layer=1, n_head=2, n_embd=24, n_ctx=16)
+"""Rows that 32 does not divide, but for those of 4 * n_embd."""
+
 N_TEXT = 100
 """Tokens of the text that `keep_text` gives a run: some windows of every shape, the last one short."""
 
@@ -50,10 +53,10 @@ def random_network(config: GPTConfig, seed: int = 0) -> GPT2:
 
 @pytest.fixture(scope="session")
 def make_trained(tokenizer: Tokenizer) -> MakeTrained:
-    """Makes a `Trained` of one of the SHAPES; with the small tokenizer unless another is given."""
+    """Makes a `Trained` of one of the SHAPES, or `ragged`; with the small tokenizer unless another is given."""
 
     def make(shape: str = "small", own: Tokenizer | None = None, seed: int = 0) -> Trained:
-        used, size = own or tokenizer, SHAPES[shape]
+        used, size = own or tokenizer, RAGGED if shape == "ragged" else SHAPES[shape]
         config = GPTConfig(size.n_layer, size.n_head, size.n_embd, size.n_ctx, used.n_vocab)
         return Trained(random_network(config, seed), used, config.n_ctx, "bottles")
 

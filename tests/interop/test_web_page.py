@@ -22,7 +22,7 @@ from groundling.interop.trained import Trained
 from groundling.model.gpt2 import GPTConfig
 
 from ..browser import open_browser, served
-from .conftest import random_network
+from .conftest import MakeTrained, random_network
 
 PROMPT = "9 grüne Flaschen 🍾 hanging"
 N_TOKENS = 30
@@ -145,6 +145,22 @@ def test_it_writes_our_greedy_tokens_one_by_one(trained: Trained, open_page: Ope
     # Draws among one token are no draws.
     one = write(page, Beginning=PROMPT, Length=str(N_TOKENS), Temperature="3", Top_k="1")
     assert one == greedy(trained, PROMPT)
+
+
+def test_bytes_that_are_no_text_are_shown_and_gone_past(
+    make_trained: MakeTrained, tmp_path: Path, browser: Browser
+) -> None:
+    """A random network writes any bytes; wllama's messages cannot carry those that are not UTF-8."""
+    web_page.write(make_trained("one"), tmp_path / "page", "f32")
+    with served(tmp_path / "page") as address:
+        page = browser.new_page()
+        page.goto(address)
+        written = write(ready(page), Temperature="2", Top_k="0", Length="30")
+        assert "\ufffd" in written
+        expect(page.get_by_role("status")).to_have_text(
+            re.compile(r"^(Done after 30|The text ended after \d+) tokens\.$")
+        )
+        page.close()
 
 
 def test_a_browser_without_the_newest_webassembly_takes_the_other_build(trained: Trained, open_page: OpenPage) -> None:

@@ -51,6 +51,9 @@ FORMATS = {
     "gguf": Format("gguf", "quant", ("f32", "f16", "bf16", "q8_0", "q4_0"), "a file that llama.cpp loads"),
     "onnx": Format("onnx", "quant", ("fp32", "int8"), "a folder that ONNX Runtime and transformers.js load"),
     "web": Format("web_page", "quant", ("q8_0", "f16", "f32", "q4_0"), "a page that runs the model in a browser"),
+    "ctranslate2": Format(
+        "ctranslate2", "quant", ("float32", "int8", "bfloat16", "float16"), "a folder that CTranslate2 loads"
+    ),
 }
 
 

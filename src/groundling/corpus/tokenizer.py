@@ -97,6 +97,16 @@ class Tokenizer:
         """Write the canonical tokenizer.json, which Hugging Face's libraries read too."""
         write_text(path, self._json)
 
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Ids by token, in GPT-2's spelling of bytes, smallest id first."""
+        return dict(sorted(self._vocab.items(), key=lambda item: item[1]))
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens, first to be merged first."""
+        return list(self._merges)
+
     @property
     def n_vocab(self) -> int:
         """The number of ids, `<|endoftext|>` included."""
@@ -133,8 +143,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token, by id."""
-        tokens = sorted(self._vocab, key=self._vocab.__getitem__)
-        return [bytes(BYTE_OF[character] for character in token) for token in tokens]
+        return [bytes(BYTE_OF[character] for character in token) for token in self.vocab]
 
     @cached_property
     def _json(self) -> str:
@@ -166,7 +175,7 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": dict(sorted(self._vocab.items(), key=lambda item: item[1])),
+                "vocab": self.vocab,
                 "merges": [f"{left} {right}" for left, right in self._merges],
             },
         }

@@ -7,6 +7,7 @@ const { model, bytes, window: windowLength } = document.body.dataset;
 const N_WINDOW = Number(windowLength); // tokens that the model was trained to read at once
 const MEGABYTE = 1e6;
 const SMALL_BYTES = 30 * MEGABYTE;
+const MAX_FAILURES = 20; // tokens in a row that are no text, before the program is taken to be broken
 const NEW_TEXT = "<|endoftext|>"; // what an empty prompt begins after
 
 let wllama = null;
@@ -121,6 +122,7 @@ async function continueText(context, settings, nLeft, onPiece) {
   stopping.signal.addEventListener("abort", halt);
   let nWritten = 0;
   let reason = "window";
+  let failure = null;
   try {
     await wllama.createCompletion({
       ...settings,
@@ -140,14 +142,15 @@ async function continueText(context, settings, nLeft, onPiece) {
       },
     });
   } catch (error) {
-    if (error.name !== "AbortError") {
-      if (!/context|exceed/i.test(error.message)) throw error;
-      reason = "window"; // the prompt alone is longer
-    }
+    failure = error;
+    // The library fails where a token's bytes are no text (its messages are UTF-8); it can go on after that.
+    if (error.name === "RuntimeError") reason = "bytes";
+    // Anything else but our own halt, and a prompt that alone is longer than the window, is in earnest.
+    else if (error.name !== "AbortError" && !/exceeds the available context/.test(error.message)) throw error;
   } finally {
     stopping.signal.removeEventListener("abort", halt);
   }
-  return { nWritten, reason };
+  return { nWritten, reason, error: failure };
 }
 
 async function write() {
@@ -177,11 +180,20 @@ async function write() {
     nWritten += n;
     if (now > began) element("speed").textContent = `${(((nWritten - 1) * 1000) / (now - began)).toFixed(1)} tokens/s`;
   };
+  let nFailures = 0; // in a row
   while (nWritten < nTokens && !stopping.signal.aborted) {
     const before = context.length;
-    const { reason, nWritten: n } = await continueText(context, settings, nTokens - nWritten, onPiece);
+    const { reason, nWritten: n, error } = await continueText(context, settings, nTokens - nWritten, onPiece);
     if (reason === "stop") break;
     if (stopping.signal.aborted || nWritten >= nTokens) break;
+    settings.seed = (settings.seed + 1) % 2 ** 32; // or what follows would be drawn with the same numbers again
+    if (reason === "bytes") {
+      nFailures = n ? 1 : nFailures + 1;
+      if (nFailures > MAX_FAILURES) throw error;
+      onPiece("\ufffd", 1);
+      continue;
+    }
+    nFailures = 0;
     if (n === 0 && before < 2) throw new Trouble("The model could not read this beginning: try another.");
     context = context.slice(-Math.ceil(context.length / 2)); // as the last half of a full window is read anew
   }
