@@ -7,6 +7,7 @@ const { model, bytes, window: windowLength } = document.body.dataset;
 const N_WINDOW = Number(windowLength); // tokens that the model was trained to read at once
 const MEGABYTE = 1e6;
 const SMALL_BYTES = 30 * MEGABYTE;
+const MAX_THREADS = 8; // a guess: machines with more cores were not measured
 const MAX_FAILURES = 20; // tokens in a row that are no text, before the program is taken to be broken
 const NEW_TEXT = "<|endoftext|>"; // what an empty prompt begins after
 
@@ -74,7 +75,7 @@ function threads() {
   // Threads need shared memory, which a page has only with the headers of cross-origin isolation. A small network
   // gains little from them, and loses much where something else uses the cores.
   if (!self.crossOriginIsolated || Number(bytes) < SMALL_BYTES) return 1;
-  return Math.min(8, Math.max(1, Math.floor((navigator.hardwareConcurrency || 1) / 2)));
+  return Math.min(MAX_THREADS, Math.max(1, Math.floor((navigator.hardwareConcurrency || 1) / 2)));
 }
 
 async function start() {
@@ -99,6 +100,7 @@ async function start() {
   const weights = await fetchWhole(model, "The weights", "application/octet-stream", Number(bytes));
   say("Reading the weights …");
   const settings = { n_ctx: N_WINDOW, n_parallel: 1, n_gpu_layers: 0, n_threads: threads(), warmup: false };
+  // As `groundling sample` computes: llama.cpp would round what attention remembers to fp16.
   const exact = { cache_type_k: "f32", cache_type_v: "f32", flash_attn: false };
   try {
     await program.loadModel([weights], { ...settings, ...exact });
@@ -106,7 +108,7 @@ async function start() {
     if (!program.getModelMetadata().hparams.nVocab) throw new Error("llama.cpp refuses the weights");
   } catch (error) {
     console.error(error);
-    throw new Trouble("The model cannot be started: this browser's WebAssembly lacks what it needs, or its memory is too small. Try a newer browser.");
+    throw new Trouble("The model cannot be started: this browser's WebAssembly lacks what it needs, its memory is too small, or the weights are damaged.");
   }
   wllama = program;
   element("loading").hidden = true;
@@ -134,11 +136,13 @@ async function continueText(context, settings, nLeft, onPiece) {
       onData: (chunk) => {
         const choice = chunk.choices && chunk.choices[0];
         const { timings } = chunk;
+        const nPrompt = timings ? (timings.cache_n || 0) + timings.prompt_n : 0;
+        if (nPrompt > N_WINDOW) return full.abort(); // the position table is longer, but was not trained so far
         const n = timings ? timings.predicted_n : nWritten + 1;
         if (choice && (choice.text || n > nWritten)) onPiece(choice.text || "", n - nWritten);
         nWritten = Math.max(n, nWritten);
         if (choice && choice.finish_reason) reason = choice.finish_reason;
-        else if (timings && (timings.cache_n || 0) + timings.prompt_n + nWritten >= N_WINDOW) full.abort();
+        else if (timings && nPrompt + nWritten >= N_WINDOW) full.abort();
       },
     });
   } catch (error) {
