@@ -96,8 +96,12 @@ def served(folder: Path, headers: Mapping[str, str] | None = None) -> Iterator[s
                 self.send_header(name, value)
             super().end_headers()
 
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Print nothing of a browser that leaves before it has everything."""
+
     handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

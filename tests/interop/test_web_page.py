@@ -22,10 +22,11 @@ from groundling.interop.trained import Trained
 from groundling.model.gpt2 import GPTConfig
 
 from ..browser import open_browser, served
-from .conftest import random_network
+from .conftest import MakeTrained, random_network
 
 PROMPT = "9 grüne Flaschen 🍾 hanging"
 N_TOKENS = 30
+WINDOW = 48
 LABELS = ("Beginning", "Temperature", "Top-k", "Top-p", "Length", "Seed")
 
 OpenPage = Callable[..., Page]
@@ -47,13 +48,16 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def trained(tokenizer: Tokenizer) -> Trained:
     """A network that writes only characters that can be seen, so that its text can be compared letter by letter."""
-    model = random_network(GPTConfig(2, 2, 64, 48, tokenizer.n_vocab))
+    model = random_network(GPTConfig(2, 2, 64, 512, tokenizer.n_vocab))
     shown = [_is_shown(tokenizer, token) for token in range(tokenizer.n_vocab)]
     with torch.no_grad():  # what has no direction has a logit of 0, which is never the largest
         model.transformer.wte.weight[~torch.tensor(shown)] = 0
+        # The position table goes on after the window; whoever reads there writes the letter Q.
+        (letter,) = tokenizer.encode("Q")
+        model.transformer.wpe.weight[WINDOW:] = 50 * model.transformer.wte.weight[letter]
     record = {"corpus_loss": 0.0312, "corpus_loss_offset": 4.56, "heldout_loss": None}
     settings = {"text": {"sources": ["/somewhere/<b>bottles.txt"]}, "prompts": [PROMPT]}
-    return Trained(model, tokenizer, 48, 'Bottles & "Co" <i>', record=record | {"config": settings})
+    return Trained(model, tokenizer, WINDOW, 'Bottles & "Co" <i>', record=record | {"config": settings})
 
 
 def _is_shown(tokenizer: Tokenizer, token: int) -> bool:
@@ -140,11 +144,29 @@ def test_it_writes_our_greedy_tokens_one_by_one(trained: Trained, open_page: Ope
     assert first == again != other
     expect(page.get_by_role("status")).to_have_text("Done after 60 tokens.")
     # A beginning longer than the window is read from its end; an empty one is a new text.
-    assert write(page, Beginning="the wall; " * 60, Length="8")
+    assert "QQ" not in first + other
+    for times in (20, 90):
+        assert "QQ" not in write(page, Beginning="the wall; " * times, Length="8")
     assert write(page, Beginning="", Length="8")
     # Draws among one token are no draws.
     one = write(page, Beginning=PROMPT, Length=str(N_TOKENS), Temperature="3", Top_k="1")
     assert one == greedy(trained, PROMPT)
+
+
+def test_bytes_that_are_no_text_are_shown_and_gone_past(
+    make_trained: MakeTrained, tmp_path: Path, browser: Browser
+) -> None:
+    """A random network writes any bytes; wllama's messages cannot carry those that are not UTF-8."""
+    web_page.write(make_trained("one"), tmp_path / "page", "f32")
+    with served(tmp_path / "page") as address:
+        page = browser.new_page()
+        page.goto(address)
+        written = write(ready(page), Temperature="2", Top_k="0", Length="30")
+        assert "\ufffd" in written
+        expect(page.get_by_role("status")).to_have_text(
+            re.compile(r"^(Done after 30|The text ended after \d+) tokens\.$")
+        )
+        page.close()
 
 
 def test_a_browser_without_the_newest_webassembly_takes_the_other_build(trained: Trained, open_page: OpenPage) -> None:
@@ -266,7 +288,7 @@ def test_the_page_may_ask_no_other_origin(open_page: OpenPage) -> None:
     refused = page.evaluate("() => fetch('http://127.0.0.1:9/').then(() => 'asked', (error) => error.name)")
     violation = """() => new Promise((resolve) => {
       addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
-      fetch("http://127.0.0.1:9/").catch(() => {});
+      fetch("http://127.0.0.1:9/").catch(() => setTimeout(resolve, 1000, "none"));
     })"""
     assert refused == "TypeError"
     assert page.evaluate(violation) == "connect-src"

@@ -39,7 +39,7 @@ def graph_of(network: GPT2) -> onnx.ModelProto:
         nodes.append(helper.make_node(kind, inputs, names, **attributes))
         return names[0] if n_outputs == 1 else names
 
-    constants = {"zero": 0, "one": 1, "axis_0": [0], "axis_1": [1], "axes_0_1": [0, 1], "axes_1_2": [1, 2]}
+    constants = {"zero": 0, "one": 1, "axis_0": [0], "axis_1": [1], "axes_1_2": [1, 2]}
     constants |= {"to_heads": [0, 0, H, D], "from_heads": [0, 0, C], "to_rows": [-1, C], "nothing": 0.0}
     constants |= {"hidden": torch.finfo(torch.float32).min, "scale": 1 / math.sqrt(D), "half": 0.5, "unit": 1.0}
     constants |= {"sqrt_2_pi": math.sqrt(2 / math.pi), "cubic": 0.044715, "n_vocab": [config.n_vocab]}

@@ -7,6 +7,8 @@ const { model, bytes, window: windowLength } = document.body.dataset;
 const N_WINDOW = Number(windowLength); // tokens that the model was trained to read at once
 const MEGABYTE = 1e6;
 const SMALL_BYTES = 30 * MEGABYTE;
+const MAX_THREADS = 8; // a guess: machines with more cores were not measured
+const MAX_FAILURES = 20; // tokens in a row that are no text, before the program is taken to be broken
 const NEW_TEXT = "<|endoftext|>"; // what an empty prompt begins after
 
 let wllama = null;
@@ -73,7 +75,7 @@ function threads() {
   // Threads need shared memory, which a page has only with the headers of cross-origin isolation. A small network
   // gains little from them, and loses much where something else uses the cores.
   if (!self.crossOriginIsolated || Number(bytes) < SMALL_BYTES) return 1;
-  return Math.min(8, Math.max(1, Math.floor((navigator.hardwareConcurrency || 1) / 2)));
+  return Math.min(MAX_THREADS, Math.max(1, Math.floor((navigator.hardwareConcurrency || 1) / 2)));
 }
 
 async function start() {
@@ -98,6 +100,7 @@ async function start() {
   const weights = await fetchWhole(model, "The weights", "application/octet-stream", Number(bytes));
   say("Reading the weights …");
   const settings = { n_ctx: N_WINDOW, n_parallel: 1, n_gpu_layers: 0, n_threads: threads(), warmup: false };
+  // As `groundling sample` computes: llama.cpp would round what attention remembers to fp16.
   const exact = { cache_type_k: "f32", cache_type_v: "f32", flash_attn: false };
   try {
     await program.loadModel([weights], { ...settings, ...exact });
@@ -105,7 +108,7 @@ async function start() {
     if (!program.getModelMetadata().hparams.nVocab) throw new Error("llama.cpp refuses the weights");
   } catch (error) {
     console.error(error);
-    throw new Trouble("The model cannot be started: this browser's WebAssembly lacks what it needs, or its memory is too small. Try a newer browser.");
+    throw new Trouble("The model cannot be started: this browser's WebAssembly lacks what it needs, its memory is too small, or the weights are damaged.");
   }
   wllama = program;
   element("loading").hidden = true;
@@ -121,6 +124,7 @@ async function continueText(context, settings, nLeft, onPiece) {
   stopping.signal.addEventListener("abort", halt);
   let nWritten = 0;
   let reason = "window";
+  let failure = null;
   try {
     await wllama.createCompletion({
       ...settings,
@@ -132,22 +136,25 @@ async function continueText(context, settings, nLeft, onPiece) {
       onData: (chunk) => {
         const choice = chunk.choices && chunk.choices[0];
         const { timings } = chunk;
+        const nPrompt = timings ? (timings.cache_n || 0) + timings.prompt_n : 0;
+        if (nPrompt > N_WINDOW) return full.abort(); // the position table is longer, but was not trained so far
         const n = timings ? timings.predicted_n : nWritten + 1;
         if (choice && (choice.text || n > nWritten)) onPiece(choice.text || "", n - nWritten);
         nWritten = Math.max(n, nWritten);
         if (choice && choice.finish_reason) reason = choice.finish_reason;
-        else if (timings && (timings.cache_n || 0) + timings.prompt_n + nWritten >= N_WINDOW) full.abort();
+        else if (timings && nPrompt + nWritten >= N_WINDOW) full.abort();
       },
     });
   } catch (error) {
-    if (error.name !== "AbortError") {
-      if (!/context|exceed/i.test(error.message)) throw error;
-      reason = "window"; // the prompt alone is longer
-    }
+    failure = error;
+    // The library fails where a token's bytes are no text (its messages are UTF-8); it can go on after that.
+    if (error.name === "RuntimeError") reason = "bytes";
+    // Anything else but our own halt, and a prompt that alone is longer than the window, is in earnest.
+    else if (error.name !== "AbortError" && !/exceeds the available context/.test(error.message)) throw error;
   } finally {
     stopping.signal.removeEventListener("abort", halt);
   }
-  return { nWritten, reason };
+  return { nWritten, reason, error: failure };
 }
 
 async function write() {
@@ -177,11 +184,20 @@ async function write() {
     nWritten += n;
     if (now > began) element("speed").textContent = `${(((nWritten - 1) * 1000) / (now - began)).toFixed(1)} tokens/s`;
   };
+  let nFailures = 0; // in a row
   while (nWritten < nTokens && !stopping.signal.aborted) {
     const before = context.length;
-    const { reason, nWritten: n } = await continueText(context, settings, nTokens - nWritten, onPiece);
+    const { reason, nWritten: n, error } = await continueText(context, settings, nTokens - nWritten, onPiece);
     if (reason === "stop") break;
     if (stopping.signal.aborted || nWritten >= nTokens) break;
+    settings.seed = (settings.seed + 1) % 2 ** 32; // or what follows would be drawn with the same numbers again
+    if (reason === "bytes") {
+      nFailures = n ? 1 : nFailures + 1;
+      if (nFailures > MAX_FAILURES) throw error;
+      onPiece("\ufffd", 1);
+      continue;
+    }
+    nFailures = 0;
     if (n === 0 && before < 2) throw new Trouble("The model could not read this beginning: try another.");
     context = context.slice(-Math.ceil(context.length / 2)); // as the last half of a full window is read anew
   }
