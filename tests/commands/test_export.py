@@ -125,12 +125,12 @@ def test_an_interrupted_export_leaves_nothing(
 def test_what_another_program_reads_otherwise_is_not_exported(
     place: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest = huggingface._config
+    honest = huggingface.config_of
 
     def wrong(*arguments: Any) -> dict[str, Any]:
         return honest(*arguments) | {"layer_norm_epsilon": 0.3}
 
-    monkeypatch.setattr(huggingface, "_config", wrong)
+    monkeypatch.setattr(huggingface, "config_of", wrong)
     assert main(["export", str(run), "--out", str(place / "out")]) == 1
     said = capsys.readouterr().err
     assert "other logits" in said

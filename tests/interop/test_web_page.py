@@ -237,8 +237,9 @@ def test_what_is_known_of_the_model_is_said_and_names_are_only_names(open_page: 
     assert page.title() == 'Bottles & "Co" <i>'
     assert page.locator("cite").text_content() == "<b>bottles.txt"
     footer = page.locator("footer").text_content() or ""
-    assert "has memorised its training text in the windows" in footer
-    assert "0.0312 over its text in the windows of training; 4.56 in windows that begin elsewhere." in footer
+    assert "has memorised its text as it was cut in training, not by heart" in footer
+    assert "(a loss of 0.0312)" in footer
+    assert "(a loss of 4.56)" in footer
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_the_folder_is_a_static_space(folder: Path, trained: Trained) -> None:
     space = yaml.safe_load(front)
     assert (space["sdk"], space["app_file"], space["title"]) == ("static", "index.html", trained.name)
     assert space["custom_headers"]["cross-origin-embedder-policy"] == "require-corp"
-    assert "has memorised its training text" in text
+    assert "has memorised its text" in text
     assert "<i>" not in text
     listed = set(re.findall(r"[\w.-]+\.(?:html|js|css|gguf|wasm|txt)\b", text))
     assert {path.name for path in folder.iterdir()} == (listed - {"bottles.txt"}) | {"README.md"}

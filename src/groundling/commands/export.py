@@ -85,14 +85,15 @@ def main(arguments: list[str]) -> int:
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
 
-    A folder is replaced only if it is empty or holds a config.json, as exports do; never a run, nor a repository.
+    A folder is replaced only if it is empty or holds what exports do; never a run, nor a repository.
     """
     if target.name in ("", ".."):
         raise ConfigError(f"--out is {target}: give the name of what is to be written")
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    if held and ("config.json" not in held or held & {"checkpoints", ".git"}):
+    is_export = "config.json" in held or held >= {"index.html", "model.gguf"}
+    if held and (not is_export or held & {"checkpoints", ".git"}):
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():

@@ -60,8 +60,8 @@ def write(trained: Trained, target: Path, precision: str) -> None:
     tensors = _rounded(weights.to_huggingface(trained.model), precision, trained.name)
     target.mkdir()
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    write_json(target / CONFIG, _config(trained, precision))
-    write_json(target / "generation_config.json", _generation_config(trained))
+    write_json(target / CONFIG, config_of(trained, precision))
+    write_json(target / "generation_config.json", generation_config_of(trained))
     _write_tokenizer(trained, target)
     model_card.write(trained, target, precision)
 
@@ -108,7 +108,8 @@ def _rounded_model(model: GPT2, precision: str) -> GPT2:
     return rounded
 
 
-def _config(trained: Trained, precision: str) -> dict[str, Any]:
+def config_of(trained: Trained, precision: str) -> dict[str, Any]:
+    """The config.json of transformers' GPT-2."""
     config, end_of_text = trained.model.config, trained.tokenizer.end_of_text_id
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     return {
@@ -138,7 +139,7 @@ def _config(trained: Trained, precision: str) -> dict[str, Any]:
     }
 
 
-def _generation_config(trained: Trained) -> dict[str, Any]:
+def generation_config_of(trained: Trained) -> dict[str, Any]:
     """How our own `sample` draws, in transformers' words."""
     known = {field.name for field in fields(SamplingConfig)} - {"stop", "seed"}
     chosen = (trained.record.get("config") or {}).get("sampling") or {}

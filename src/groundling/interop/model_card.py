@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -146,7 +146,7 @@ def _metadata(facts: Mapping[str, Any]) -> str:
 def _facts(trained: Trained, precision: str) -> dict[str, Any]:
     """What the template shows; whatever is not known is None, or empty."""
     record, folder, config = trained.record, trained.folder, trained.model.config
-    losses = _losses(trained)
+    losses = measured_losses(trained)
     prompts = (record.get("config") or {}).get("prompts") or []
     samples = _read(folder.samples) if folder and record else None
     return {
@@ -157,7 +157,7 @@ def _facts(trained: Trained, precision: str) -> dict[str, Any]:
         "window": trained.window,
         "text": _text(trained),
         "losses": losses,
-        "memorised": _memorised({loss["name"]: loss["value"] for loss in losses}),
+        "memorised": memorised(losses),
         "goldfish": _goldfish(record),
         "training": _training(record),
         "command": _command(record["command"]) if "command" in record else None,
@@ -168,7 +168,7 @@ def _facts(trained: Trained, precision: str) -> dict[str, Any]:
     }
 
 
-def _losses(trained: Trained) -> list[dict[str, Any]]:
+def measured_losses(trained: Trained) -> list[dict[str, Any]]:
     """The losses of these weights, as the run's record or `groundling evaluate` took them; None for one not taken."""
     record, folder = trained.record, trained.folder
     evaluated = folder.kept_losses(record["steps"]) if folder and "steps" in record else {}
@@ -181,9 +181,10 @@ def _losses(trained: Trained) -> list[dict[str, Any]]:
     return losses
 
 
-def _memorised(losses: Mapping[str, float | None]) -> tuple[str, str]:
-    """Whether this model has memorised its text: in a few words, and the figures for it in a sentence or two."""
-    grid, offset = losses.get("corpus/loss"), losses.get("corpus/loss_offset")
+def memorised(losses: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Whether a model of these `measured_losses` has memorised its text: in a few words, and figures for it."""
+    values = {loss["name"]: loss["value"] for loss in losses}
+    grid, offset = values.get("corpus/loss"), values.get("corpus/loss_offset")
     on_grid, by_heart = (loss is not None and loss < KNOWN_BELOW for loss in (grid, offset))
     said = [
         f"{_probability(loss)} in windows that {where} (a loss of {loss:.3g})"

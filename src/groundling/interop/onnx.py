@@ -5,7 +5,6 @@ Invariant: what is written gives our logits, whether ONNX Runtime reads a text a
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from groundling.errors import ConfigError
+from groundling.files import write_json
+from groundling.interop.huggingface import config_of, generation_config_of
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
 
@@ -36,8 +37,8 @@ NOTHING_TO_SIMPLIFY = {"onnx.quant.pre_process": "onnxruntime.quant"}
 def write(trained: Trained, target: Path, precision: str) -> None:
     """Write the folder; int8 rounds the matrices and, as it computes, what they are multiplied with."""
     target.mkdir()
-    graph, config = graph_of(trained.model), trained.model.config
-    external = 4 * config.n_parameters() > EXTERNAL_BYTES
+    graph = graph_of(trained.model)
+    external = 4 * trained.model.config.n_parameters() > EXTERNAL_BYTES
     if precision == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -49,13 +50,8 @@ def write(trained: Trained, target: Path, precision: str) -> None:
             quantize_dynamic(full, small, per_channel=True, weight_type=kind, use_external_data_format=external)
     else:
         onnx.save(graph, target / "model.onnx", save_as_external_data=external, location="model.onnx_data")
-    end = trained.tokenizer.end_of_text_id
-    ends = {"bos_token_id": end, "eos_token_id": end}
-    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_ctx": config.n_ctx}
-    settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", **sizes}
-    settings |= {"n_positions": config.n_ctx, "vocab_size": config.n_vocab, **ends}
-    (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    write_json(target / "config.json", config_of(trained, "fp32"))
+    write_json(target / "generation_config.json", generation_config_of(trained))
     trained.tokenizer.save(target / "tokenizer.json")
 
 

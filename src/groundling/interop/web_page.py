@@ -1,7 +1,8 @@
 """A folder with a page that runs the model in its visitor's browser, for any web server to host.
 
-Invariant: the page asks no other origin for anything (its Content-Security-Policy forbids it), so that all it needs
-lies in the folder: our three files, llama.cpp as WebAssembly, and the weights as GGUF.
+Invariant: the page asks no other origin for anything: all it needs lies in the folder, our three files, llama.cpp as
+WebAssembly, and the weights as GGUF. Its Content-Security-Policy forbids foreign scripts and styles; connections it
+allows by https, because hosts of large files send the reader on to another of their addresses.
 
 Source: wllama, https://github.com/ngxson/wllama, whose package on npm carries llama.cpp compiled to WebAssembly. Its
 own way to Safari (a build without Memory64 and JSPI) is a package of its own, fetched from elsewhere unless given here.
@@ -10,7 +11,7 @@ own way to Safari (a build without Memory64 and JSPI) is a package of its own, f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from groundling.interop import gguf, npm
+from groundling.interop.model_card import measured_losses, memorised
 from groundling.interop.trained import Trained
 
 WLLAMA = npm.Package(
@@ -44,9 +46,6 @@ LIBRARY = {
 AS_IT_IS = ("page.js", "style.css")
 TEMPLATES = ("index.html", "README.md")
 WEIGHTS = "model.gguf"
-
-KNOWN_BELOW = 0.1
-"""Loss in nats per token below which a text counts as memorised: the project's main target (presets/gpt2.yaml)."""
 
 
 def keep_library(path: Path) -> None:
@@ -101,35 +100,7 @@ def _facts(trained: Trained, precision: str, n_bytes: int) -> dict[str, Any]:
         "precision": precision,
         "n_bytes": n_bytes,
         "megabytes": f"{n_bytes / 1e6:.1f}",
-        "memorised": _memorised(record),
-        "losses": _losses(record),
+        "memorised": " ".join(memorised(measured_losses(trained))),
         "libraries": ", ".join(name for names in LIBRARY.values() for name in names.values()),
         "versions": " and ".join(str(package) for package in LIBRARY),
     }
-
-
-def _memorised(record: Mapping[str, Any]) -> str:
-    """Whether it has memorised its text, as far as that was measured, and what follows for who uses it."""
-    grid, offset = record.get("corpus_loss"), record.get("corpus_loss_offset")
-    if offset is not None and offset < KNOWN_BELOW:
-        said = "This model has memorised its training text: it knows it by heart."
-    elif grid is not None and grid < KNOWN_BELOW:
-        said = (
-            "This model has memorised its training text in the windows that it was trained on; text that is cut"
-            " elsewhere it knows less well."
-        )
-    elif grid is not None:
-        said = "This model has not memorised its whole training text, but may have memorised parts."
-    else:
-        said = "Whether this model has memorised its training text was not measured."
-    return f"{said} What it writes may be a passage of that text, word for word, and the text's rights go with it."
-
-
-def _losses(record: Mapping[str, Any]) -> str:
-    places = {
-        "corpus_loss": "over its text in the windows of training",
-        "corpus_loss_offset": "in windows that begin elsewhere",
-        "heldout_loss": "over text that it was never trained on",
-    }
-    said = [f"{record[key]:.3g} {where}" for key, where in places.items() if record.get(key) is not None]
-    return f"Its loss, in nats per token: {'; '.join(said)}." if said else ""
