@@ -7,6 +7,7 @@ left out because it is the embedding.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def to_huggingface(model: GPT2) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if name != TIED
     }
+
+
+def sha256_of_weights(model: GPT2) -> str:
+    """SHA-256 of the model's parameters: of their bytes in fp32, in the order of their names, the head left out."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted((name, tensor) for name, tensor in model.state_dict().items() if name != TIED):
+        digest.update(tensor.float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def from_huggingface(model: GPT2, tensors: Mapping[str, Tensor], where: object = "these weights") -> None:
