@@ -82,10 +82,10 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
             f"text.tokenizer is {tokenizer}, but the tokenizer comes from --init {initial.source}:"
             " leave that setting out"
         )
-    if config.windows.length > initial.model.config.n_ctx:
+    if config.windows.length > (n_ctx := initial.model.config.n_ctx):
         raise ConfigError(
-            f"windows.length is {config.windows.length}, but {initial.source} has {initial.model.config.n_ctx} positions:"
-            " give --windows.length no more than that"
+            f"windows.length is {config.windows.length}, but {initial.source} has {n_ctx} positions:"
+            " give no more than that"
         )
     text = replace(config.text, tokenizer=FROM_INIT)
     return replace(config, model=initial.model.config, text=text)

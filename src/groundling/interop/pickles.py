@@ -165,13 +165,14 @@ def _settings(top: dict[str, Any]) -> dict[str, Any]:
         value = top.get(key)
         settings = value.settings if isinstance(value, _Sizes) else value
         if isinstance(settings, dict) and "n_layer" in settings:
-            return {name: settings[name] for name in settings if type(name) is str and name not in ("bias", "dropout")}
+            return {name: settings[name] for name in settings if type(name) is str}
     return {}
 
 
 def _survey_zip(path: Path) -> tuple[Any, dict[str, int]]:
     """What data.pkl describes, and the bytes that each storage has."""
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             _check_entries(entries, path.stat().st_size)
@@ -183,19 +184,31 @@ def _survey_zip(path: Path) -> tuple[Any, dict[str, int]]:
                 )
             if f"{root}/data.pkl" not in names:
                 raise _Refused("it is a zip without data.pkl, give a file that torch.save wrote")
-            for name, expected in (("byteorder", b"little"), (".format_version", None)):
-                if expected and f"{root}/{name}" in names and archive.read(f"{root}/{name}") != expected:
-                    raise _Refused("it was saved by a big-endian machine; save it anew on another")
+            if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
+                raise _Refused("its byteorder is not little; save it anew on another machine")
             content = archive.read(f"{root}/data.pkl")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, IndexError, UnicodeError) as error:
-        raise _Refused(f"it is a damaged zip ({error}), copy or make it again") from None
-    if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != content:
-        raise _Refused("it is two zips in one, give a file that torch.save wrote")
+            if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != content:
+                raise _Refused("it is two zips in one, give a file that torch.save wrote")
+    except (_Refused, OSError):
+        raise
+    except Exception as error:  # a damaged zip raises what it likes
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        raise _Refused(f"it is a damaged zip ({reason}), copy or make it again") from None
     data = f"{root}/data/"
     n_bytes = {
         entry.filename.removeprefix(data): entry.file_size for entry in entries if entry.filename.startswith(data)
     }
     return _Survey(BytesIO(content)).run(), n_bytes
+
+
+def _check_directory(path: Path) -> None:
+    """Refuses a zip whose list of entries is too long to be read before it is judged."""
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is None:
+        raise _Refused("it is a zip without an end, cut off: copy or make it again")
+    if end[zipfile._ECD_SIZE] > MAX_PICKLE_BYTES:  # type: ignore[attr-defined]
+        raise _Refused("it is a zip with a list of entries far longer than torch.save writes")
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], file_bytes: int) -> None:
@@ -286,6 +299,8 @@ def _check_storages(found: Any, n_bytes: dict[str, int]) -> None:
                 raise _Refused(
                     f"the numbers of a tensor of shape {value.shape} are not all in it, copy or make it again"
                 )
+        elif isinstance(value, _Sizes):
+            waiting.append(value.settings)
         elif isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):

@@ -1,0 +1,556 @@
+"""Files made to harm: each is refused in one sentence, in a second, in flat memory, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import struct
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from groundling.cli import main
+from groundling.model.weights import to_huggingface
+
+from .conftest import MakeTrained
+
+MAX_S = 1.0
+"""Of processor time: others may work on the same machine."""
+MAX_GROWTH_BYTES = 64 << 20
+
+CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_ctx": 24, "vocab_size": 301}
+
+
+@pytest.fixture
+def folder(make_trained: MakeTrained, tmp_path: Path) -> Path:
+    """A sound Hugging Face folder, to be spoiled."""
+    trained = make_trained()
+    path = tmp_path / "model"
+    path.mkdir()
+    save_file(to_huggingface(trained.model), path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    trained.tokenizer.save(path / "tokenizer.json")
+    return path
+
+
+def refusal(source: object, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What `groundling import` says of it, within the bounds."""
+    out = Path(str(source)).parent / "out"
+    before_s, before_bytes = time.process_time(), peak_bytes()
+    code = main(["import", str(source), "--out", str(out), *options])
+    taken_s, grown_bytes = time.process_time() - before_s, peak_bytes() - before_bytes
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert said.startswith("groundling: ")
+    assert said.count("\n") == 1
+    assert len(said) < 700
+    assert not list(out.parent.glob("*out*")), "something was left"
+    assert taken_s < MAX_S
+    assert grown_bytes < MAX_GROWTH_BYTES
+    return said
+
+
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_the_sound_folder_is_taken(folder: Path, tmp_path: Path) -> None:
+    """What the others spoil."""
+    assert main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+    torch.save(torch_checkpoint(folder), tmp_path / "sound.pt")
+    tokenizer = str(folder / "tokenizer.json")
+    options = ["--tokenizer", tokenizer, "--n-head", "2"]
+    assert main(["import", str(tmp_path / "sound.pt"), "--out", str(tmp_path / "run2"), *options]) == 0
+    for name in ("description", "stored"):
+        path = tmp_path / f"{name}.pt"
+        write_zip(path, pickled(describing(folder)), storages_of(folder))
+        assert main(["import", str(path), "--out", str(tmp_path / name), *options]) == 0
+
+
+# --- configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_layer": 10**9}, "n_layer 1,000,000,000, but its weights have 2"),
+        ({"n_head": 0}, "n_head 0"),
+        ({"n_head": 5}, "5 heads do not divide"),
+        ({"n_embd": -32}, "n_embd -32"),
+        ({"n_layer": "2; rm -rf /"}, "n_layer '2; rm"),
+        ({"n_layer": True}, "n_layer True"),
+        ({"n_layer": 2.0}, "n_layer 2.0"),
+        ({"n_layer": 10**400}, "n_layer 1000"),
+        ({"vocab_size": [301]}, "vocab_size a list"),
+        ({"n_positions": 25}, "n_ctx twice"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map a dict"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"activation_function": "relu"}, "activation_function 'relu'"),
+        ({"n_inner": 100}, "n_inner 100"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
+        ({"scale_attn_weights": False}, "scale_attn_weights False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ({"add_cross_attention": True}, "add_cross_attention True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config a dict"),
+    ],
+)
+def test_configurations(changes: dict[str, Any], words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert words in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"a": ' * 100_000, "nested too deep"),
+        ('{"n_layer": 2, "n_layer": 3}', "key 'n_layer' twice"),
+        ("[1, 2]", "no JSON object"),
+        ("not JSON", "cannot be read as JSON"),
+        ('{"n_layer": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
+        ("\udcff", "cannot be read as JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_json(name: str, content: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / name).write_text(content, errors="surrogateescape")
+    assert words in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "metadata.json"])
+def test_json_of_two_gigabytes(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    (folder / name).touch()
+    os.truncate(folder / name, 2 << 30)
+    assert "2,147,483,648 bytes" in refusal(folder, capsys)
+
+
+# --- tokenizers
+
+
+def test_tokenizers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = json.loads((folder / "tokenizer.json").read_text())
+
+    def refused(spoil: Callable[[dict[str, Any]], object]) -> str:
+        spoiled = json.loads(json.dumps(sound))
+        spoil(spoiled)
+        (folder / "tokenizer.json").write_text(json.dumps(spoiled))
+        return refusal(folder, capsys)
+
+    assert "without gaps" in refused(lambda t: t["model"]["vocab"].update({"x" * 9: 10**9}))
+    assert "without gaps" in refused(lambda t: t["model"]["vocab"].update({"!": -1}))
+    assert "GPT-2's kind" in refused(lambda t: t["model"]["vocab"].update({"!": float("inf")}))
+    assert "GPT-2's kind" in refused(lambda t: t["model"].update({"vocab": [1, 2]}))
+    assert "GPT-2's kind" in refused(lambda t: t.update({"model": [t["model"]]}))
+    assert "do not fit" in refused(lambda t: t["model"]["merges"].append("no such"))
+    assert "301 ids where its tokenizer" in refused(lambda t: t["model"]["vocab"].update({"!!!!": 301}))
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text('{"!": "zero"}')
+    (folder / "merges.txt").write_text("a b c\n")
+    assert "what is no id" in refusal(folder, capsys)
+    (folder / "vocab.json").write_text('{"!": 0}')
+    assert "merges" in refusal(folder, capsys)
+    (folder / "merges.txt").unlink()
+    assert "give --tokenizer" in refusal(folder, capsys)
+
+
+# --- places
+
+
+def test_places(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "text.pt").write_text("my weights\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("fifo", "loop"):
+        assert "no regular file" in refusal(tmp_path / name, capsys)
+    for name in ("text.pt", "empty.pt"):
+        assert "no model that Groundling reads" in refusal(tmp_path / name, capsys)
+    assert main(["import", "/dev/zero", "--out", str(tmp_path / "out")]) == 2
+    assert "no regular file" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert "neither model.safetensors" in refusal(tmp_path / "empty", capsys)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert "no regular file" in refusal(folder, capsys)
+        (folder / name).unlink()
+        (folder / name).symlink_to("/etc/passwd")
+        assert "leads out of its folder" in refusal(folder, capsys)
+        (folder / name).unlink()
+        (folder / name).write_bytes(kept)
+    assert main(["import", str(folder), "--out", str(tmp_path / "sound")]) == 0
+
+
+@pytest.mark.parametrize("place", ["../../etc/passwd", "/etc/passwd", "..", "a/b.safetensors", "x\0y", ""])
+def test_an_index_that_points_elsewhere(place: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"transformer.wte.weight": place}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not in its folder" in refusal(folder, capsys)
+
+
+def test_an_index_that_lies(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "model-1.safetensors"}}))
+    assert "does not name" in refusal(folder, capsys)
+    index.write_text(json.dumps({"weight_map": ["model-1.safetensors"]}))
+    assert "no weight_map" in refusal(folder, capsys)
+    index.write_text(json.dumps({"weight_map": {str(n): f"{n}.safetensors" for n in range(2000)}}))
+    assert "2,000 files" in refusal(folder, capsys)
+
+
+# --- safetensors
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def spoil_header(path: Path, spoil: Callable[[dict[str, Any]], object]) -> None:
+    header, tensors = header_of(path)
+    spoil(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + tensors)
+
+
+LN, WTE = "transformer.ln_f.bias", "transformer.wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda h: h[LN].update(data_offsets=[0, 128]), "overlap"),
+        (lambda h: h[LN].update(data_offsets=[2**62, 2**62 + 128]), "belong to no tensor"),
+        (lambda h: h[LN].update(data_offsets=[-128, 0]), "no size"),
+        (lambda h: h[LN].update(data_offsets=[128, 0]), "do not fit the shape"),
+        (lambda h: h[LN].update(data_offsets=["0", "128"]), "no size"),
+        (lambda h: h[LN].update(shape=[2**61]), "do not fit the shape"),
+        (lambda h: h[LN].update(shape=[2**32, 2**32, 2**32]), "do not fit the shape"),
+        (lambda h: h[LN].update(shape=[1] * 100_000 + [32]), "no size"),
+        (lambda h: h[LN].update(shape=[4, 8]), "shape (4, 8) where this GPT-2 has (32,)"),
+        (lambda h: h[LN].update(dtype="I32"), "int32, not of floating-point numbers"),
+        (lambda h: h[LN].update(dtype="I8", shape=[128]), "shape (128,)"),
+        (lambda h: h[LN].update(dtype="F8_E4M3"), "F8_E4M3"),
+        (lambda h: h[LN].update(dtype=["F32"]), "cannot be read as safetensors"),
+        (lambda h: h[LN].pop("shape"), "lacks 'shape'"),
+        (lambda h: h.update({LN: 7}), "describes no tensor"),
+        (lambda h: h.pop(LN), "belong to no tensor"),
+        (lambda h: h.update({"x": h.pop(LN)}), "lacks transformer.ln_f.bias"),
+        (lambda h: h.update({"transformer.h.999999999.ln_1.bias": h.pop(LN)}), "1,000,000,000"),
+        (lambda h: h.update({"h.0.ln_1.bias": h.pop(LN)}), "are the same"),
+        (lambda h: h.update({"empty": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), "unknown empty"),
+        (lambda h: [h.pop(name) for name in list(h)], "describes 0 bytes"),
+    ],
+)
+def test_safetensors_headers(
+    spoil: Callable[[dict[str, Any]], object], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_header(folder / "model.safetensors", spoil)
+    assert words in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "header is said to end"),
+        (b"\x01\x02", "header is said to end"),
+        (struct.pack("<Q", 2**60) + b"{}", "header is said to end"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "header is said to end"),
+        (struct.pack("<Q", 3) + b"[1]", "no JSON object"),
+        (struct.pack("<Q", 100_000) + b'{"a":' * 20_000, "nested too deep"),
+        (struct.pack("<Q", 14) + b'{"a":1, "a":1}', "'a' twice"),
+        (struct.pack("<Q", 2) + b"{}" + bytes(100), "belong to no|0 bytes of tensors"),
+        (struct.pack("<Q", 2) + b"{}", "lacks transformer.wte.weight"),
+    ],
+)
+def test_safetensors_files(content: bytes, words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    said = refusal(folder, capsys)
+    assert re.search(words, said)
+
+
+def test_a_safetensors_header_of_gigabytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 2 << 30) + b"{")
+        file.truncate((2 << 30) + 8)
+    assert "far more than a GPT-2's" in refusal(folder, capsys)
+
+
+def test_a_sparse_file_of_gigabytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its header and its size agree; only no machine holds it."""
+    width, rows = 32, 2**30
+    sizes = {WTE: [rows, width]}
+    header, _ = header_of(folder / "model.safetensors")
+    end, entries = 0, {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            shape = sizes.get(name, entry["shape"])
+            n_bytes = 4 * torch.Size(shape).numel()
+            entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + n_bytes]}
+            end += n_bytes
+    text = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        try:
+            file.truncate(8 + len(text) + end)
+        except OSError:
+            pytest.skip("this file system has no files so large")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": rows}))
+    assert "1,073,741,824 ids" in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none(
+    value: float, make_trained: MakeTrained, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = to_huggingface(make_trained().model)
+    tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"].clone()
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = value
+    save_file(tensors, folder / "model.safetensors")
+    assert "h.1.mlp.c_fc.weight holds NaN or an infinity" in refusal(folder, capsys)
+
+
+# --- pickles
+
+
+class Bomb:
+    """Runs a command when it is unpickled by whoever does so without a guard."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, called: object, *arguments: object) -> None:
+        self.call = called, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+class Storage:
+    def __init__(self, key: str, n_elements: int, kind: Any = torch.FloatStorage) -> None:
+        self.identity = ("storage", kind, key, "cpu", n_elements)
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> object:
+        return value.identity if isinstance(value, Storage) else None
+
+
+def pickled(value: object) -> bytes:
+    file = io.BytesIO()
+    Pickler(file, protocol=2).dump(value)
+    return file.getvalue()
+
+
+def tensor(storage: object, offset: object, shape: object, strides: object) -> Call:
+    return Call(torch._utils._rebuild_tensor_v2, storage, offset, shape, strides, False, OrderedDict())
+
+
+def torch_checkpoint(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {"model": load_file(folder / "model.safetensors"), "step": 3}
+
+
+def describing(folder: Path) -> dict[str, Any]:
+    """A checkpoint of calls, as torch.save would pickle it."""
+    calls = {}
+    for key, (name, value) in enumerate(torch_checkpoint(folder)["model"].items()):
+        calls[name] = tensor(Storage(str(key), value.numel()), 0, tuple(value.shape), value.stride())
+    return {"model": calls}
+
+
+def storages_of(folder: Path) -> dict[str, bytes]:
+    values = torch_checkpoint(folder)["model"].values()
+    return {f"data/{key}": value.numpy().tobytes() for key, value in enumerate(values)}
+
+
+def write_zip(path: Path, content: bytes, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")  # PyTorch's reader asks for it
+        for name, stored in entries.items():
+            archive.writestr(f"archive/{name}", stored)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("where", ["top", "beside", "deep", "weights"])
+def test_a_bomb_does_not_go_off(
+    where: str, zipped: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bomb, sound = Bomb(tmp_path / "marker"), torch_checkpoint(folder)
+    content: Any = {
+        "top": bomb,
+        "beside": sound | {"optimizer": bomb},
+        "deep": sound | {"a": {"b": [{"c": (1, {"d": bomb})}]}},
+        "weights": {"model": sound["model"] | {"transformer.bomb": bomb}},
+    }[where]
+    torch.save(content, tmp_path / "bomb.pt", _use_new_zipfile_serialization=zipped)
+    said = refusal(tmp_path / "bomb.pt", capsys)
+    assert "posix.system" in said or "os.system" in said
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        Call(eval, "1"),
+        Call(getattr, "a", "b"),
+        Call(bytearray, 10**12),
+        Call(torch.UntypedStorage, 10**12),
+        Call(torch.load, "x"),
+        Call(zipfile.ZipFile, "x"),
+        Call(__import__, "os"),
+    ],
+    ids=lambda call: getattr(call.call[0], "__name__", "class"),
+)
+def test_classes_are_refused_by_name(
+    called: Call, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "called.pt"
+    write_zip(path, pickled(describing(folder) | {"x": called}), storages_of(folder))
+    assert f"{called.call[0].__name__}, which is none of the harmless" in refusal(path, capsys)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (tensor(Storage("0", 96), 0, (2**40, 2**20), (0, 0)), "claims the shape"),
+        (tensor(Storage("0", 96), 2**50, (32,), (1,)), "claims the shape"),
+        (tensor(Storage("0", 96), 0, (32,), (2**40,)), "claims the shape"),
+        (tensor(Storage("0", 96), -1, (32,), (1,)), "no sizes"),
+        (tensor(Storage("0", 96), 0, (32,), (-1,)), "no sizes"),
+        (tensor(Storage("0", 96), 0, ("32",), (1,)), "no sizes"),
+        (tensor(Storage("0", 96), 0, (32,), (1, 1)), "damaged"),
+        (tensor(Storage("0", 2**50), 0, (2**50,), (1,)), "in two ways"),
+        (tensor(Storage("99", 2**50), 0, (2**50,), (1,)), "not all in it"),
+        (tensor(Storage("0", 96, torch.DoubleStorage), 0, (32,), (1,)), "in two ways"),
+        (tensor(Storage("0", 96, torch.UntypedStorage), 0, (32,), (1,)), "UntypedStorage"),
+        (tensor("0", 0, (32,), (1,)), "no sizes"),
+        (Call(OrderedDict, [(1, 2)]), "calls collections.OrderedDict"),
+        (Call(torch.Size, [-1]), "calls torch.Size"),
+        ([2**70_000], "LONG4"),
+        ({(1, 2): 3}, "neither names nor numbers"),
+        (list(range(500_000)), "far longer"),
+    ],
+)
+def test_pickles_that_lie(
+    made: object, words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lies.pt"
+    write_zip(path, pickled(describing(folder) | {"x": made}), storages_of(folder))
+    assert words in refusal(path, capsys)
+
+
+def test_nesting_without_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deep = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    write_zip(tmp_path / "deep.pt", deep, {})
+    assert "no dictionary of weights" in refusal(tmp_path / "deep.pt", capsys)
+    itself = b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s."
+    write_zip(tmp_path / "itself.pt", itself, {})
+    assert "a is no tensor" in refusal(tmp_path / "itself.pt", capsys)
+    write_zip(tmp_path / "memo.pt", b"\x80\x02}r\xff\xff\xff\xff.", {})
+    assert "no weights" in refusal(tmp_path / "memo.pt", capsys)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"n_layer": "2" * 1_000_000}, "n_layer"),
+        ({"n_layer": -2}, "n_layer -2"),
+        ({"n_layer": 2**40}, "n_layer 1099511627776"),
+        ({"n_layer": 2, "n_head": [2] * 10}, "n_head a list"),
+        ({"n_layer": 2, "vocab_size": 302}, "n_vocab 302"),
+        ({"n_layer": 2, "__class__": "x", "n_head": 3}, "3 heads"),
+        ("no dictionary", "attributes to what has none"),
+    ],
+)
+def test_a_config_with_hostile_attributes(
+    attributes: object, words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.pt"
+    content = pickled(describing(folder))
+    state = pickled(attributes)[2:-1]
+    config = b"X\x06\x00\x00\x00configc__main__\nGPTConfig\n)\x81" + state + b"bs."
+    write_zip(path, content[:-1] + config, storages_of(folder))
+    assert words in refusal(path, capsys, "--tokenizer", str(folder / "tokenizer.json"))
+
+
+def test_zips(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "zip.pt"
+    content, storages = pickled(describing(folder)), storages_of(folder)
+    write_zip(path, content, {"data/0": bytes(200_000_000)}, zipfile.ZIP_DEFLATED)
+    assert "is compressed" in refusal(path, capsys)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/version", "3")
+    assert "without data.pkl" in refusal(path, capsys)
+    write_zip(path, content, storages | {"code/model.py": b"", "constants.pkl": b""})
+    assert "TorchScript" in refusal(path, capsys)
+    write_zip(path, content, dict(list(storages.items())[1:]))
+    assert "not all in it" in refusal(path, capsys)
+    write_zip(path, content, storages | {"data/0": b"\0"})
+    assert "not all in it" in refusal(path, capsys)
+    write_zip(path, content, storages | {"byteorder": b"big"})
+    assert "byteorder is not little" in refusal(path, capsys)
+    write_zip(path, content, storages | {f"more/{n}": b"" for n in range(30_000)})
+    assert "entries" in refusal(path, capsys)
+    with pytest.warns(UserWarning, match="Duplicate"):
+        write_zip(path, content, storages | {"data.pkl": pickled({})})
+    assert "an entry twice" in refusal(path, capsys)
+    write_zip(path, content, storages)
+    sound = path.read_bytes()
+    for cut in (10, len(sound) // 2, len(sound) - 5):
+        path.write_bytes(sound[:cut])
+        refusal(path, capsys)
+    at = sound.rindex(b"PK\x01\x02")  # the last entry of the list: its two sizes
+    path.write_bytes(sound[: at + 20] + struct.pack("<II", 2**31, 2**31) + sound[at + 28 :])
+    assert "its entries" in refusal(path, capsys)
+
+
+def test_cut_legacy_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.pt"
+    torch.save(torch_checkpoint(folder), path, _use_new_zipfile_serialization=False)
+    sound = path.read_bytes()
+    for cut in (3, 20, 300, len(sound) // 2, len(sound) - 1):
+        path.write_bytes(sound[:cut])
+        refusal(path, capsys)
+    path.write_bytes(pickled({"model": 1}))
+    assert "none of torch.save's" in refusal(path, capsys)
+
+
+def test_damage_never_ends_in_a_traceback(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any byte of the pickle changed: refused, or read as what it then says."""
+    content, storages = pickled(describing(folder)), storages_of(folder)
+    path = tmp_path / "damaged.pt"
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(content), (60,), generator=generator).tolist():
+        flipped = bytes([content[place] ^ (1 << place % 8)])
+        write_zip(path, content[:place] + flipped + content[place + 1 :], storages)
+        options = ["--tokenizer", str(folder / "tokenizer.json"), "--n-head", "2"]
+        assert main(["import", str(path), "--out", str(tmp_path / f"out{place}"), *options]) in (0, 2)
+        capsys.readouterr()
