@@ -25,78 +25,83 @@ TUNE = [
 ]
 
 
-@pytest.fixture
-def source(run: Path, tmp_path: Path) -> Path:
-    """An import of the trained run, which may be thrown away; its position table is longer than the windows above."""
-    assert main(["import", str(run), "--out", str(tmp_path / "source")]) == 0
-    return tmp_path / "source"
+@pytest.fixture(scope="module")
+def source(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An import of the trained run; its position table is longer than the windows above."""
+    path = tmp_path_factory.mktemp("init") / "source"
+    assert main(["import", str(run), "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(source: Path) -> Path:
+    """Two steps on from the source."""
+    path = source.with_name("tuned")
+    assert tune(source, path, "--max-steps", "2") == 0
+    return path
 
 
 def tune(source: Path, out: Path, *arguments: str) -> int:
     return main(["train", "--init", str(source), "--out", str(out), *TUNE, *arguments])
 
 
-def test_it_begins_with_the_loss_that_the_model_had(source: Path, tmp_path: Path, workplace: Path) -> None:
-    out = tmp_path / "tuned"
-    assert tune(source, out, "--max-steps", "2") == 0
+def resume(out: Path, *arguments: str) -> int:
+    return main(["train", "--resume", "--out", str(out), *arguments])
+
+
+def test_it_begins_with_the_loss_that_the_model_had(source: Path, tuned: Path) -> None:
     model, _, _ = load_model(find_checkpoint(source), torch.device("cpu"))
-    windows = Windows(TokenFile.open(out / "train.bin").tokens, WindowConfig(24, 4), 1337, PLAIN)
+    windows = Windows(TokenFile.open(tuned / "train.bin").tokens, WindowConfig(24, 4), 1337, PLAIN)
     batch = windows.batch(0)
     with torch.no_grad():
         loss = float(model.loss_sum(batch.inputs, batch.targets)) / batch.n_targets
-    assert steps(out)[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
-    tuned, tokenizer, window = load_model(find_checkpoint(out), torch.device("cpu"))
-    assert (tuned.config, window) == (model.config, 24)
-    assert tuned.config.n_ctx == 32
-    record = json.loads((out / "record.json").read_text())
-    assert record["initial_weights_sha256"] == sha256_of_weights(model) != sha256_of_weights(tuned)
+    assert steps(tuned)[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
+    after, tokenizer, window = load_model(find_checkpoint(tuned), torch.device("cpu"))
+    assert (after.config, window) == (model.config, 24)
+    assert after.config.n_ctx == 32
+    record = json.loads((tuned / "record.json").read_text())
+    assert record["initial_weights_sha256"] == sha256_of_weights(model) != sha256_of_weights(after)
     assert record["config"]["init"] == str(source)
     assert record["tokenizer_sha256"] == tokenizer.sha256
 
 
-def test_resumed_equals_uninterrupted_without_the_source(source: Path, tmp_path: Path, workplace: Path) -> None:
+def test_resumed_equals_uninterrupted_without_the_source(
+    source: Path, tuned: Path, tmp_path: Path, workplace: Path
+) -> None:
     """Also from the beginning, before any checkpoint was due."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert tune(source, whole, "--max-steps", "6") == 0
-    assert tune(source, parts, "--max-steps", "3", "--keep", "9") == 0
-    shutil.rmtree(source)
-    assert main(["train", "--resume", "--out", str(parts), "--max-steps", "6"]) == 0
-    assert [line["train/loss"] for line in steps(parts)] == [line["train/loss"] for line in steps(whole)]
-    weights = [(find_checkpoint(path) / "model.safetensors").read_bytes() for path in (whole, parts)]
-    assert weights[0] == weights[1]
-    for path in (parts / "checkpoints").glob("step-*[1-9]"):
-        shutil.rmtree(path)
-    assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-00000000"]
-    (parts / "record.json").unlink()
-    assert main(["train", "--resume", "--out", str(parts), "--max-steps", "6"]) == 0
-    assert (find_checkpoint(parts) / "model.safetensors").read_bytes() == weights[0]
+    parts, gone = tmp_path / "parts", tmp_path / "gone"
+    shutil.copytree(source, gone)
+    assert tune(gone, parts, "--max-steps", "1") == 0
+    shutil.rmtree(gone)
+    assert resume(parts, "--max-steps", "2") == 0
+    assert [line["train/loss"] for line in steps(parts)] == [line["train/loss"] for line in steps(tuned)]
+    weights = (find_checkpoint(tuned) / "model.safetensors").read_bytes()
+    assert (find_checkpoint(parts) / "model.safetensors").read_bytes() == weights
+
+    begun = tmp_path / "begun"
+    shutil.copytree(tuned, begun, ignore=shutil.ignore_patterns("record.json", "step-*[1-9]"))
+    (kept,) = (begun / "checkpoints").iterdir()
+    assert kept.name == "step-00000000"
+    assert resume(begun) == 0
+    assert (find_checkpoint(begun) / "model.safetensors").read_bytes() == weights
 
 
 def test_a_run_without_its_beginning_is_not_drawn_anew(
-    source: Path, tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "tuned"
-    assert tune(source, out, "--max-steps", "1") == 0
-    shutil.rmtree(out / "checkpoints")
-    (out / "record.json").unlink()
-    assert main(["train", "--resume", "--out", str(out)]) == 2
+    shutil.copytree(tuned, tmp_path / "run", ignore=shutil.ignore_patterns("record.json", "step-*"))
+    assert resume(tmp_path / "run") == 2
     assert "before it had kept its initial model" in capsys.readouterr().err
 
 
 def test_another_initial_model_is_refused(
-    run: Path, source: Path, tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, source: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, other = tmp_path / "tuned", tmp_path / "other"
-    assert tune(source, out, "--max-steps", "1") == 0
-    assert (
-        main(["train", "--resume", "--out", str(out), "--init", str(run), "--max-steps", "2"]) == 0
-    )  # the same weights
-    assert tune(out, other, "--max-steps", "1") == 0  # from one that was itself begun so
-    capsys.readouterr()
-    assert main(["train", "--resume", "--out", str(out), "--init", str(other), "--max-steps", "3"]) == 2
-    assert "was made with another initial model" in capsys.readouterr().err
-    assert main(["train", "--resume", "--out", str(run), "--init", str(other), "--max-steps", "20"]) == 2
-    assert "was made with another initial model" in capsys.readouterr().err
+    for out, other in ((tuned, tuned), (run, source)):
+        assert resume(out, "--init", str(other), "--max-steps", "30") == 2
+        assert "was made with another initial model" in capsys.readouterr().err
+    shutil.copytree(tuned, tmp_path / "run")
+    assert resume(tmp_path / "run", "--init", str(run), "--max-steps", "3") == 0  # the same weights by another name
 
 
 def test_settings_that_it_contradicts_are_refused(
@@ -119,10 +124,10 @@ def test_settings_that_it_contradicts_are_refused(
         assert not out.exists()
     assert main(["train", *TUNE, "--tokenizer", "init", "--out", str(out)]) == 2
     assert "no init is given" in capsys.readouterr().err
-    assert tune(source, out, "--model.n_layer", "2", "--max-steps", "1") == 0
-    assert "init: " in capsys.readouterr().err
 
 
 def test_an_estimate_of_it(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--init", str(source), *TUNE]) == 0
-    assert "estimate: " in capsys.readouterr().out
+    assert main(["estimate", "--init", str(source), "--model.n_layer", "2", *TUNE]) == 0
+    printed = capsys.readouterr()
+    assert "estimate: " in printed.out
+    assert f"init: {source}: its weights, its size (2 layers" in printed.err
