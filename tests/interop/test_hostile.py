@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -136,6 +137,32 @@ def test_json_of_two_gigabytes(name: str, folder: Path, capsys: pytest.CaptureFi
     (folder / name).touch()
     os.truncate(folder / name, 2 << 30)
     assert "2,147,483,648 bytes" in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_layer": 10**9}, "another network"),
+        ({"n_ctx": 10**12}, "another network"),
+        ({"n_embd": -2}, "says no size"),
+        ({"n_head": 0}, "says no size"),
+        ({"n_layer": "2"}, "says no size"),
+        ({"code": "x"}, "says no size"),
+    ],
+)
+def test_runs_from_elsewhere(
+    changes: dict[str, Any], words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their sums hold; only what they say of the network is made up."""
+    assert main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000000"
+    model = checkpoint / "model.json"
+    model.write_text(json.dumps(json.loads(model.read_text()) | changes))
+    manifest = checkpoint / "manifest.json"
+    sums = json.loads(manifest.read_text()) | {"model.json": hashlib.sha256(model.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(sums))
+    assert words in refusal(tmp_path / "run", capsys)
 
 
 # --- tokenizers
