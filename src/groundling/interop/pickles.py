@@ -25,7 +25,7 @@ from groundling.interop.survey import CONFIGS, MAX_PICKLE_BYTES, Bounded, Descri
 from groundling.interop.tensor_files import Weights, regular_file, training_record
 
 MAX_ENTRIES = 20_000
-"""Entries of a zip: GPT-2 XL with its optimizer has 2,400."""
+"""Entries of a zip: GPT-2 XL with its optimizer's state has 2,326."""
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
 SETTING_KEYS = ("model_args", "config")
