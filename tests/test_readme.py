@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from groundling.cli import main
 from groundling.corpus.plays import render_play
+from groundling.training.checkpoint import load_model
+from groundling.training.run_folder import find_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,7 +47,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The files that the commands name: a novel, a folder of texts, a finished run."""
+    """The files that the commands name: a novel, a folder of texts, a finished run, a checkpoint of nanoGPT's kind."""
     path = tmp_path_factory.mktemp("readme")
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
@@ -57,8 +60,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     Path("names.txt").write_text("HAMLET:\nHORATIO:\n")
     Path("my-novel.txt").write_text(Path("my-novel.txt").read_text()[:20_000])  # a short one: it is evaluated whole
     assert main(["train", "--corpus", "my-novel.txt", "--out", "runs/gpt2", *SHORT]) == 0
+    write_checkpoint(Path("nanogpt.pt"))
     yield
     patch.undo()
+
+
+def write_checkpoint(path: Path) -> None:
+    """The finished run's weights as nanoGPT would have saved them."""
+    model, _, _ = load_model(find_checkpoint(Path("runs/gpt2")), torch.device("cpu"))
+    torch.save({"model": model.state_dict(), "model_args": {"n_layer": 1, "n_head": 2}}, path)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c not in THE_TWO])

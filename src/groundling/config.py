@@ -43,6 +43,9 @@ class RunConfig:
     """Preset that the other settings start from."""
     seed: int = 1337
     """Seed of the weights and of the order of windows."""
+    init: str = ""
+    """Model to begin with instead of random weights: a run, or whatever `groundling import` reads. Its size and its
+    tokenizer come with it."""
     text: CorpusConfig = field(default_factory=CorpusConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -62,6 +65,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}: give 0 or more, below 2**63")
+        if not self.init:  # whose position table is known when it is read
+            self.check_window()
+
+    def check_window(self) -> None:
+        """Raises `ConfigError` if the windows are longer than the model's position table."""
         if self.windows.length > self.model.n_ctx:
             raise ConfigError(
                 f"windows.length is {self.windows.length}, but model.n_ctx is {self.model.n_ctx}: the model has no"

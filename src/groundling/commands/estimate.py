@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
 def _estimate(arguments: list[str]) -> int:
     early = before_parsing(arguments)
     parser = run_parser("estimate", __doc__ or "", EXAMPLES, early.preset and preset_path(early.preset))
-    prepared = prepare(parse_run(parser, arguments))
+    prepared = prepare(parse_run(parser, arguments), typed=arguments)
     for line in estimate_lines(prepared.trainer(Path("unused")), prepared.config):
         print(line)
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,17 +16,19 @@ from typing import Any
 
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import load_preset
+from groundling.commands.initial import open_initial, tokenizer_of, with_initial
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
 from groundling.corpus.beginnings import line_beginnings
 from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, load_corpus
 from groundling.corpus.sources import packaged_names
+from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError
-from groundling.model.gpt2 import GPTConfig
+from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
 from groundling.training.estimate import measure
 from groundling.training.progress import clock, progress_bar
-from groundling.training.run_folder import RunFolder
+from groundling.training.run_folder import INITIAL, RunFolder
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
@@ -49,6 +52,9 @@ class Prepared:
     corpus: Corpus
     runtime: Runtime
     ceiling_flops: float
+    initial: GPT2 | None = None
+    """The network that a new run goes on with; None if it is drawn, or in the run's checkpoints."""
+    initial_sha256: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
@@ -59,6 +65,7 @@ class Prepared:
             "held-out text": None if heldout is None else heldout.sha256(),
             "architecture": asdict(self.config.model),
             "loss": str(self.config.objective),
+            INITIAL: self.initial_sha256,
         }
 
     def trainer(self, checkpoints: Path) -> Trainer:
@@ -72,6 +79,7 @@ class Prepared:
             self.runtime,
             checkpoints,
             self.ceiling_flops,
+            self.initial,
         )
 
 
@@ -80,18 +88,27 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
+def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence[str] = ()) -> Prepared:
     """Resolve device and text, and measure the machine's matrix ceiling, saying what was chosen and why.
+
+    `typed` are the words of the command line, which tell a setting that was given from a preset's.
 
     A resumed run whose text settings are still those of its folder reads the copy there.
     """
     kernels.select(config.runtime.kernels)
     resolved = runtime.resolve(config.runtime)
-    corpus = _text(config, resumed)  # before anything is printed: what is wrong with the input comes first
+    initial = open_initial(config, resumed)
+    if initial and not resumed:  # a resumed run only compares it with the one that it began with
+        config = with_initial(config, initial, typed)
+    config.check_window()
+    tokenizer = tokenizer_of(config, None if resumed else initial, resumed)
+    corpus = _text(config, resumed, tokenizer)  # before anything is printed: what is wrong with the input comes first
     for what, choice, why in resolved.reasons:
         say(f"{what}: {choice} ({why})")
     for warning in resolved.warnings:
         say(f"warning: {warning}")
+    if initial and not resumed:
+        say(initial.line())
     n_vocab, config = config.model.n_vocab, with_vocabulary(config, corpus)
     if n_vocab not in (config.model.n_vocab, GPTConfig().n_vocab):
         say(f"warning: model.n_vocab {n_vocab:,} is not used: the tokenizer has {config.model.n_vocab:,} ids")
@@ -107,7 +124,10 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None) -> Prepared:
             say(line)
     ceiling = _ceiling_flops(resolved)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
-    return Prepared(config, corpus, resolved, ceiling)
+    network, weights_sum = (initial.model, initial.sha256) if initial else (None, None)
+    if resumed:  # its weights are in its checkpoints
+        network, weights_sum = None, weights_sum if initial else resumed.initial_sum()
+    return Prepared(config, corpus, resolved, ceiling, network, weights_sum)
 
 
 @cache
@@ -116,13 +136,13 @@ def _ceiling_flops(runtime: Runtime) -> float:
     return machine.matrix_ceiling_flops(runtime.device, runtime.dtype, runtime.synchronize)
 
 
-def _text(config: RunConfig, resumed: RunFolder | None) -> Corpus:
+def _text(config: RunConfig, resumed: RunFolder | None, tokenizer: Tokenizer | None) -> Corpus:
     """Raises `CheckpointError` if a resumed run is given another text than its own."""
     if resumed and config.as_dict()["text"] == resumed.settings()["text"]:
         return resumed.text()
     with progress_bar("encoding the text") as progress:
         check_text = resumed.refuse_another_text if resumed else None
-        return load_corpus(config.text, runtime.cache_dir(), progress, check_text)
+        return load_corpus(config.text, runtime.cache_dir(), progress, check_text, tokenizer)
 
 
 def with_prompts(config: RunConfig, corpus: Corpus) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 from groundling import machine
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
+from groundling.commands.initial import check_begun
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
@@ -36,6 +37,7 @@ EXAMPLES = """examples:
   groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
   groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
   groundling train --corpus letters.txt --loss goldfish   for a text that is not to be memorised
+  groundling train --init runs/gpt2 --corpus my-novel.txt --schedule.peak 1e-4      fine-tune: go on from its weights
   groundling train --resume --out runs/novel              continue an interrupted run, bit for bit
   groundling train --schedule.peak 3e-4 --windows.length 512 --max-minutes 30
 """
@@ -62,12 +64,13 @@ def _train(arguments: list[str]) -> int:
         return 0
     if early.out and not resumed:
         RunFolder(early.out).refuse_used()
-    prepared = prepare(config, resumed)
+    prepared = prepare(config, resumed, arguments)
     folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
     _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else prepared.config.checkpoint.keep + 1)
     trainer = prepared.trainer(folder.checkpoints)
     with trainer.signals, folder.open(prepared.identity(), prepared.config.as_yaml(), early.resume):
         if resumed:
+            check_begun(resumed)
             for line in changes_lines(resumed, prepared):
                 say(line)
         else:
@@ -76,7 +79,9 @@ def _train(arguments: list[str]) -> int:
             _carry_out(trainer, folder, prepared, early.resume)
         except Interrupted as interrupt:
             saved = f"all saved, go on with `groundling train --resume --out {shlex.quote(str(folder.path))}`"
-            raise Interrupted(f"{interrupt}: {saved if trainer.state.n_steps else 'nothing to save yet'}") from None
+            raise Interrupted(
+                f"{interrupt}: {'nothing to save yet' if trainer.saved_step is None else saved}"
+            ) from None
     return 0
 
 
@@ -143,6 +148,8 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
         if resume:
             trainer.resume()
             write_text(folder.config, config.as_yaml())
+        if prepared.initial:  # so that whatever comes, the run can go on without its source
+            trainer.keep_beginning()
         if trainer.state.n_steps:  # never measured here: that would drop the moments just restored
             if step_s := median_of(folder.metrics, "train/step_s"):
                 trainer.sinks.note(remaining(trainer, step_s))

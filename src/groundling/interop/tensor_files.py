@@ -25,9 +25,9 @@ from groundling.errors import CheckpointError
 Shape = tuple[int, ...]
 
 MAX_CONFIG_BYTES = 1 << 20
-"""config.json of GPT-2 takes under a thousand bytes."""
+"""The config.json that transformers writes of GPT-2 takes under a thousand bytes."""
 MAX_HEADER_BYTES = 4 << 20
-"""The header of GPT-2 XL, 580 tensors, takes 60 kB."""
+"""The header of GPT-2 XL, 580 tensors, takes less than 60 kB."""
 LENGTH_BYTES = 8
 
 DTYPES = {

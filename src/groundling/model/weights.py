@@ -7,19 +7,23 @@ left out because it is the embedding.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundling.errors import CheckpointError
-from groundling.model.gpt2 import GPT2
+from groundling.model.gpt2 import GPT2, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 TIED = "lm_head.weight"
+TABLES = ("transformer.wte.weight", "transformer.wpe.weight")
+TENSORS, TENSORS_PER_BLOCK = 4, 12
+"""The two tables, the last LayerNorm's two; in each block two LayerNorms and four projections, each with a bias."""
 
 
 def to_huggingface(model: GPT2) -> dict[str, Tensor]:
@@ -29,6 +33,14 @@ def to_huggingface(model: GPT2) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if name != TIED
     }
+
+
+def sha256_of_weights(model: GPT2) -> str:
+    """SHA-256 of the model's parameters: of their bytes in fp32, in the order of their names, the head left out."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted((name, tensor) for name, tensor in model.state_dict().items() if name != TIED):
+        digest.update(tensor.float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def from_huggingface(model: GPT2, tensors: Mapping[str, Tensor], where: object = "these weights") -> None:
@@ -49,6 +61,19 @@ def from_huggingface(model: GPT2, tensors: Mapping[str, Tensor], where: object =
                     f"{where}: {name} has shape {tuple(given.shape)} where the model has {tuple(tensor.shape)}"
                 )
             tensor.copy_(given)
+
+
+def check_size(config: GPTConfig, path: Path) -> None:
+    """Raises `CheckpointError` if the file's header is not that of a network of this size; allocates nothing for it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            tables = [tuple(file.get_slice(name).get_shape()) for name in TABLES if name in names]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+    expected = [(config.n_vocab, config.n_embd), (config.n_ctx, config.n_embd)]
+    if tables != expected or len(names) != TENSORS + TENSORS_PER_BLOCK * config.n_layer:
+        raise CheckpointError(f"{path} holds another network than the model.json beside it says: it cannot be used")
 
 
 def save(model: GPT2, path: Path) -> None:

@@ -166,10 +166,15 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT2, Tokenizer, int]:
     """
     if (wrong := damage(path)) is not None:
         raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
-    facts = json.loads((path / "model.json").read_text(encoding="utf-8"))
-    window = facts.pop("window")
+    try:
+        facts = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        window = int(facts.pop("window"))
+        config = GPTConfig(**facts)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path / 'model.json'} says no size of a network: {error}") from None
+    weights.check_size(config, path / "model.safetensors")  # a folder from elsewhere may claim what it likes
     with torch.device("meta"):
-        model = GPT2(GPTConfig(**facts))
+        model = GPT2(config)
     model.to_empty(device=device)
     model.lm_head.weight = model.transformer.wte.weight  # to_empty unties them
     weights.load(model, path / "model.safetensors")

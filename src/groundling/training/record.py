@@ -17,6 +17,7 @@ from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
 from groundling.training import checkpoint
 from groundling.training.metrics import read_lines
+from groundling.training.run_folder import INITIAL
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
@@ -57,6 +58,7 @@ def make_record(
         "corpus_sha256": identity["text"],
         "weights_sha256": sha256_of(weights_path),
         "tokenizer_sha256": identity["tokenizer"],
+        "initial_weights_sha256": identity[INITIAL],
         "window": trainer.recipe.windows.length,
         "steps": state.n_steps,
         "loss": str(objective),

@@ -5,7 +5,7 @@ with. A folder that could not begin its run does not stay behind.
 
     runs/gpt2/
         config.yaml      the whole configuration, resolved
-        identity.json    what must not change: text, held-out text, tokenizer, architecture, loss
+        identity.json    what must not change: text, held-out text, tokenizer, architecture, loss, initial model
         origin.json      the text's name and size, and what the run began to compute on
         places.json      the names of the text's documents, in order
         tokenizer.json   Hugging Face tokenizers
@@ -41,7 +41,10 @@ NO_SUM = "0" * 64
 """A run's copy of tokens is not looked up by what it was made of."""
 
 
-UNSAID = {"loss": "plain"}
+INITIAL = "initial model"
+"""SHA-256 of the weights that a run began with, if they were not drawn (`model.weights.sha256_of_weights`)."""
+
+UNSAID = {"loss": "plain", INITIAL: None}
 """What identities leave out that were written before there was a choice."""
 
 
@@ -62,6 +65,11 @@ class RunFolder:
         self.evaluated = path / "evaluated.json"
         self.curve = path / "loss.png"
         self.samples = path / "samples.txt"
+
+    def initial_sum(self) -> str | None:
+        """SHA-256 of the weights that the run began with; None if they were drawn."""
+        identity = json.loads(self.identity.read_text(encoding="utf-8"))
+        return identity.get(INITIAL)  # type: ignore[no-any-return]
 
     def exists(self) -> bool:
         """Whether a run has begun here."""

@@ -72,7 +72,9 @@ class Trainer:
         runtime: Runtime,
         checkpoints: Path,
         ceiling_flops: float,
+        initial: GPT2 | None = None,
     ) -> None:
+        """`initial` is the network to go on with; without it, one is drawn by the recipe's seed."""
         self.recipe, self.tokenizer, self.runtime = recipe, tokenizer, runtime
         self.train_tokens, self.heldout_tokens = train, heldout
         self.checkpoints, self.ceiling_flops = checkpoints, ceiling_flops
@@ -80,7 +82,8 @@ class Trainer:
         """Where metrics go; a caller that wants any sets it."""
         self.windows = Windows(train, recipe.windows, recipe.seed, recipe.objective)
         self.total_steps = recipe.schedule.steps(self.windows.steps_per_pass())
-        self.model = self._new_model().to(runtime.device)
+        assert initial is None or initial.config == recipe.model, "the recipe is of another network"
+        self.model = (initial or self._new_model()).train().to(runtime.device)
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
             self.loss_sum = CompiledLoss(self.model.loss_sum, warn=lambda message: self.sinks.note(message))
@@ -134,6 +137,11 @@ class Trainer:
             self.saved_step = self.state.n_steps
         self.sinks.rewind(self.state.n_steps)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
+
+    def keep_beginning(self) -> None:
+        """Write a checkpoint before the first step, of weights that no seed could give again."""
+        self.clock = time.monotonic()
+        self.save()
 
     def save(self) -> None:
         """Write a checkpoint of this moment, unless this step already has one."""
