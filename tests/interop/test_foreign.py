@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import UserError
+from groundling.interop import huggingface
 from groundling.interop.sources import open_foreign
 from groundling.interop.trained import Trained, open_trained
 from groundling.model.gpt2 import GPT2, GPTConfig
@@ -242,3 +244,15 @@ def test_two_wrappings_of_one_tensor_are_refused(make_trained: MakeTrained, spel
     torch.save({"model": weights}, tmp_path / "twice.pt")
     with pytest.raises(UserError, match="are the same"):
         open_foreign(tmp_path / "twice.pt", spelled, n_head=2)
+
+
+def test_our_own_export_keeps_the_window(make_trained: MakeTrained, tmp_path: Path) -> None:
+    """Positions past it were never trained: whoever reads the folder again should not decode with them."""
+    trained = replace(make_trained("small"), window=10)
+    huggingface.write(trained, tmp_path / "hf", "fp32")
+    assert open_trained(tmp_path / "hf").window == 10
+    config = tmp_path / "hf" / "config.json"
+    for wrong in ("0", "25", '"10"', "null", "1e1"):
+        config.write_text(config.read_text().replace('"groundling_window": 10', f'"groundling_window": {wrong}'))
+        assert open_trained(tmp_path / "hf").window == trained.model.config.n_ctx
+        config.write_text(config.read_text().replace(f'"groundling_window": {wrong}', '"groundling_window": 10'))

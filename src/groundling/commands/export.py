@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     module = cast(Writer, importlib.import_module(f"groundling.interop.{form.module}"))
     if options.library:
         _keep_library(options)
-    trained = open_trained(Path(options.run))
+    trained = open_trained(Path(options.run), options.tokenizer and Path(options.tokenizer), options.n_head)
     with atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
         if options.verify:
@@ -107,7 +107,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="groundling export", description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("run", type=str, help="run folder, or one of its checkpoints")
+    parser.add_argument("run", type=str, help="run folder, one of its checkpoints, or what `groundling import` reads")
     formats = "; ".join(f"{name}: {form.help}" for name, form in FORMATS.items())
     parser.add_argument("--format", choices=list(FORMATS), default="hf", help=formats)
     parser.add_argument("--out", type=str, required=True, help="what is written: a folder, or for gguf a file")
@@ -118,6 +118,8 @@ def _parser() -> Parser:
         parser.add_argument(f"--{flag}", choices=choices, help=f"format of the weights ({listed})")
     library = "for web: the tarball of one of the library's packages, instead of fetching it with npm; may be repeated"
     parser.add_argument("--library", action="append", default=[], metavar="FILE", help=library)
+    parser.add_argument("--tokenizer", type=str, help="tokenizer.json of weights that come from elsewhere without one")
+    parser.add_argument("--n-head", type=int, help="attention heads, where those weights do not say it")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser

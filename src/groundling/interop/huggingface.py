@@ -24,7 +24,7 @@ from groundling.errors import ConfigError
 from groundling.files import write_json, write_text
 from groundling.generation.sampling import SamplingConfig
 from groundling.interop import model_card
-from groundling.interop.trained import Trained
+from groundling.interop.trained import WINDOW, Trained
 from groundling.interop.verification import Probe, VerificationFailed
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, INIT_STD
@@ -121,6 +121,7 @@ def config_of(trained: Trained, precision: str) -> dict[str, Any]:
         "n_inner": None,
         "n_positions": config.n_ctx,
         "n_ctx": config.n_ctx,  # llama.cpp's converter reads this name
+        WINDOW: trained.window,
         "vocab_size": config.n_vocab,
         "activation_function": "gelu_new",  # the tanh approximation
         "layer_norm_epsilon": trained.model.transformer.ln_f.eps,

@@ -20,6 +20,9 @@ from groundling.model.gpt2 import GPT2
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import RunFolder, find_checkpoint
 
+WINDOW = "groundling_window"
+"""What an export's config.json says besides transformers' own settings: `Trained.window`."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -57,9 +60,10 @@ def open_trained(path: Path, tokenizer: Path | None = None, n_head: int | None =
 def of_foreign(imported: Imported, path: Path) -> Trained:
     """A foreign model as exports receive it: of its training, the steps and the last loss are known, if anything."""
     name = path.stem if path.is_file() else path.resolve().name
-    return Trained(
-        imported.model, imported.tokenizer, imported.model.config.n_ctx, name, record=dict(imported.source.record)
-    )
+    n_ctx, window = imported.model.config.n_ctx, imported.source.settings.get(WINDOW)
+    if not isinstance(window, int) or not 0 < window <= n_ctx:
+        window = n_ctx
+    return Trained(imported.model, imported.tokenizer, window, name, record=dict(imported.source.record))
 
 
 def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
