@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from groundling.corpus.documents import Document
-from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
+from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import RunFailed
 from groundling.generation.decode import generate
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.generation.text import continue_text
-from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.gpt2 import GPT2
 from groundling.serving.engine import Busy, Closing, Engine, Event, Request, Ticket
 
 N_SLOTS = 3
@@ -76,17 +74,6 @@ class Listener:
     @property
     def text(self) -> str:
         return "".join(event.text for event in self.events)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([Document.from_text("b", lambda: "ten green bottles, hanging on the wall " * 9)], 270)
-
-
-@pytest.fixture(scope="module")
-def network(tokenizer: Tokenizer) -> GPT2:
-    torch.manual_seed(0)
-    return GPT2(GPTConfig(n_layer=2, n_head=2, n_embd=16, n_ctx=32, n_vocab=tokenizer.n_vocab)).eval()
 
 
 @contextmanager

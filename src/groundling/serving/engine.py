@@ -155,8 +155,7 @@ class Engine:
                 raise RunFailed(f"decoding has failed ({self.failure}): start the server again")
             if self._closing:
                 raise Closing
-            n_at_once = max(0, self._batch.n_free - len(self._queue))
-            if len(self._queue) + len(tickets) > self.max_queue + n_at_once:
+            if len(self._queue) + len(tickets) > self.max_queue + self._batch.n_free:
                 raise Busy
             for ticket in tickets:
                 self._queue.put(ticket)
