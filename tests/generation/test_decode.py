@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from groundling.generation.decode import Stats, Stream, decode, generate
+from groundling.generation.decode import Batch, Likelihood, Stats, Stream, decode, generate
 from groundling.generation.decoder import Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
@@ -113,3 +113,70 @@ def test_stats_count_what_happened(decoder: Decoder) -> None:
     assert stats.tokens_per_s is not None
     assert stats.tokens_per_s > 0
     assert (stats.acceptance, stats.passes_saved) == (None, 0.0)
+
+
+def likelihood(model: GPT2, context: list[int], token: int, n: int) -> Likelihood:
+    with torch.no_grad():
+        logprobs = model.logits(model.hidden(torch.tensor([context])))[0, -1].log_softmax(-1)
+    best = logprobs.topk(n)
+    return Likelihood(
+        token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    )
+
+
+def assert_close(given: Likelihood, expected: Likelihood) -> None:
+    assert (given.token, [token for token, _ in given.likeliest]) == (
+        expected.token,
+        [token for token, _ in expected.likeliest],
+    )
+    values, theirs = ([each.logprob, *(logprob for _, logprob in each.likeliest)] for each in (given, expected))
+    assert values == pytest.approx(theirs, abs=1e-4)
+
+
+def test_streams_join_and_leave_between_passes_and_write_what_they_write_alone(decoder: Decoder) -> None:
+    configs = [SamplingConfig(max_tokens=4 + 3 * i, top_k=9, seed=i) for i in range(7)]
+    prompts = [[(5 * i + n) % 31 for n in range(1 + 6 * i)] for i in range(7)]
+    alone = [list(generate(decoder, *request)) for request in zip(prompts, configs, strict=True)]
+    batch = Batch(decoder, max_prompt_rows=5)
+    waiting = [Stream(*request) for request in zip(prompts, configs, strict=True)]
+    abandoned = Stream([1, 2], SamplingConfig(max_tokens=500))
+    streams = list(waiting)
+    batch.join(abandoned)
+    n_passes = 0
+    while waiting or len(batch.live) > 1:
+        if waiting and batch.n_free and n_passes % 3 == 0:
+            batch.join(waiting.pop(0))
+        list(batch.step())
+        n_passes += 1
+    batch.leave(abandoned)
+    assert [stream.generated for stream in streams] == alone
+    assert batch.n_free == decoder.n_slots
+    assert not any(decoder.length(slot) for slot in range(decoder.n_slots))
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(decoder: Decoder) -> None:
+    batch = Batch(decoder, max_prompt_rows=4)
+    quick = Stream([1], SamplingConfig(max_tokens=20, temperature=0))
+    batch.join(quick)
+    list(batch.step())
+    batch.join(Stream(list(range(15)), SamplingConfig(max_tokens=20, temperature=0)))
+    batch.join(Stream(list(range(3)), SamplingConfig(max_tokens=20, temperature=0)))
+    writers = [[stream for stream, _ in batch.step()] for _ in range(5)]
+    assert all(quick in who for who in writers)
+    assert [len(who) for who in writers] == [1, 1, 1, 2, 3]  # 4, 4, 4, 3 + 1, 2
+
+
+@pytest.mark.parametrize("max_prompt_rows", [None, 1, 3])
+def test_likelihoods_are_those_of_the_model(model: GPT2, decoder: Decoder, max_prompt_rows: int | None) -> None:
+    """Before any sampling setting, of prompt and continuation."""
+    prompt = [3, 1, 4, 1, 5, 9]
+    config = SamplingConfig(max_tokens=4, temperature=0.5, top_k=2, repetition_penalty=1.5)
+    stream = Stream(prompt, config, n_likeliest=3, prompt_likelihoods=True)
+    batch = Batch(decoder, max_prompt_rows=max_prompt_rows)
+    batch.join(stream)
+    responses = [response for _ in range(10) if batch.live for _, response in batch.step()]
+    assert stream.prompt_likelihoods is not None
+    given = stream.prompt_likelihoods + [each for r in responses if (each := r.likelihood)]
+    assert [each.token for each in given] == stream.tokens[1:]
+    for place, each in enumerate(given, 1):
+        assert_close(each, likelihood(model, stream.tokens[:place], stream.tokens[place], 3))

@@ -30,6 +30,16 @@ FinishReason = Literal["stop", "length"]
 """stop: the end of the text, or a stop string; length: as many tokens as were asked for (OpenAI's words)."""
 
 
+class Likelihood(NamedTuple):
+    """What the model itself, before any sampling setting, thinks of a token."""
+
+    token: int
+    logprob: float
+    """Nats."""
+    likeliest: tuple[tuple[int, float], ...]
+    """The likeliest ids in this place and their log-probabilities, the first first."""
+
+
 class Response(NamedTuple):
     """One generated token."""
 
@@ -37,6 +47,8 @@ class Response(NamedTuple):
     from_draft: bool
     finish_reason: FinishReason | None
     """Why this token is the last one, or None."""
+    likelihood: Likelihood | None = None
+    """If the stream asked for it."""
 
 
 @dataclass
@@ -82,18 +94,27 @@ class Stream:
         config: SamplingConfig,
         drafter: Drafter | None = None,
         end_token: int | None = None,
+        n_likeliest: int | None = None,
+        prompt_likelihoods: bool = False,
     ) -> None:
-        """A prompt has at least one token; `end_token` ends the text where it is drawn."""
+        """A prompt has at least one token; `end_token` ends the text where it is drawn.
+
+        With `n_likeliest` each response says how likely its token was, and names so many of the likeliest; with
+        `prompt_likelihoods` the same is kept for every token of the prompt but the first.
+        """
         assert len(prompt), "a prompt has at least one token"
         self.tokens = list(prompt)
         self.n_prompt = len(self.tokens)
         self.config, self.drafter, self.end_token = config, drafter, end_token
+        self.n_likeliest = n_likeliest
+        self.prompt_likelihoods: list[Likelihood] | None = [] if prompt_likelihoods else None
         self.finish_reason: FinishReason | None = None
         self.slot = -1
         self._generator = torch.Generator().manual_seed(config.seed)
         self._chain = processors(config)
         self._start = 0  # place in `tokens` of the window's first position
         self._draft: list[int] = []
+        self._wants_prompt = False
         self._draft_length = DraftLength()
 
     @property
@@ -105,25 +126,57 @@ class Stream:
     def n_generated(self) -> int:
         return len(self.tokens) - self.n_prompt
 
+    @property
+    def n_drafted(self) -> int:
+        """Tokens of the last chunk that are guesses."""
+        return len(self._draft)
+
     def finish(self, reason: FinishReason) -> None:
         """Write nothing after the tokens there are."""
         self.finish_reason = self.finish_reason or reason
 
-    def next_chunk(self, decoder: Decoder, max_draft: int) -> Chunk:
-        """What to read before the next token can be drawn: tokens not yet read, and a draft of what follows."""
+    def n_unread(self, decoder: Decoder) -> int:
+        """Tokens that must be read before the next one can be drawn; slides the window if they do not fit."""
         n_window, length = decoder.n_window, decoder.length(self.slot)
         n_unread = len(self.tokens) - self._start - length
-        if length + n_unread > n_window:  # slide; a prompt that is too long is read from its end
+        if length + n_unread > n_window:  # a prompt that is too long is read from its end
             decoder.rewind(self.slot, 0)
-            length, n_unread = 0, min(n_unread, n_window) if length == 0 else max(1, n_window // 2)
+            n_unread = min(n_unread, n_window) if length == 0 else max(1, n_window // 2)
             self._start = len(self.tokens) - n_unread
+        return n_unread
+
+    def next_chunk(self, decoder: Decoder, max_draft: int, max_read: int) -> Chunk:
+        """What to read next: at most `max_read` of the unread tokens, and if those are all, a draft of what follows."""
+        n_unread = self.n_unread(decoder)
+        n_window, length = decoder.n_window, decoder.length(self.slot)
+        first = self._start + length
+        self._draft = []
+        self._wants_prompt = self.prompt_likelihoods is not None and self.n_generated == 0
+        if n_unread > max_read:
+            return Chunk(self.slot, self.tokens[first : first + max_read], max_read if self._wants_prompt else 0)
         n_left = self.config.max_tokens - self.n_generated
         room = min(self._draft_length.n_tokens, max_draft, n_window - length - n_unread, n_left - 1)
-        self._draft = list(self.drafter(self.tokens, room)[:room]) if self.drafter and room > 0 else []
-        return Chunk(self.slot, self.tokens[self._start + length :] + self._draft, 1 + len(self._draft))
+        if self.drafter and room > 0:
+            self._draft = list(self.drafter(self.tokens, room)[:room])
+        n_outputs = 1 + len(self._draft) + (n_unread - 1 if self._wants_prompt else 0)
+        return Chunk(self.slot, self.tokens[first:] + self._draft, n_outputs)
 
     def take(self, logits: Tensor, decoder: Decoder) -> Iterator[Response]:
-        """The tokens that these logits of the last chunk give; the decoder is rewound to what holds."""
+        """The tokens that these logits of the last chunk give; the decoder is rewound to what holds.
+
+        None if the chunk did not end what must be read.
+        """
+        n_read = self._start + decoder.length(self.slot) - len(self._draft)
+        if self._wants_prompt:
+            assert self.prompt_likelihoods is not None
+            n_given = len(logits) - 1 - len(self._draft) if n_read == len(self.tokens) else len(logits)
+            targets = self.tokens[len(self.prompt_likelihoods) + 1 :]
+            self.prompt_likelihoods += [
+                self._likelihood(*pair) for pair in zip(targets, logits[:n_given], strict=False)
+            ]
+            logits = logits[n_given:]
+        if n_read < len(self.tokens):
+            return
         drawn = verify(self._draft, logits, self._pick)
         n_accepted = len(drawn) - 1
         self._draft_length.judge(len(self._draft), n_accepted)
@@ -135,7 +188,8 @@ class Stream:
             elif self.n_generated == self.config.max_tokens:
                 self.finish("length")
             # An accepted draft may run on past the end: plain decoding would not have drawn the rest.
-            yield Response(token, place < n_accepted, self.finish_reason)
+            likelihood = self._likelihood(token, logits[place]) if self.n_likeliest is not None else None
+            yield Response(token, place < n_accepted, self.finish_reason, likelihood)
             if self.finish_reason:
                 return
 
@@ -145,6 +199,96 @@ class Stream:
             logits = process(context, logits)
         return draw(logits, self.config, self._generator)
 
+    def _likelihood(self, token: int, logits: Tensor) -> Likelihood:
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(min(self.n_likeliest or 0, len(logprobs)))
+        return Likelihood(
+            token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        )
+
+
+class Batch:
+    """Streams that are decoded together; others may join and leave between passes.
+
+    With `max_prompt_rows`, no more tokens of prompts than that are read in one pass, so that a long prompt does not
+    hold up the streams that are already being written.
+    """
+
+    def __init__(self, decoder: Decoder, stats: Stats | None = None, max_prompt_rows: int | None = None) -> None:
+        assert max_prompt_rows is None or max_prompt_rows > 0
+        self.decoder, self.stats, self.max_prompt_rows = decoder, stats or Stats(), max_prompt_rows
+        self.live: list[Stream] = []
+        self._free = deque(range(decoder.n_slots))
+
+    @property
+    def n_free(self) -> int:
+        """Streams that may join."""
+        return len(self._free)
+
+    def join(self, stream: Stream) -> None:
+        """Take part in the passes from the next one on."""
+        stream.slot = self._free.popleft()
+        self.live.append(stream)
+
+    def leave(self, stream: Stream) -> None:
+        """Take part no more, finished or not."""
+        self.live.remove(stream)
+        self.decoder.rewind(stream.slot, 0)
+        self._free.append(stream.slot)
+
+    def step(self) -> Iterator[tuple[Stream, Response]]:
+        """One pass; the tokens that it gives, as they are drawn. Finished streams have left after it.
+
+        The caller may `finish` a stream at any token of it.
+        """
+        started = time.perf_counter()
+        waited_s = 0.0  # for the caller, between tokens
+        reading = self._chunks()
+        logits = self.decoder.read([chunk for _, chunk in reading])
+        n_tokens = n_prompt = 0
+        for stream, chunk in reading:
+            if not stream.n_generated:
+                n_prompt += len(chunk.tokens) - stream.n_drafted
+        for (stream, _), rows in zip(reading, logits, strict=True):
+            n_before = n_tokens
+            self.stats.n_drafted += stream.n_drafted
+            for response in stream.take(rows, self.decoder):
+                n_tokens += 1
+                self.stats.n_accepted += response.from_draft
+                paused = time.perf_counter()
+                yield stream, response
+                waited_s += time.perf_counter() - paused
+            self.stats.n_turns += n_tokens > n_before
+        self.stats.n_tokens += n_tokens
+        seconds = time.perf_counter() - started - waited_s
+        self.stats.n_prompt_tokens += n_prompt
+        if n_prompt:
+            self.stats.prompt_s += seconds
+        else:
+            self.stats.decode_s += seconds
+            self.stats.n_decoded += n_tokens
+        for stream in [stream for stream in self.live if stream.finish_reason]:
+            self.leave(stream)
+
+    def _chunks(self) -> list[tuple[Stream, Chunk]]:
+        """What each stream reads in the next pass; those that joined first read their prompts first."""
+        max_draft = max(1, MAX_DRAFTED_ROWS // len(self.live))
+        n_left = self.max_prompt_rows
+        chunks = []
+        for stream in self.live:
+            n_unread = stream.n_unread(self.decoder)
+            n_read = n_unread if n_left is None or n_unread == 1 else min(n_unread, n_left)
+            if n_left is not None and n_unread > 1:
+                n_left -= n_read
+            if n_read:
+                chunks.append((stream, stream.next_chunk(self.decoder, max_draft, n_read)))
+        return chunks
+
+    def close(self) -> None:
+        """Let every stream leave."""
+        for stream in list(self.live):
+            self.leave(stream)
+
 
 def decode(
     decoder: Decoder, streams: Iterable[Stream], stats: Stats | None = None
@@ -153,50 +297,17 @@ def decode(
 
     The caller may `finish` a stream at any token of it.
     """
-    stats = stats or Stats()
-    waiting, live = iter(streams), list[Stream]()
-    free = deque(range(decoder.n_slots))
+    batch = Batch(decoder, stats)
+    waiting = iter(streams)
     try:
         while True:
-            for stream in itertools.islice(waiting, len(free)):
-                stream.slot = free.popleft()
-                live.append(stream)
-            if not live:
+            for stream in itertools.islice(waiting, batch.n_free):
+                batch.join(stream)
+            if not batch.live:
                 return
-            started = time.perf_counter()
-            waited_s = 0.0  # for the caller, between tokens
-            fresh = [not decoder.length(stream.slot) for stream in live]
-            chunks = [stream.next_chunk(decoder, max(1, MAX_DRAFTED_ROWS // len(live))) for stream in live]
-            results = list(zip(live, chunks, decoder.read(chunks), strict=True))
-            n_prompt = sum(
-                len(chunk.tokens) - chunk.n_outputs + 1 for chunk, new in zip(chunks, fresh, strict=True) if new
-            )
-            n_tokens = 0
-            for stream, chunk, logits in results:
-                stats.n_turns += 1
-                stats.n_drafted += chunk.n_outputs - 1
-                for response in stream.take(logits, decoder):
-                    n_tokens += 1
-                    stats.n_accepted += response.from_draft
-                    paused = time.perf_counter()
-                    yield stream, response
-                    waited_s += time.perf_counter() - paused
-            stats.n_tokens += n_tokens
-            seconds = time.perf_counter() - started - waited_s
-            stats.n_prompt_tokens += n_prompt
-            if n_prompt:
-                stats.prompt_s += seconds
-            else:
-                stats.decode_s += seconds
-                stats.n_decoded += n_tokens
-            for stream in live:
-                if stream.finish_reason:
-                    decoder.rewind(stream.slot, 0)
-                    free.append(stream.slot)
-            live = [stream for stream in live if not stream.finish_reason]
+            yield from batch.step()
     finally:
-        for stream in live:
-            decoder.rewind(stream.slot, 0)
+        batch.close()
 
 
 def generate(

@@ -1,0 +1,248 @@
+"""A completion as OpenAI's API has it: what a request may ask, and the shape of the answer.
+
+Invariant: every setting of a request is either carried out or refused; none is silently left aside.
+
+Source: OpenAI's API reference, "Completions" (legacy), for names, limits and shapes; vLLM's names for the settings that
+OpenAI's API lacks (top_k, min_p, repetition_penalty).
+"""
+
+from __future__ import annotations
+
+import codecs
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.errors import ConfigError
+from groundling.generation.decode import Likelihood
+from groundling.generation.sampling import SamplingConfig
+
+MAX_PROMPTS, MAX_N = 16, 16
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+MAX_LOGPROBS = 20
+MAX_TOKENS = 4096
+MAX_PROMPT_CHARACTERS = 1 << 16
+"""Far more than any window of GPT-2 holds (1,024 tokens, of some 4 characters each)."""
+SEEDS = 2**63
+DEFAULT_TOKENS = 16
+"""OpenAI's."""
+
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    """A last piece with the numbers of tokens."""
+
+
+class CompletionRequest(BaseModel):
+    """What is to be continued, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    """A name that /v1/models lists."""
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    ) = ""
+    """A text, or several; or token ids. An empty text starts a new document."""
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = DEFAULT_TOKENS
+    """Tokens to write; with `echo` it may be 0."""
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = 1
+    """Texts for each prompt; the i-th has seed + i."""
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = None
+    """Must be n if it is given: every text that is written is returned."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    """0 always takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 20)] | None = 0
+    """0 or -1: all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    seed: Annotated[StrictInt, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    """The same request with the same seed gives the same text, whoever else is served."""
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    """Texts that end the completion; they are not part of it."""
+    echo: bool | None = False
+    """Begin the answer with the prompt."""
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Log-probabilities of the tokens and of so many of the likeliest in each place."""
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    """Those who wait take turns by this name, within one key or address."""
+    suffix: Literal[""] | None = None
+    """GPT-2 writes forwards only."""
+    presence_penalty: Literal[0] | None = None
+    """Not offered: use repetition_penalty."""
+    frequency_penalty: Literal[0] | None = None
+    """Not offered: use repetition_penalty."""
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    """Not offered."""
+
+    def sampling(self) -> SamplingConfig:
+        """The settings of the first text. Raises `ConfigError` for a combination that cannot be carried out."""
+        if self.best_of not in (None, self.n or 1):
+            raise ConfigError("best_of is not n: leave it out, and all n texts are returned")
+        if not self.max_tokens and self.max_tokens is not None and not self.echo:
+            raise ConfigError("max_tokens is 0: give 1 or more, or ask for the prompt alone with echo")
+        if self.stream_options and not self.stream:
+            raise ConfigError("stream_options are for streams: set stream, or leave them out")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingConfig(
+            max_tokens=max(1, DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            stop=tuple(stops),
+            seed=(secrets.randbelow(SEEDS) if self.seed is None else self.seed) % SEEDS,
+        )
+
+    def prompts(self, tokenizer: Tokenizer, n_window: int) -> list[list[int]]:
+        """Each prompt's token ids, at least one. Raises `ConfigError` for one that the window cannot hold."""
+        given: Sequence[Any] = [self.prompt] if isinstance(self.prompt, str) or _are_ids(self.prompt) else self.prompt
+        prompts = []
+        for prompt in given:
+            try:
+                ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            except UnicodeEncodeError:
+                raise ConfigError("the prompt holds half of a surrogate pair: give valid Unicode") from None
+            ids = ids or [tokenizer.end_of_text_id]
+            if len(ids) > n_window:
+                raise ConfigError(f"the prompt has {len(ids):,} tokens, and this model reads {n_window:,}: shorten it")
+            if max(ids) >= tokenizer.n_vocab:
+                raise ConfigError(f"the prompt holds the id {max(ids)}: this model has ids below {tokenizer.n_vocab:,}")
+            prompts.append(ids)
+        return prompts
+
+
+def _are_ids(prompt: object) -> bool:
+    return isinstance(prompt, list) and isinstance(prompt[0], int)
+
+
+class Logprobs(BaseModel):
+    """Likelihoods of tokens, one entry in each list for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Characters before each token."""
+
+
+class Choice(BaseModel):
+    """One text, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Usage(BaseModel):
+    """Numbers of tokens; a prompt of which n texts are written counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """An answer, or a piece of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, in OpenAI's shape."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "groundling"
+    max_model_len: int
+    """Tokens that it reads at a time."""
+
+
+class ModelList(BaseModel):
+    """All models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class LogprobsWriter:
+    """Tokens with their likelihoods, each when its text is certain to be part of the answer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._n_decoded = self._n_certain = 0
+        self._pending: list[tuple[int, int, Likelihood | None]] = []
+
+    def add(self, token: int, likelihood: Likelihood | None) -> None:
+        """Take the next token of the text; the first one of a prompt has no likelihood."""
+        self._pending.append((self._n_decoded, token, likelihood))
+        if token != self._tokenizer.end_of_text_id:
+            self._n_decoded += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    def end_prompt(self) -> None:
+        """What follows is decoded anew, as the engine does it, also if the prompt ends inside a character."""
+        self._n_decoded += len(self._decoder.decode(b"", final=True))
+
+    def take(self, text: str, last: bool) -> Logprobs:
+        """What begins within the text so far, of which this much is new."""
+        self._n_certain += len(text)
+        ready = [entry for entry in self._pending if entry[0] < self._n_certain]
+        self._pending = [] if last else self._pending[len(ready) :]
+        return Logprobs(
+            tokens=[self._spelt(token) for _, token, _ in ready],
+            token_logprobs=[each and each.logprob for _, _, each in ready],
+            top_logprobs=[
+                None if each is None else {self._spelt(token): logprob for token, logprob in each.likeliest}
+                for _, _, each in ready
+            ],
+            text_offset=[offset for offset, _, _ in ready],
+        )
+
+    def _spelt(self, token: int) -> str:
+        """A token as text; one that is no whole characters as its bytes, in OpenAI's spelling."""
+        raw = self._tokenizer.decode_bytes([token])
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -1,0 +1,314 @@
+"""Continuous batching: the texts of many clients, decoded together by one thread.
+
+Invariant: what a request gets depends on its prompt, settings and seed alone, not on who else is there (exactly so on a
+CPU, where the kernel is batch-invariant). The queue is bounded, clients in it take turns, and a request that was
+cancelled or has run out of time takes part in no pass after the one under way.
+
+Source of the scheduling: Yu et al. 2022, "Orca", section 3.1 (iteration-level scheduling).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.errors import RunFailed
+from groundling.generation.decode import Batch, Likelihood, Stats, Stream
+from groundling.generation.decoder import Decoder
+from groundling.generation.sampling import SamplingConfig
+from groundling.generation.speculate import Drafter
+from groundling.generation.text import Writer
+
+MAX_PROMPT_ROWS = 64
+"""Tokens of prompts read in one pass: what those who are being served wait for at most, between two tokens."""
+
+Ending = Literal["stop", "length", "cancelled", "deadline", "failed"]
+"""Why a text ended: OpenAI's two words, and three of ours for texts that are not whole."""
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Closing(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be written."""
+
+    prompt: Sequence[int]
+    """At least one token, and no more than the window holds."""
+    sampling: SamplingConfig
+    client: str = ""
+    """Those who wait take turns by this name."""
+    timeout_s: float | None = None
+    """Counted from the moment it is handed in."""
+    n_likeliest: int | None = None
+    """With how many of the likeliest tokens each token's likelihood is given; None for no likelihoods."""
+    prompt_likelihoods: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is new of a text."""
+
+    text: str
+    """Whole characters; nothing of a stop string."""
+    tokens: tuple[int, ...]
+    """Ids drawn since the last event."""
+    likelihoods: tuple[Likelihood, ...]
+    ending: Ending | None
+    """If this is the last event, why."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way: what the engine knows of it."""
+
+    request: Request
+    sink: Callable[[Event], None]
+    """Called by the engine's thread, so it must return at once."""
+    submitted_s: float
+    stream: Stream
+    writer: Writer
+    first_token_s: float | None = None
+    """Seconds from being handed in to its first token."""
+    ended_s: float | None = None
+    ending: Ending | None = None
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Take part in no further pass. May be called by any thread, and when all is over."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def deadline_s(self) -> float:
+        timeout_s = self.request.timeout_s
+        return float("inf") if timeout_s is None else self.submitted_s + timeout_s
+
+
+@dataclass
+class Counts:
+    """What has happened since the engine began."""
+
+    n_prompt_tokens: int = 0
+    n_tokens: int = 0
+    endings: dict[Ending, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Decodes what is handed in, as many at a time as the decoder has slots; closes the decoder when it is closed."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        max_queue: int,
+        drafter: Callable[[], Drafter | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`drafter` makes one for each request."""
+        self.decoder, self.tokenizer, self.max_queue = decoder, tokenizer, max_queue
+        self.stats, self.counts = Stats(), Counts()
+        self._drafter, self._clock = drafter, clock
+        self._batch = Batch(decoder, self.stats, MAX_PROMPT_ROWS)
+        self._served: dict[int, Ticket] = {}  # by the identity of the stream
+        self._queue = FairQueue()
+        self._changed = threading.Condition()
+        self._closing = False
+        self.failure: BaseException | None = None
+        """What ended the engine, if it was not `close`."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def n_running(self) -> int:
+        return len(self._served)
+
+    def submit(self, request: Request, sink: Callable[[Event], None]) -> Ticket:
+        """Hand in one request; its events come to the sink. See `submit_all`."""
+        return self.submit_all([request], [sink])[0]
+
+    def submit_all(self, requests: Sequence[Request], sinks: Sequence[Callable[[Event], None]]) -> list[Ticket]:
+        """Hand in requests, all or none.
+
+        Raises `Busy` if the queue cannot hold them, `Closing` after `close`, `RunFailed` if the engine has failed.
+        """
+        tickets = [self._ticket(request, sink) for request, sink in zip(requests, sinks, strict=True)]
+        with self._changed:
+            if self.failure is not None:
+                raise RunFailed(f"decoding has failed ({self.failure}): start the server again")
+            if self._closing:
+                raise Closing
+            if len(self._queue) + len(tickets) > self.max_queue + self._batch.n_free:
+                raise Busy
+            for ticket in tickets:
+                self._queue.put(ticket)
+            self._changed.notify()
+        return tickets
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, finish those there are for so many seconds, cancel the rest, and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout=drain_s)
+        with self._changed:
+            for ticket in [*self._queue, *self._served.values()]:
+                ticket.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    def _ticket(self, request: Request, sink: Callable[[Event], None]) -> Ticket:
+        stream = Stream(
+            request.prompt,
+            request.sampling,
+            self._drafter() if request.n_likeliest is None else None,
+            self.tokenizer.end_of_text_id,
+            request.n_likeliest,
+            request.prompt_likelihoods,
+        )
+        return Ticket(request, sink, self._clock(), stream, Writer(self.tokenizer, request.sampling.stop))
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._end_overdue()
+                self._admit()
+                if self._batch.live:
+                    self._pass()
+        except BaseException as error:  # reported to every client, and by /health
+            self.failure = error
+        finally:
+            with self._changed:
+                left = [*self._served.values(), *self._queue.drain()]
+            for ticket in left:
+                self._end(ticket, "failed" if self.failure else "cancelled")
+            self._batch.close()
+            self.decoder.close()
+
+    def _wait_for_work(self) -> bool:
+        """Whether there is something to do, sooner or later; False when the engine is to end."""
+        with self._changed:
+            while not self._served and not self._queue:
+                if self._closing:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _end_overdue(self) -> None:
+        """Ends what was cancelled, or has run out of time, wherever it stands."""
+        now = self._clock()
+        with self._changed:
+            overdue = [ticket for ticket in self._queue if ticket.cancelled or now >= ticket.deadline_s]
+            for ticket in overdue:
+                self._queue.remove(ticket)
+        overdue += [ticket for ticket in self._served.values() if ticket.cancelled or now >= ticket.deadline_s]
+        for ticket in overdue:
+            self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
+
+    def _admit(self) -> None:
+        with self._changed:
+            while self._queue and self._batch.n_free:
+                ticket = self._queue.get()
+                self._served[id(ticket.stream)] = ticket
+                self._batch.join(ticket.stream)
+
+    def _pass(self) -> None:
+        """One pass over the weights; every text that it is part of hears once of what is new."""
+        tokens: dict[int, list[int]] = {}
+        likelihoods: dict[int, list[Likelihood]] = {}
+        pieces: dict[int, str] = {}
+        for stream, response in self._batch.step():
+            key = id(stream)
+            ticket = self._served[key]
+            tokens.setdefault(key, []).append(response.token)
+            if response.likelihood:
+                likelihoods.setdefault(key, []).append(response.likelihood)
+            pieces[key] = pieces.get(key, "") + ticket.writer.feed(response.token)
+            if ticket.writer.stopped:
+                stream.finish("stop")
+        now = self._clock()
+        for key, new in tokens.items():
+            ticket = self._served[key]
+            if ticket.first_token_s is None:
+                ticket.first_token_s = now - ticket.submitted_s
+            reason = ticket.stream.finish_reason
+            text = pieces[key] + (ticket.writer.end() if reason else "")
+            if reason and ticket.writer.stopped:
+                reason = "stop"
+            event = Event(text, tuple(new), tuple(likelihoods.get(key, ())), reason)
+            if reason:
+                self._end(ticket, reason, event)
+            else:
+                self._tell(ticket, event)
+
+    def _end(self, ticket: Ticket, ending: Ending, event: Event | None = None) -> None:
+        """Tell the client, free the slot, count."""
+        if self._served.pop(id(ticket.stream), None) and ticket.stream in self._batch.live:
+            self._batch.leave(ticket.stream)
+        ticket.ending, ticket.ended_s = ending, self._clock() - ticket.submitted_s
+        self.counts.endings[ending] = self.counts.endings.get(ending, 0) + 1
+        self.counts.n_prompt_tokens += ticket.stream.n_prompt
+        self.counts.n_tokens += ticket.stream.n_generated
+        held_back = ticket.writer.end() if ending == "deadline" else ""
+        self._tell(ticket, event or Event(held_back, (), (), ending))
+
+    @staticmethod
+    def _tell(ticket: Ticket, event: Event) -> None:
+        try:
+            ticket.sink(event)
+        except Exception:  # whoever listened is gone; the others are still there
+            ticket.cancel()
+
+
+class FairQueue:
+    """Tickets of several clients: each client's in order, the clients in turn."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[Ticket]] = {}  # in the order of their turns
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return (ticket for tickets in self._waiting.values() for ticket in tickets)
+
+    def put(self, ticket: Ticket) -> None:
+        self._waiting.setdefault(ticket.request.client, deque()).append(ticket)
+
+    def get(self) -> Ticket:
+        """The next ticket; its client's turn comes again after all others'."""
+        client, tickets = next(iter(self._waiting.items()))
+        del self._waiting[client]
+        ticket = tickets.popleft()
+        if tickets:
+            self._waiting[client] = tickets
+        return ticket
+
+    def remove(self, ticket: Ticket) -> None:
+        tickets = self._waiting[ticket.request.client]
+        tickets.remove(ticket)
+        if not tickets:
+            del self._waiting[ticket.request.client]
+
+    def drain(self) -> list[Ticket]:
+        """All that wait, which then wait no more."""
+        left = list(self)
+        self._waiting.clear()
+        return left

@@ -1,0 +1,342 @@
+"""The HTTP API: OpenAI's completions, and what an operator needs beside them.
+
+Invariant: an answer that is not a success has OpenAI's error shape; a client that has left, or does not read, holds no
+slot of the engine.
+
+Source: OpenAI's API reference, "Completions" (legacy) and "Streaming"; Prometheus' text format through its own client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.errors import ConfigError, RunFailed
+from groundling.generation.sampling import SamplingConfig
+from groundling.serving import engine
+from groundling.serving.completions import (
+    Choice,
+    Completion,
+    CompletionRequest,
+    ErrorAnswer,
+    ErrorDetail,
+    LogprobsWriter,
+    Model,
+    ModelList,
+    Usage,
+)
+from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
+
+READING_S = 10.0
+"""How long a client may go on reading after the time that its texts may take."""
+RETRY_AFTER_S = 1
+"""Told to clients that find the queue full."""
+
+
+class ApiError(Exception):
+    """An answer other than success."""
+
+    def __init__(self, status: int, message: str, kind: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message=message, type=kind, code=code, param=param)
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status in (408, 413, 431):
+            headers["Connection"] = "close"  # the rest of the body is not read
+        return JSONResponse(ErrorAnswer(error=self.detail).model_dump(), self.status, headers)
+
+
+def wrong(message: str, param: str | None = None, status: int = 400, code: str | None = None) -> ApiError:
+    """An error of the client's."""
+    return ApiError(status, message, "invalid_request_error", code, param)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served, and how long one answer may take."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    name: str
+    n_window: int
+    created: int
+    timeout_s: float
+
+
+@dataclass
+class Account:
+    """What the access log says of a completion; hung on the request."""
+
+    n_prompt_tokens: int = 0
+    n_tokens: int = 0
+    first_token_s: float | None = None
+    ending: str | None = None
+    prompts: list[str] | None = None
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The request cannot be carried out as it is."},
+    401: {"model": ErrorAnswer, "description": "The key is missing or not the server's."},
+    404: {"model": ErrorAnswer, "description": "There is no such model."},
+    408: {"model": ErrorAnswer, "description": "The request took too long."},
+    413: {"model": ErrorAnswer, "description": "The body is too large."},
+    429: {"model": ErrorAnswer, "description": "As many requests wait as may."},
+    503: {"model": ErrorAnswer, "description": "The server is ending, or cannot decode."},
+}
+
+
+def make_api(served: Served) -> APIRouter:
+    """The routes under /v1."""
+    router = APIRouter(prefix="/v1", responses=ERRORS)
+    model = Model(id=served.name, created=served.created, max_model_len=served.n_window)
+
+    @router.get("/models")
+    async def list_models() -> ModelList:
+        """The models that are served."""
+        return ModelList(data=[model])
+
+    @router.get("/models/{name:path}")
+    async def get_model(name: str) -> Model:
+        """One model."""
+        if name != served.name:
+            raise _no_such_model(name, served)
+        return model
+
+    @router.post("/completions", response_model=Completion)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts; with `stream`, as server-sent events that end with [DONE]."""
+        if body.model != served.name:
+            raise _no_such_model(body.model, served)
+        try:
+            sampling, prompts = body.sampling(), body.prompts(served.tokenizer, served.n_window)
+        except ConfigError as error:
+            raise wrong(str(error)) from None
+        job = Job(served, body, prompts)
+        request.state.account = job.account
+        job.submit([replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n or 1)], request)
+        if body.stream:
+            return EventStream(job)
+        try:
+            async with _left(request) as left:
+                return JSONResponse((await _first(job.whole(), left)).model_dump())
+        finally:
+            job.cancel()
+
+    @router.post("/chat/completions", response_model=None, status_code=400)
+    async def chat() -> Response:
+        """Refused: a base model holds no conversations."""
+        raise wrong(
+            f"{served.name} is a base model, which continues texts and holds no conversations: send the text that is to"
+            " be continued to /v1/completions",
+            code="base_model",
+        )
+
+    return router
+
+
+NOT_KEPT = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""A proxy that gathers a stream would hold it back (the second is nginx's)."""
+
+
+def _no_such_model(name: str, served: Served) -> ApiError:
+    return wrong(f"there is no model {name[:100]!r} here: ask for {served.name!r}", "model", 404, "model_not_found")
+
+
+class Job:
+    """One request on its way: its texts, numbered as its choices."""
+
+    def __init__(self, served: Served, body: CompletionRequest, prompts: list[list[int]]) -> None:
+        self.served, self.body, self.prompts = served, body, prompts
+        self.n = body.n or 1
+        self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        texts = [served.tokenizer.decode(prompt) for prompt in prompts]
+        self.account = Account(n_prompt_tokens=sum(map(len, prompts)), prompts=texts)
+        self.tickets: list[Ticket] = []
+        self._heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._only_prompt = body.max_tokens == 0
+        self._likely = [LogprobsWriter(served.tokenizer) for _ in range(self.n * len(prompts))]
+        self._begun = [False] * len(self._likely)
+
+    def submit(self, samplings: Sequence[SamplingConfig], request: Request) -> None:
+        """Hand every text to the engine. Raises `ApiError` if it takes none."""
+        loop = asyncio.get_running_loop()
+
+        def listener(index: int) -> Callable[[Event], None]:
+            def hear(event: Event) -> None:
+                loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
+
+            return hear
+
+        client = f"{request.state.client}/{self.body.user or ''}"
+        wanted = [
+            engine.Request(
+                prompt,
+                sampling,
+                client,
+                self.served.timeout_s,
+                self.body.logprobs,
+                prompt_likelihoods=bool(self.body.echo) and self.body.logprobs is not None,
+            )
+            for prompt in self.prompts
+            for sampling in samplings
+        ]
+        try:
+            self.tickets = self.served.engine.submit_all(wanted, [listener(i) for i in range(len(wanted))])
+        except Busy:
+            raise ApiError(429, "as many requests wait as may: try again soon", "rate_limit_error", "busy") from None
+        except Closing:
+            raise ApiError(503, "the server is ending: try again soon", "server_error", "closing") from None
+        except RunFailed as error:
+            raise ApiError(503, str(error), "server_error", "failed") from None
+
+    def cancel(self) -> None:
+        """Leave the engine nothing to do for this request."""
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    async def choices(self) -> AsyncGenerator[Choice]:
+        """Pieces of the texts, as they are written.
+
+        Raises `ApiError` if one of them cannot be brought to its end.
+        """
+        n_left = len(self._likely)
+        while n_left:
+            index, event = await self._heard.get()
+            if event.ending in ("deadline", "failed", "cancelled"):
+                raise _ended_early(event.ending, self.served.timeout_s)
+            if not self._only_prompt:
+                self.account.n_tokens += len(event.tokens)
+            if self.account.first_token_s is None:
+                self.account.first_token_s = self.tickets[index].first_token_s
+            n_left -= event.ending is not None
+            yield self._choice(index, event)
+        self.account.ending = "done"
+
+    def _choice(self, index: int, event: Event) -> Choice:
+        text, writer = "" if self._only_prompt else event.text, self._likely[index]
+        if not self._begun[index]:
+            self._begun[index] = True
+            if self.body.echo:
+                text = self._echo(index) + text
+        for each in () if self._only_prompt else event.likelihoods:
+            writer.add(each.token, each)
+        reason = event.ending if event.ending in ("stop", "length") else None
+        logprobs = writer.take(text, last=reason is not None) if self.body.logprobs is not None else None
+        return Choice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+
+    def _echo(self, index: int) -> str:
+        """The prompt's text; its likelihoods are told to the writer."""
+        stream, prompt = self.tickets[index].stream, self.prompts[index // self.n]
+        if stream.prompt_likelihoods is not None:
+            for token, each in zip(prompt, [None, *stream.prompt_likelihoods], strict=True):
+                self._likely[index].add(token, each)
+            self._likely[index].end_prompt()
+        return self.served.tokenizer.decode(prompt) if self._given_as_text_or_ids(prompt) else ""
+
+    def _given_as_text_or_ids(self, prompt: list[int]) -> bool:
+        """False for the token that stands for an empty text."""
+        return not (self.body.prompt in ("", [""]) and prompt == [self.served.tokenizer.end_of_text_id])
+
+    async def whole(self) -> Completion:
+        """The answer, when all texts have ended."""
+        choices: dict[int, Choice] = {}
+        async for piece in self.choices():
+            whole = choices.setdefault(piece.index, Choice(index=piece.index, text="", logprobs=None))
+            whole.text += piece.text
+            whole.finish_reason = piece.finish_reason
+            if piece.logprobs and whole.logprobs:
+                for name, values in piece.logprobs:
+                    getattr(whole.logprobs, name).extend(values)
+            whole.logprobs = whole.logprobs or piece.logprobs
+        return self.completion([choices[index] for index in sorted(choices)], self.usage())
+
+    def completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
+        return Completion(id=self.id, created=self.created, model=self.served.name, choices=choices, usage=usage)
+
+    def usage(self) -> Usage:
+        n_prompt, n_tokens = self.account.n_prompt_tokens, self.account.n_tokens
+        return Usage(prompt_tokens=n_prompt, completion_tokens=n_tokens, total_tokens=n_prompt + n_tokens)
+
+
+def _ended_early(ending: str, timeout_s: float) -> ApiError:
+    if ending == "deadline":
+        return ApiError(408, f"not done after {timeout_s:g} s: ask for fewer tokens", "timeout_error", "timeout")
+    message = "the server is ending" if ending == "cancelled" else "decoding has failed"
+    return ApiError(503, f"{message}: try again soon", "server_error", ending)
+
+
+class EventStream(StreamingResponse):
+    """A streamed answer; whatever ends it, also a client that does not read, the engine is not left working for it."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(_events(job), media_type="text/event-stream", headers=NOT_KEPT)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._job.served.timeout_s + READING_S):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            pass  # the connection is closed, because the answer has no end
+        finally:
+            self._job.cancel()
+
+
+async def _events(job: Job) -> AsyncIterator[str]:
+    """Server-sent events; an error after the first is one too, since the status has been sent."""
+    with_usage = job.body.stream_options is not None and job.body.stream_options.include_usage
+    try:
+        async with aclosing(job.choices()) as choices:
+            async for choice in choices:
+                yield _event(job.completion([choice]).model_dump_json())
+        if with_usage:
+            yield _event(job.completion([], job.usage()).model_dump_json())
+    except ApiError as error:
+        yield _event(ErrorAnswer(error=error.detail).model_dump_json())
+    yield _event("[DONE]")
+
+
+def _event(content: str) -> str:
+    return f"data: {content}\n\n"
+
+
+@asynccontextmanager
+async def _left(request: Request) -> AsyncIterator[asyncio.Task[None]]:
+    """A task that ends when the client has left."""
+
+    async def wait() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.create_task(wait())
+    try:
+        yield task
+    finally:
+        task.cancel()
+
+
+async def _first(work: Any, left: asyncio.Task[None]) -> Completion:
+    """The work's result, unless the client leaves before."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client has left", "client_error")
+        result: Completion = task.result()
+        return result
+    finally:
+        task.cancel()

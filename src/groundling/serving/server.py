@@ -1,0 +1,167 @@
+"""The one process: API, health, metrics and page before one engine.
+
+Invariant: SIGTERM and SIGINT let answers that have begun come to their end, for `drain_s` at most; connections that
+send nothing, or too much, are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from groundling import __version__
+from groundling.serving.engine import Engine
+from groundling.serving.guard import Guard, Limits, Metrics
+from groundling.serving.openai_api import ApiError, Served, make_api, wrong
+
+HEADER_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 15
+MAX_CONNECTIONS = 512
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How one server is reached, and what it allows."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    drain_s: int = 30
+    log_prompts: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+def make_app(served: Served, config: ServerConfig, log: Callable[[str], None]) -> FastAPI:
+    """The application, without its page. The engine is closed when the application ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(served.engine.close)
+
+    app = FastAPI(
+        title="Groundling",
+        version=__version__,
+        summary=f"Continues texts with {served.name}; the routes under /v1 are OpenAI's.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    metrics = Metrics()
+    metrics.registry.register(EngineCollector(served.engine))
+    app.add_middleware(
+        Guard, limits=config.limits, api_key=config.api_key, metrics=metrics, log=log, log_prompts=config.log_prompts
+    )
+    app.include_router(make_api(served))
+
+    @app.get("/health", responses={503: {"description": "Decoding has failed."}})
+    async def health() -> dict[str, Any]:
+        """Whether texts can be written."""
+        if served.engine.failure is not None:
+            raise ApiError(503, f"decoding has failed ({served.engine.failure})", "server_error", "failed")
+        return {"status": "ok", "running": served.engine.n_running, "waiting": served.engine.n_waiting}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(Exception)
+    async def our_fault(request: Request, error: Exception) -> Response:
+        return ApiError(500, "this is a defect of the server: please report it", "server_error", "defect").response()
+
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(request: Request, error: RequestValidationError) -> Response:
+        return _validation_error(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        answer = wrong(str(error.detail), status=error.status_code).response()
+        answer.headers.update(error.headers or {})
+        return answer
+
+    return app
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """One sentence for the first thing that is wrong with a body."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return wrong(f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')})")
+    where = [str(part) for part in first["loc"] if part != "body"]
+    name = where[0] if where else None
+    if first["type"] == "extra_forbidden":
+        return wrong(f"there is no setting {str(name)[:100]!r} here: leave it out", name)
+    return wrong(f"{name or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}", name)
+
+
+class EngineCollector:
+    """The engine's numbers, read when they are asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> list[Metric]:
+        counts = self.engine.counts
+        endings = CounterMetricFamily("groundling_texts", "Texts that have ended, by why.", labels=["ending"])
+        for ending, n in dict(counts.endings).items():
+            endings.add_metric([ending], n)
+        return [
+            GaugeMetricFamily("groundling_running", "Texts being written.", value=self.engine.n_running),
+            GaugeMetricFamily("groundling_waiting", "Texts in the queue.", value=self.engine.n_waiting),
+            CounterMetricFamily("groundling_prompt_tokens", "Tokens of prompts.", value=counts.n_prompt_tokens),
+            CounterMetricFamily("groundling_tokens", "Tokens written.", value=counts.n_tokens),
+            endings,
+        ]
+
+
+class Protocol(H11Protocol):
+    """Closes a connection that does not bring its first request's headers in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._headers_due = self.loop.call_later(HEADER_TIMEOUT_S, self._close_silent)
+
+    def _close_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_due.cancel()
+        super().connection_lost(exc)
+
+
+def make_server(app: Any, config: ServerConfig) -> uvicorn.Server:
+    """A server for the application, not yet running."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            http=Protocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=config.drain_s,
+            h11_max_incomplete_event_size=config.limits.max_header_bytes,
+        )
+    )

@@ -1,0 +1,101 @@
+"""A server on a free port of this machine, with a network of a few thousand parameters behind it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from groundling.corpus.documents import Document
+from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
+from groundling.generation.decoder import TorchDecoder
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.serving.engine import Engine
+from groundling.serving.openai_api import Served
+from groundling.serving.server import ServerConfig, make_app, make_server
+
+N_CTX = 32
+
+
+@dataclass
+class Running:
+    """A server and what is known of it."""
+
+    url: str
+    engine: Engine
+    client: httpx.Client
+    log: list[str] = field(default_factory=list)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.client.post("/v1/completions", json={"model": "bottles", "prompt": "ten green", **body})
+
+    def last_logged(self) -> dict[str, Any]:
+        return json.loads(self.log[-1])  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([Document.from_text("b", lambda: "ten green bottles, hanging on the wall " * 9)], 270)
+
+
+@pytest.fixture(scope="session")
+def network(tokenizer: Tokenizer) -> GPT2:
+    """A random one that never ends a text by itself."""
+    torch.manual_seed(0)
+    model = GPT2(GPTConfig(n_layer=2, n_head=2, n_embd=16, n_ctx=N_CTX, n_vocab=tokenizer.n_vocab)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = 5
+        model.head_weight[:, 0] = 0
+        model.head_weight[tokenizer.end_of_text_id] = torch.eye(16)[0] * -20
+    return model
+
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def serve(network: GPT2, tokenizer: Tokenizer) -> Serve:
+    """Starts a server; for a `with` statement."""
+
+    @contextmanager
+    def start(n_slots: int = 4, max_queue: int = 20, timeout_s: float = 60, **settings: Any) -> Iterator[Running]:
+        engine = Engine(TorchDecoder(network, N_CTX, n_slots), tokenizer, max_queue)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        config = ServerConfig(port=port, drain_s=settings.pop("drain_s", 1), **settings)
+        url = f"http://127.0.0.1:{port}"
+        key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+        running = Running(url, engine, httpx.Client(base_url=url, timeout=30, headers=key))
+        served = Served(engine, tokenizer, "bottles", N_CTX, int(time.time()), timeout_s)
+        server = make_server(make_app(served, config, running.log.append), config)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.005)
+            yield running
+        finally:
+            running.client.close()
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def running(serve: Serve) -> Iterator[Running]:
+    """One server for the tests that leave it as it was."""
+    with serve() as server:
+        yield server

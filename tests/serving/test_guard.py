@@ -1,0 +1,261 @@
+"""Clients that mean ill, leave, read slowly or come in numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from groundling.serving import server as server_module
+from groundling.serving.guard import Limits
+
+from .conftest import Running, Serve
+
+KEY = "sk-secret-of-this-test"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Waits for another thread to come to something; fails after ten seconds."""
+    due = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < due
+        time.sleep(0.005)
+
+
+def idle(server: Running) -> bool:
+    return server.engine.n_running == 0 and server.engine.n_waiting == 0
+
+
+def raw(server: Running, *parts: bytes, timeout: float = 10) -> bytes:
+    """What the server answers to these bytes."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout) as connection:
+        answer = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+            while block := connection.recv(65536):
+                answer += block
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    return answer
+
+
+def test_a_long_body_is_refused_whether_or_not_it_says_so(serve: Serve) -> None:
+    with serve(limits=Limits(max_body_bytes=1000)) as server:
+        assert server.complete(prompt="x" * 1000).status_code == 413
+
+        def chunks():  # type: ignore[no-untyped-def]
+            for _ in range(20):
+                yield b" " * 100
+
+        answer = server.client.post("/v1/completions", content=chunks())
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "too_large"
+        assert server.complete().status_code == 200
+
+
+@pytest.mark.parametrize("length", ["-1", "1e9", "9" * 400, "0x10", "\u0661"])
+def test_a_length_that_is_none_is_refused(running: Running, length: str) -> None:
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n".encode()
+    assert raw(running, request).split(b" ")[1] in (b"400", b"413")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve) -> None:
+    with serve(limits=Limits(body_timeout_s=0.2)) as server:
+        request = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{"
+        assert b" 408 " in raw(server, request).split(b"\r\n")[0]
+
+
+def test_a_connection_that_says_nothing_is_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_S", 0.2)
+    with serve() as server:
+        assert raw(server) == b""
+        assert raw(server, b"GET /health HTTP/1.1\r\nHost: a\r\nX: ") == b""
+
+
+def test_long_headers_are_refused(running: Running) -> None:
+    request = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"
+    assert raw(running, request)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
+    unfinished = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000
+    assert raw(running, unfinished)[:12] in (b"HTTP/1.1 400", b"")
+
+
+def test_the_key_locks_the_api_and_is_logged_nowhere(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
+    with serve(api_key=KEY) as server:
+        assert server.complete().status_code == 200
+        for wrong in ({}, {"Authorization": "Bearer"}, {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}):
+            answer = httpx.post(f"{server.url}/v1/completions", json={"model": "bottles"}, headers=wrong)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for nearly in (KEY[:-1], KEY + "x", KEY.upper(), KEY.encode().hex()):
+            answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {nearly}"})
+            assert answer.status_code == 401
+            assert nearly not in answer.text
+        assert httpx.get(f"{server.url}//v1/models").status_code in (401, 404)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert KEY not in "".join(server.log)
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_the_log_has_no_prompts_unless_they_are_asked_for(serve: Serve) -> None:
+    for asked in (False, True):
+        with serve(log_prompts=asked) as server:
+            server.client.headers["X-Request-Id"] = "mine-1"
+            answer = server.complete(prompt="hanging wall", max_tokens=3)
+            assert answer.headers["x-request-id"] == "mine-1"
+            facts = server.last_logged()
+            assert ("hanging" in server.log[-1]) == asked
+            assert (facts["request_id"], facts["status"], facts["tokens"]) == ("mine-1", 200, 3)
+            assert facts["path"] == "/v1/completions"
+            assert facts["prompt_tokens"] > 0 < facts["first_token_s"] <= facts["seconds"]
+            server.client.headers["X-Request-Id"] = "evil\\u001b[31m id"
+            assert server.complete().headers["x-request-id"] != server.client.headers["X-Request-Id"]
+
+
+def test_a_full_queue_says_so_at_once(serve: Serve) -> None:
+    with serve(n_slots=1, max_queue=1) as server:
+        threads = [threading.Thread(target=server.complete, kwargs={"max_tokens": 4000}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.engine.n_running == 1 and server.engine.n_waiting == 1)
+        answer = server.complete()
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        server.engine.close()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_bounded(serve: Serve, stream: bool) -> None:
+    with serve(timeout_s=0.2) as server:
+        answer = server.complete(max_tokens=4000, stream=stream)
+        eventually(lambda: idle(server))
+        if stream:
+            *_, error, done = [line for line in answer.text.splitlines() if line]
+            assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
+            assert done == "data: [DONE]"
+        else:
+            assert answer.status_code == 408
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(serve: Serve, stream: bool) -> None:
+    body = json.dumps({"model": "bottles", "max_tokens": 4000, "n": 3, "stream": stream}).encode()
+    head = HEAD % len(body)
+    with serve(n_slots=2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(head + body)
+        eventually(lambda: server.engine.n_running == 2)
+        connection.close()
+        eventually(lambda: idle(server))
+        assert server.engine.counts.endings == {"cancelled": 3}
+        assert server.complete().status_code == 200
+
+
+def test_who_does_not_read_is_left(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groundling.serving.openai_api.READING_S", 0.1)
+    body = json.dumps({"model": "bottles", "max_tokens": 4000, "n": 16, "stream": True, "logprobs": 20}).encode()
+    head = HEAD % len(body)
+    with serve(timeout_s=0.5) as server:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            host, port = server.url.removeprefix("http://").split(":")
+            connection.connect((host, int(port)))
+            connection.sendall(head + body)
+            eventually(lambda: server.engine.n_running > 0)
+            eventually(lambda: idle(server))
+            eventually(lambda: bool(server.log))
+        assert server.complete().status_code == 200
+
+
+def test_two_hundred_streams_at_once(serve: Serve) -> None:
+    """Some are read to their end, some slowly, some are left; the next honest request is answered."""
+
+    async def one(client: httpx.AsyncClient, number: int) -> int:
+        body = {"model": "bottles", "prompt": "wall", "max_tokens": 20, "stream": True, "seed": number}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            n_lines = 0
+            async for line in answer.aiter_lines():
+                n_lines += bool(line)
+                if number % 3 == 1 and n_lines == 3:
+                    break
+                if number % 3 == 2:
+                    await asyncio.sleep(0.001)
+            return answer.status_code
+
+    async def all_of_them(url: str) -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(200)))
+
+    with serve(n_slots=8, max_queue=300) as server:
+        before = server.complete(seed=1).json()["choices"]
+        assert asyncio.run(all_of_them(server.url)) == [200] * 200
+        eventually(lambda: idle(server))
+        assert server.complete(seed=1).json()["choices"] == before
+
+
+def test_ending_lets_answers_come_to_their_end(serve: Serve) -> None:
+    answers: list[httpx.Response] = []
+    with serve(n_slots=2, drain_s=20) as server:
+        client = httpx.Client(base_url=server.url, timeout=30)
+        body = {"model": "bottles", "max_tokens": 300, "seed": 1}
+        thread = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=body)))
+        thread.start()
+        eventually(lambda: server.engine.n_running == 1)
+    thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 300
+    with pytest.raises(httpx.ConnectError):
+        client.get("/health")
+
+
+def test_other_origins_are_not_let_in(running: Running) -> None:
+    preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    answers = [
+        running.client.options("/v1/completions", headers=preflight),
+        running.client.get("/v1/models", headers=preflight),
+    ]
+    assert not any(name.lower().startswith("access-control") for each in answers for name in each.headers)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd", "/\\x"],
+)
+def test_no_path_leads_to_a_file(running: Running, path: str) -> None:
+    answer = raw(running, f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    assert answer.split(b" ")[1] in (b"400", b"404")
+    assert b"root:" not in answer
+
+
+def test_health_and_metrics(serve: Serve) -> None:
+    with serve() as server:
+        assert server.client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+        server.complete(max_tokens=7)
+        server.complete(n=0)
+        lines = server.client.get("/metrics").text.splitlines()
+        assert "groundling_tokens_total 7.0" in lines
+        assert 'groundling_texts_total{ending="length"} 1.0' in lines
+        assert 'groundling_requests_total{route="/v1/completions",status="400"} 1.0' in lines
+        assert any(line.startswith("groundling_first_token_seconds_count 1.0") for line in lines)
+
+
+def test_health_says_when_decoding_has_failed(serve: Serve) -> None:
+    with serve() as server:
+        server.engine.decoder.read = None  # type: ignore[method-assign, assignment]
+        assert server.complete().status_code == 503
+        assert server.client.get("/health").status_code == 503
+        assert "decoding has failed" in server.complete().json()["error"]["message"]

@@ -1,0 +1,215 @@
+"""The API as a program that speaks OpenAI's finds it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from groundling.corpus.tokenizer import Tokenizer
+from groundling.generation.decoder import TorchDecoder
+from groundling.generation.sampling import SamplingConfig
+from groundling.generation.text import continue_text
+from groundling.model.gpt2 import GPT2
+
+from .conftest import N_CTX, Running, Serve
+
+PROMPT = "ten green"
+
+
+@pytest.fixture
+def client(running: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def written(network: GPT2, tokenizer: Tokenizer, prompt: str = PROMPT, **settings: Any) -> str:
+    config = SamplingConfig(**{"temperature": 1.0, "top_k": 0, "max_tokens": 16, **settings})
+    return "".join(continue_text(TorchDecoder(network, N_CTX), tokenizer, prompt, config))
+
+
+def test_the_openai_client_gets_what_the_command_line_writes(
+    client: openai.OpenAI, network: GPT2, tokenizer: Tokenizer
+) -> None:
+    answer = client.completions.create(model="bottles", prompt=PROMPT, seed=5, max_tokens=12)
+    assert answer.choices[0].text == written(network, tokenizer, seed=5, max_tokens=12)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    n_prompt = len(tokenizer.encode(PROMPT))
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (n_prompt, 12)
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
+
+
+def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI, network: GPT2, tokenizer: Tokenizer) -> None:
+    options: Any = {"include_usage": True}
+    stream = client.completions.create(
+        model="bottles", prompt=PROMPT, seed=5, max_tokens=20, stream=True, stream_options=options
+    )
+    *pieces, last = list(stream)
+    assert "".join(piece.choices[0].text for piece in pieces) == written(network, tokenizer, seed=5, max_tokens=20)
+    assert len(pieces) > 5
+    assert [piece.choices[0].finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert len({piece.id for piece in (*pieces, last)}) == 1
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 20
+
+
+def test_a_stream_ends_with_done(running: Running) -> None:
+    with running.client.stream("POST", "/v1/completions", json={"model": "bottles", "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all("choices" in json.loads(line.removeprefix("data: ")) for line in lines[:-1])
+
+
+def test_several_prompts_and_texts_are_numbered_prompt_by_prompt(
+    client: openai.OpenAI, network: GPT2, tokenizer: Tokenizer
+) -> None:
+    """The i-th text of a prompt has seed + i."""
+    answer = client.completions.create(model="bottles", prompt=[PROMPT, "wall"], n=2, seed=7, max_tokens=6)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    expected = [
+        written(network, tokenizer, prompt, seed=seed, max_tokens=6) for prompt in (PROMPT, "wall") for seed in (7, 8)
+    ]
+    assert [choice.text for choice in answer.choices] == expected
+
+
+def test_token_ids_are_a_prompt_too(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(PROMPT)
+    given: list[Any] = [PROMPT, ids, [PROMPT], [ids]]
+    texts = {client.completions.create(model="bottles", prompt=each, seed=1).choices[0].text for each in given}
+    assert len(texts) == 1
+
+
+def test_a_stop_string_ends_the_text_before_itself(client: openai.OpenAI, network: GPT2, tokenizer: Tokenizer) -> None:
+    whole = written(network, tokenizer, seed=3, max_tokens=30)
+    stop = whole[12:14]
+    answer = client.completions.create(
+        model="bottles", prompt=PROMPT, seed=3, max_tokens=30, stop=[stop, "never"], logprobs=1
+    )
+    choice = answer.choices[0]
+    assert choice.text == whole[: whole.index(stop)]
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is not None
+    assert choice.logprobs.text_offset is not None
+    assert max(choice.logprobs.text_offset) < len(choice.text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n_tokens", [0, 4])
+def test_echo_and_logprobs(
+    client: openai.OpenAI, network: GPT2, tokenizer: Tokenizer, stream: bool, n_tokens: int
+) -> None:
+    """As evaluation harnesses use them: the likelihood of every token but the first."""
+    prompt = "hanging on the wäll"
+    answer: Any = client.completions.create(
+        model="bottles", prompt=prompt, max_tokens=n_tokens, echo=True, logprobs=2, seed=1, stream=stream
+    )
+    choices = [piece.choices[0] for piece in answer] if stream else [answer.choices[0]]
+    text = "".join(choice.text for choice in choices)
+    assert text.startswith(prompt)
+    lists = [choice.logprobs for choice in choices]
+    tokens = [token for each in lists for token in each.tokens]
+    logprobs = [value for each in lists for value in each.token_logprobs]
+    offsets = [offset for each in lists for offset in each.text_offset]
+    ids = tokenizer.encode(prompt)
+    assert len(tokens) == len(logprobs) == len(offsets) >= len(ids)
+    assert (len(tokens) == len(ids)) == (n_tokens == 0)
+    assert offsets == sorted(offsets)
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert token.startswith("bytes:") or text[offset:].startswith(token)
+    with torch.no_grad():
+        expected = network.logits(network.hidden(torch.tensor([ids])))[0].log_softmax(-1)
+    assert logprobs[0] is None
+    own = [float(expected[place, token]) for place, token in enumerate(ids[1:])]
+    assert logprobs[1 : len(ids)] == pytest.approx(own, abs=1e-4)
+    assert all(len(each) <= 2 for entry in lists for each in entry.top_logprobs if each)
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["bottles"]
+    assert client.models.retrieve("bottles").id == "bottles"
+    with pytest.raises(openai.NotFoundError, match="ask for 'bottles'"):
+        client.models.retrieve("gpt-5")
+
+
+def test_chat_is_refused_with_a_reason(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="base model"):
+        client.chat.completions.create(model="bottles", messages=[{"role": "user", "content": "hello"}])
+
+
+WRONG: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "gpt-5"}, 404, "no model"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 10**9}, 400, "max_tokens"),
+    ({"max_tokens": "9"}, 400, "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"),
+    ({"n": 0}, 400, "n:"),
+    ({"n": 10**6}, 400, "n:"),
+    ({"best_of": 3}, 400, "best_of"),
+    ({"temperature": -1}, 400, "temperature"),
+    ({"temperature": 1e-9}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"),
+    ({"stop": ""}, 400, "stop"),
+    ({"stop": ["x"] * 5}, 400, "stop"),
+    ({"stop": "x" * 1000}, 400, "stop"),
+    ({"logprobs": 21}, 400, "logprobs"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": [[]]}, 400, "prompt"),
+    ({"prompt": [270]}, 400, "id 270"),
+    ({"prompt": [-1]}, 400, "prompt"),
+    ({"prompt": [True]}, 400, "prompt"),
+    ({"prompt": "wall " * 40}, 400, "shorten it"),
+    ({"prompt": "x" * 70_000}, 400, "prompt"),
+    ({"prompt": {"a": 1}}, 400, "prompt"),
+    ({"prompt": None}, 400, "prompt"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"presence_penalty": 1}, 400, "presence_penalty"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    ({"suffix": "end"}, 400, "suffix"),
+    ({"functions": []}, 400, "functions"),
+]
+
+
+@pytest.mark.parametrize(("settings", "status", "words"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_carried_out_is_refused_in_openais_shape(
+    running: Running, settings: dict[str, Any], status: int, words: str
+) -> None:
+    answer = running.complete(**settings)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"model": "bottles", "prompt": "\\ud800"}', b"NaN"],
+    ids=lambda body: repr(body[:20]),
+)
+def test_a_body_that_is_no_request_is_refused(running: Running, body: bytes) -> None:
+    answer = running.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_neutral_values_of_what_is_not_offered_are_taken(running: Running) -> None:
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "suffix": None, "best_of": 1}
+    assert running.complete(**neutral, user="someone", top_k=-1, max_tokens=None).status_code == 200
+
+
+def test_requests_together_get_what_they_get_alone(serve: Serve) -> None:
+    import concurrent.futures
+
+    with serve(n_slots=4, max_queue=100) as server:
+        alone = [server.complete(seed=i, max_tokens=5 + i).json()["choices"] for i in range(12)]
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            jobs = [pool.submit(server.complete, seed=i, max_tokens=5 + i) for i in range(12)]
+            together = [job.result().json()["choices"] for job in jobs]
+    assert together == alone
