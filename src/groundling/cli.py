@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "print the losses of a run over the whole text",
     "sample": "continue a prompt with a trained model",
     "trace": "show which parts of a text stand word for word in a run's training text",
+    "serve": "answer programs that speak OpenAI's completions API, with a trained model",
     "report": "write a page with everything measured about a run: what it knows, recites and copies",
     "export": "write a trained model in the format of another program, and verify it",
     "publish": "upload a trained model to the Hugging Face hub, with a page that runs it if asked",

@@ -192,3 +192,8 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("GROUNDLING_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"
+
+
+def api_key() -> str | None:
+    """The key that a server asks for, from GROUNDLING_API_KEY: arguments are shown to every user of a machine."""
+    return os.environ.get("GROUNDLING_API_KEY")

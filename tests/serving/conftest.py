@@ -69,16 +69,14 @@ def serve(network: GPT2, tokenizer: Tokenizer) -> Serve:
     @contextmanager
     def start(n_slots: int = 4, max_queue: int = 20, timeout_s: float = 60, **settings: Any) -> Iterator[Running]:
         engine = Engine(TorchDecoder(network, N_CTX, n_slots), tokenizer, max_queue)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config = ServerConfig(port=port, drain_s=settings.pop("drain_s", 1), **settings)
-        url = f"http://127.0.0.1:{port}"
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = ServerConfig(drain_s=settings.pop("drain_s", 1), **settings)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
         running = Running(url, engine, httpx.Client(base_url=url, timeout=30, headers=key))
         served = Served(engine, tokenizer, "bottles", N_CTX, int(time.time()), timeout_s)
         server = make_server(make_app(served, config, running.log.append), config)
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
             while not server.started:
@@ -89,6 +87,7 @@ def serve(network: GPT2, tokenizer: Tokenizer) -> Serve:
             running.client.close()
             server.should_exit = True
             thread.join(timeout=30)
+            listener.close()
             assert not thread.is_alive()
 
     return start

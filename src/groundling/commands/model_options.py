@@ -18,6 +18,8 @@ from groundling.evaluation.suffix_array import SuffixMatcher
 from groundling.generation.decoder import Decoder
 from groundling.generation.open import open_decoder
 from groundling.generation.speculate import CorpusDrafter, Drafter, PromptDrafter, first_of
+from groundling.interop.sources import is_run
+from groundling.interop.trained import open_trained
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat
 from groundling.model.gpt2 import GPT2
 from groundling.runtime import Runtime, RuntimeConfig
@@ -114,6 +116,17 @@ class OpenRun:
             if self.folder.exists():
                 say(f"note: no drafts from the training text: {error}")
             return False
+
+
+def open_model(options: Any) -> OpenRun:
+    """As `open_run`, for whatever `groundling import` reads too: a folder or a name on the hub, without an import."""
+    path = Path(options.run)
+    if is_run(path):
+        return open_run(options)
+    trained, resolved = open_trained(path), resolve_runtime(options, "fp32")
+    model = trained.model.to(resolved.device)
+    folder = RunFolder(path)
+    return OpenRun(path, folder, model, trained.tokenizer, trained.window, resolved, options.weights, options.drafts)
 
 
 def open_run(options: Any) -> OpenRun:

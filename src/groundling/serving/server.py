@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +34,8 @@ MAX_CONNECTIONS = 512
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How one server is reached, and what it allows."""
+    """What one server allows."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
     api_key: str | None = None
     drain_s: int = 30
     log_prompts: bool = False
@@ -147,13 +146,17 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
 
+def serve(served: Served, config: ServerConfig, listener: socket.socket) -> None:
+    """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
+    server = make_server(make_app(served, config, lambda line: print(line, flush=True)), config)
+    server.run([listener])
+
+
 def make_server(app: Any, config: ServerConfig) -> uvicorn.Server:
     """A server for the application, not yet running."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            host=config.host,
-            port=config.port,
             http=Protocol,
             ws="none",
             log_level="warning",

@@ -1,0 +1,98 @@
+"""`groundling serve`: a trained model behind OpenAI's completions API."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import time
+from typing import Any
+
+from groundling import runtime
+from groundling.commands.model_options import OpenRun, add_decoding_options, model_parser, open_model
+from groundling.commands.session import say
+from groundling.errors import ConfigError
+
+EXAMPLES = """examples:
+  groundling serve runs/gpt2
+  groundling serve runs/gpt2 --port 9000 --max-concurrency 32 --weights int8
+  GROUNDLING_API_KEY=... groundling serve runs/gpt2 --host 0.0.0.0
+  groundling serve gpt2-shakespeare                  an exported Hugging Face folder, or a name on the hub
+"""
+
+BOUNDS = {
+    "port": (0, 65535),
+    "max_concurrency": (1, 256),
+    "max_queue": (0, 100_000),
+    "timeout": (1, 86_400),
+    "drain": (0, 3600),
+}
+"""Of the flags that are numbers. A slot costs memory for keys and values of a whole window."""
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until the process is told to end."""
+    parser = model_parser("groundling serve", __doc__ or "", EXAMPLES)
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--api-key", type=str, help="key that /v1 asks for; better given as GROUNDLING_API_KEY")
+    parser.add_argument("--name", type=str, help="the model's name in the API; that of RUN if not given")
+    parser.add_argument("--max-concurrency", type=int, default=16, help="texts written at a time")
+    parser.add_argument("--max-queue", type=int, default=64, help="texts that may wait; more are told to come back")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds after which an answer is given up")
+    parser.add_argument("--drain", type=int, default=30, help="seconds that answers may take after SIGTERM")
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts into the access log")
+    add_decoding_options(parser)
+    options = parser.parse_args(arguments)
+    for name, (least, most) in BOUNDS.items():
+        if not least <= options[name] <= most:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {options[name]}: give a number from {least} to {most:,}")
+    key = options.api_key if options.api_key is not None else runtime.api_key()
+    if key is not None and not (key.strip() == key and key):
+        raise ConfigError("the API key is empty or has spaces around it: give another, or none")
+    try:
+        import groundling.serving.server
+    except ImportError as error:
+        raise ConfigError(f"serving needs the package {error.name}: pip install 'groundling[serve]'") from None
+    with _listening(options.host, options.port) as listener:
+        run = open_model(options)
+        served, config = _prepare(run, options, key)
+        host, port = listener.getsockname()[:2]
+        address = f"http://{_in_address(host)}:{port}"
+        say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
+        if key is None and not ipaddress.ip_address(host).is_loopback:
+            say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
+        groundling.serving.server.serve(served, config, listener)
+    return 0
+
+
+def _in_address(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A bound socket, before the model is loaded: a port that is taken is said at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{host}:{port} cannot be listened on ({reason}): give another --host or --port") from None
+    return listener
+
+
+def _prepare(run: OpenRun, options: Any, key: str | None) -> tuple[Any, Any]:
+    """What is served, and how."""
+    from groundling.serving.engine import Engine
+    from groundling.serving.openai_api import Served
+    from groundling.serving.server import ServerConfig
+
+    name = options.name or re.sub(r"[^\w.-]+", "-", run.path.resolve().name) or "model"
+    n_window = min(run.window, run.model.config.n_ctx)
+    engine = Engine(run.decoder(options.max_concurrency), run.tokenizer, options.max_queue, run.drafter)
+    served = Served(engine, run.tokenizer, name, n_window, int(time.time()), options.timeout)
+    config = ServerConfig(api_key=key, drain_s=options.drain, log_prompts=options.log_prompts)
+    return served, config

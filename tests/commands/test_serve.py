@@ -1,0 +1,88 @@
+"""`groundling serve` as an operator runs it: a process, an address, a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from groundling.cli import main
+
+
+@contextmanager
+def served(*arguments: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a server in a process of its own, and the process."""
+    command = [sys.executable, "-m", "groundling", "serve", *arguments, "--port", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"http://[\d.:]+(?=/v1)", line):
+                yield found[0], process
+                break
+        else:
+            raise AssertionError(f"no address was printed: {process.communicate()}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(address: str, model: str, **more: object) -> httpx.Response:
+    body = {"model": model, "prompt": "9 green", "max_tokens": 8, "temperature": 0, **more}
+    return httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+
+
+def test_it_writes_what_sample_writes_and_ends_when_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sample", str(run), "--prompt", "9 green", "--temperature", "0", "--max-tokens", "8", "--json"]
+    assert main(command) == 0
+    expected = json.loads(capsys.readouterr().out)["text"]
+    with served(str(run), "--drain", "5") as (address, process):
+        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "bottles"
+        answer = ask(address, "bottles")
+        assert answer.json()["choices"][0]["text"] == expected
+        process.send_signal(signal.SIGTERM)
+        log, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200]
+    assert "green" not in log
+
+
+def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    assert main(["export", str(run), "--format", "hf", "--no-verify", "--out", str(folder)]) == 0
+    with served(str(folder), "--name", "mine", GROUNDLING_API_KEY="sesame") as (address, _):
+        assert ask(address, "mine").status_code == 401
+        key = {"Authorization": "Bearer sesame"}
+        answer = httpx.post(f"{address}/v1/completions", json={"model": "mine"}, headers=key, timeout=60)
+        assert answer.status_code == 200
+
+
+def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    for arguments, words in (
+        (["--port", str(taken.getsockname()[1])], "Address already in use"),
+        (["--port", "70000"], "--port is 70000: give a number from 0 to 65,535"),
+        (["--host", "no.such.host.invalid"], "cannot be listened on"),
+        (["--max-concurrency", "0"], "--max-concurrency is 0"),
+        (["--timeout", "0"], "--timeout is 0"),
+        (["--api-key", " "], "the API key is empty"),
+    ):
+        assert main(["serve", str(run), *arguments]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
+    taken.close()
+    assert main(["serve", "no-such-run/"]) == 2
+    assert "no-such-run" in capsys.readouterr().err
