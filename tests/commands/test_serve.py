@@ -84,5 +84,5 @@ def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.Capture
         assert words in message
         assert message.count("\n") == 1
     taken.close()
-    assert main(["serve", "no-such-run/"]) == 2
-    assert "no-such-run" in capsys.readouterr().err
+    assert main(["serve", "no/such/run"]) == 2
+    assert "no/such/run" in capsys.readouterr().err

@@ -112,6 +112,7 @@ def test_the_log_has_no_prompts_unless_they_are_asked_for(serve: Serve) -> None:
             server.client.headers["X-Request-Id"] = "mine-1"
             answer = server.complete(prompt="hanging wall", max_tokens=3)
             assert answer.headers["x-request-id"] == "mine-1"
+            eventually(lambda: bool(server.log))  # a line is written after its answer
             facts = server.last_logged()
             assert ("hanging" in server.log[-1]) == asked
             assert (facts["request_id"], facts["status"], facts["tokens"]) == ("mine-1", 200, 3)

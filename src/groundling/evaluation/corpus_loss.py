@@ -60,8 +60,12 @@ class Evaluator:
         total = 0.0
         for first in range(0, len(windows), self.batch_size):
             chosen = windows[first : first + self.batch_size]
-            empty = np.zeros((self.batch_size - len(chosen), 2), dtype=np.int64)  # one shape for torch.compile
-            batch = gather(tokens, np.concatenate([chosen, empty]), self.length).to(self.runtime.device)
+            if self.runtime.compile:  # one shape for all
+                empty = np.zeros((self.batch_size - len(chosen), 2), dtype=np.int64)
+                batch = gather(tokens, np.concatenate([chosen, empty]), self.length)
+            else:
+                batch = gather(tokens, chosen, int(chosen[:, 1].max()))
+            batch = batch.to(self.runtime.device)
             with torch.no_grad(), self.runtime.autocast():
                 total += float(self.loss_sum(batch.inputs, batch.targets))
             self.on_windows(len(chosen))
