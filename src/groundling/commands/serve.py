@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
     with _listening(options.host, options.port) as listener:
         run = open_model(options)
         served, config = _prepare(run, options, key)
+        listener.listen()  # who reads the address may ask at once
         host, port = listener.getsockname()[:2]
         address = f"http://{_in_address(host)}:{port}"
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
