@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def folder_weights(folder: Path) -> Weights:
     for name, (form, read) in FORMS.items():
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
-            parts = [read(folder / name)]
+            parts: Iterable[Weights] = [read(folder / name)]
         elif index.exists():
-            parts = [read(folder / shard) for shard in _shards(folder, index)]
+            parts = (read(folder / shard) for shard in _shards(folder, index))
         else:
             continue
         weights = merged(parts, folder, form)
