@@ -252,9 +252,9 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
 
 
 def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
-    """The tokenizer that was given, or that stands beside the weights, or GPT-2's if it fits."""
+    """The tokenizer that was given (a path, or `gpt2`), or stands beside the weights, or GPT-2's if it fits."""
     if path is not None:
-        return _load_tokenizer(path)
+        return Tokenizer.gpt2() if path == Path("gpt2") and not path.exists() else _load_tokenizer(path)
     if source.folder is not None:
         if (source.folder / "tokenizer.json").exists():
             return _load_tokenizer(source.folder / "tokenizer.json")

@@ -60,11 +60,12 @@ def folder_weights(folder: Path) -> Weights:
 
 
 def with_neighbours(weights: Weights, folder: Path) -> Weights:
-    """The weights with what stands beside them: the configuration, the tokenizer, a word on the training."""
+    """The weights with what stands beside them: the configuration, the tokenizer, a word on the training
+    if they say none themselves."""
     settings, record = dict(weights.settings), dict(weights.record)
     if (folder / CONFIG).exists():
         settings = read_object(folder / CONFIG)
-    if (folder / TRAINING).exists():
+    if not record and (folder / TRAINING).exists():
         training = read_object(folder / TRAINING)
         record = training_record(training.get("step"), training.get("loss"))
     return replace(weights, settings=settings, record=record, folder=folder)
