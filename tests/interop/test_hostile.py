@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from groundling.cli import main
 from groundling.model.weights import to_huggingface
@@ -266,6 +266,15 @@ def test_safetensors_files(content: bytes, words: str, folder: Path, capsys: pyt
     (folder / "model.safetensors").write_bytes(content)
     said = refusal(folder, capsys)
     assert re.search(words, said)
+
+
+def test_a_name_that_commands_the_terminal(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"\x1b[2J\ngroundling: \x9b31mdone": torch.zeros(1)}, tmp_path / "named.safetensors")
+    sound = load_file(folder / "model.safetensors")
+    save_file(sound | load_file(tmp_path / "named.safetensors"), folder / "model.safetensors")
+    said = refusal(folder, capsys)
+    assert "unknown \\x1b[2J\\ngroundling: \\x9b31mdone" in said
+    assert said.rstrip("\n").isprintable()
 
 
 def test_a_safetensors_header_of_gigabytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
