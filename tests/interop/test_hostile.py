@@ -122,6 +122,13 @@ def test_runs_from_elsewhere(
 # --- tokenizers
 
 
+def test_a_tokenizer_far_larger_than_the_vocabulary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = json.loads((folder / "tokenizer.json").read_text())
+    sound["model"]["merges"] *= 10_000
+    (folder / "tokenizer.json").write_text(json.dumps(sound))
+    assert "more than it needs" in refusal(folder, capsys)
+
+
 def test_tokenizers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound = json.loads((folder / "tokenizer.json").read_text())
 

@@ -39,8 +39,8 @@ HEAD_WIDTH = 64
 """Of every released GPT-2."""
 PADDINGS = (64, 128)
 """Vocabularies are padded to multiples of these, for the speed of matrix products (nanoGPT: 50304)."""
-MAX_TOKENIZER_BYTES = 32 << 20
-"""GPT-2's tokenizer.json takes 3.8 MB in its widest spelling."""
+TOKENIZER_BYTES, TOKENIZER_BYTES_PER_ROW = 1 << 20, 256
+"""What a tokenizer's file may take; GPT-2's tokenizer.json has 3.8 MB in its widest spelling, 76 bytes a token."""
 
 SIZE_NAMES = {
     "n_layer": ("n_layer",),
@@ -253,13 +253,14 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
 
 def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     """The tokenizer that was given (a path, or `gpt2`), or stands beside the weights, or GPT-2's if it fits."""
+    max_bytes = TOKENIZER_BYTES + TOKENIZER_BYTES_PER_ROW * n_rows
     if path is not None:
-        return Tokenizer.gpt2() if path == Path("gpt2") and not path.exists() else _load_tokenizer(path)
+        return Tokenizer.gpt2() if path == Path("gpt2") and not path.exists() else _load_tokenizer(path, max_bytes)
     if source.folder is not None:
         if (source.folder / "tokenizer.json").exists():
-            return _load_tokenizer(source.folder / "tokenizer.json")
+            return _load_tokenizer(source.folder / "tokenizer.json", max_bytes)
         if (source.folder / "vocab.json").exists() and (source.folder / "merges.txt").exists():
-            return _old_tokenizer(source.folder)
+            return _old_tokenizer(source.folder, max_bytes)
     n_vocab = GPTConfig().n_vocab
     if n_rows == n_vocab or n_rows in _padded(n_vocab):
         return Tokenizer.gpt2()
@@ -269,19 +270,19 @@ def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     )
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    read_object(path, MAX_TOKENIZER_BYTES)  # its size, its depth, no key twice
+def _load_tokenizer(path: Path, max_bytes: int) -> Tokenizer:
+    read_object(path, max_bytes)  # its size, its depth, no key twice
     return Tokenizer.load(path)
 
 
-def _old_tokenizer(folder: Path) -> Tokenizer:
+def _old_tokenizer(folder: Path, max_bytes: int) -> Tokenizer:
     """The tokenizer of vocab.json and merges.txt."""
-    vocab = read_object(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+    vocab = read_object(folder / "vocab.json", max_bytes)
     if not all(type(number) is int for number in vocab.values()):
         raise CheckpointError(f"{folder / 'vocab.json'} maps a token to what is no id: give another model")
     path = regular_file(folder / "merges.txt")
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        if path.stat().st_size > max_bytes:
             raise ValueError("it is too large")
         lines = [line for line in path.read_bytes().decode("utf-8").split("\n") if line.strip()]
         pairs = [line.rstrip("\r").split(" ") for line in lines if not line.startswith("#version")]
