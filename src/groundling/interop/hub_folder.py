@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import CheckpointError
 from groundling.interop.pickles import pickled_weights
 from groundling.interop.tensor_files import Weights, merged, read_object, safetensors_weights, training_record
 
@@ -106,12 +106,10 @@ def _check_index(index: Path, weights: Weights) -> None:
 def download(name: str) -> Path:
     """The folder of a model on the hub, from its cache if it is there, or if the hub cannot be asked.
 
-    Raises `CheckpointError` if the hub has no such model or cannot be asked, `ConfigError` if the client is missing.
+    Raises `CheckpointError` if the hub has no such model or cannot be asked.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError("the hub needs the package huggingface_hub: pip install 'groundling[hf]'") from None
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # its errors are of these two kinds, network errors included
