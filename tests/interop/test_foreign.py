@@ -184,11 +184,13 @@ def test_a_file_is_read_as_its_folder_is(name: str, make_trained: MakeTrained, t
     trained = make_trained("one")
     (torch.save if name.endswith("bin") else save_file)(linear(trained), tmp_path / name)
     trained.tokenizer.save(tmp_path / "tokenizer.json")
-    assert open_foreign(tmp_path / name).model.config.n_head == 1
+    assumed = open_foreign(tmp_path / name)
+    assert (assumed.model.config.n_head, assumed.changes[0][:26]) == (1, "1 attention heads assumed,")
     (tmp_path / "config.json").write_text(json.dumps(sizes(trained.model.config) | {"n_head": 4}))
     for path in (tmp_path / name, tmp_path):
         opened = open_foreign(path)
         assert opened.model.config.n_head == 4
+        assert not opened.changes
         assert opened.tokenizer.sha256 == trained.tokenizer.sha256
 
 

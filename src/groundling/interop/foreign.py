@@ -73,7 +73,7 @@ class Imported:
     tokenizer: Tokenizer
     source: Weights
     changes: tuple[str, ...]
-    """In words: what is not as it stood in the source."""
+    """In words: what is not as it stood in the source, or did not stand there."""
 
 
 def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | None = None) -> Imported:
@@ -89,7 +89,7 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
         changes.append(f"{len(dropped)} buffers of the causal mask left out")
     names = {name: raw for name, raw in names.items() if name not in dropped}
     _check_settings(source)
-    found = _sizes(source, names, n_head)
+    found = _sizes(source, names, n_head, changes)
     linear = _check_shapes(source, names, found, changes)
     tokenizer = _tokenizer(source, found.n_vocab, tokenizer_path)
     config = _cut(source, found, tokenizer, changes)
@@ -148,7 +148,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None) -> GPTConfig:
+def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, changes: list[str]) -> GPTConfig:
     """The sizes that the tensors have, which are also those that the settings say."""
     shapes = {name: source.shapes[raw] for name, raw in names.items()}
     for name in (EMBEDDING, POSITIONS):
@@ -178,8 +178,11 @@ def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None) -> GPT
         heads, rest = divmod(sizes["n_embd"], HEAD_WIDTH)
         if rest:
             raise ConfigError(f"{source.where} does not say how many attention heads it has: give --n-head N")
+        changes.append(f"{heads} attention heads assumed, {HEAD_WIDTH} wide, which nothing says (--n-head does)")
     if heads < 1 or sizes["n_embd"] % heads:
-        raise ConfigError(f"{source.where} has n_embd {sizes['n_embd']:,}, which {heads:,} heads do not divide")
+        raise ConfigError(
+            f"{source.where} has n_embd {sizes['n_embd']:,}, which {heads:,} heads do not divide: give --n-head N"
+        )
     return GPTConfig(n_head=heads, **sizes)
 
 
