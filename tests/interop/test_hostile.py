@@ -284,6 +284,12 @@ def test_a_name_that_commands_the_terminal(folder: Path, tmp_path: Path, capsys:
     assert said.rstrip("\n").isprintable()
 
 
+def test_a_name_without_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = load_file(folder / "model.safetensors")
+    save_file(sound | {"module." * 500_000: torch.zeros(1)}, folder / "model.safetensors")
+    assert "3,500,000 letters" in refusal(folder, capsys)
+
+
 def test_a_safetensors_header_of_gigabytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 2 << 30) + b"{")

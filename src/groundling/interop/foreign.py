@@ -34,6 +34,8 @@ EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
 MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 """Buffers of the causal mask, which follow from the position table's length."""
 BLOCK = re.compile(r"transformer\.h\.(\d{1,9})\.")
+MAX_NAME_CHARS = 200
+"""Of a tensor; with both wrappers a GPT-2's longest has 52."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HEAD_WIDTH = 64
 """Of every released GPT-2."""
@@ -115,6 +117,8 @@ def _own_names(source: Weights) -> dict[str, str]:
     """Our name of each tensor, and the source's."""
     names: dict[str, str] = {}
     for raw in source.shapes:
+        if len(raw) > MAX_NAME_CHARS:
+            raise CheckpointError(f"{source.where} has a tensor whose name is {len(raw):,} letters long: give a GPT-2")
         name = raw
         while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), None):
             name = name.removeprefix(wrapper)
@@ -180,8 +184,9 @@ def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, change
             raise ConfigError(f"{source.where} does not say how many attention heads it has: give --n-head N")
         changes.append(f"{heads} attention heads assumed, {HEAD_WIDTH} wide, which nothing says (--n-head does)")
     if heads < 1 or sizes["n_embd"] % heads:
+        advice = "give another model" if said["n_head"] else "give another --n-head"
         raise ConfigError(
-            f"{source.where} has n_embd {sizes['n_embd']:,}, which {heads:,} heads do not divide: give --n-head N"
+            f"{source.where} has n_embd {sizes['n_embd']:,}, which {heads:,} heads do not divide: {advice}"
         )
     return GPTConfig(n_head=heads, **sizes)
 
