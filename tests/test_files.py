@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,34 @@ def test_what_a_killed_process_left_does_not_hinder(tmp_path: Path) -> None:
     assert (tmp_path / "thing").read_text() == "second"
 
 
-def test_everybody_may_read_what_an_atomic_path_wrote(tmp_path: Path) -> None:
-    with files.atomic_path(tmp_path / "thing") as place:
-        place.mkdir(mode=0o700)
-        (place / "inner").touch(mode=0o600)
-    assert (tmp_path / "thing" / "inner").stat().st_mode & 0o777 == 0o644
-    assert (tmp_path / "thing").stat().st_mode & 0o777 == 0o755
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_whom_the_umask_lets_read_may_read(tmp_path: Path, umask: int, folder: int, file: int) -> None:
+    before = os.umask(umask)
+    try:
+        with files.atomic_path(tmp_path / "thing") as place:
+            place.mkdir()
+            (place / "inner").touch(mode=0o600)  # as safetensors writes
+    finally:
+        os.umask(before)
+    assert (tmp_path / "thing" / "inner").stat().st_mode & 0o777 == file
+    assert (tmp_path / "thing").stat().st_mode & 0o777 == folder
+
+
+def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "thing"
+    path.write_text("first")
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name == ".thing.partial":
+            raise OSError
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError), files.atomic_path(path, overwrite=True) as place:  # noqa: PT011
+        place.write_text("second")
+    assert path.read_text() == "first"
+    assert [found.name for found in tmp_path.iterdir()] == ["thing"]

@@ -10,6 +10,7 @@ import errno
 import importlib
 import keyword
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,9 @@ SYSTEM_REFUSALS = {
     errno.ENOSPC: "free the disk, then --resume",
 }
 """What the operating system says of a path that no check of ours foresaw, and what to do."""
+
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
+"""C0 and C1: a sentence has none, not even an end of line."""
 
 HELP = """usage: groundling COMMAND [OPTIONS]
 
@@ -68,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words[0], words[1:])
     except UserError as error:
-        print(f"groundling: {error}", file=sys.stderr)
+        # What names in files hold, even commands to the terminal, is shown and not done.
+        shown = CONTROLS.sub(lambda found: repr(found[0])[1:-1], str(error))
+        print(f"groundling: {shown}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -75,13 +75,20 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # as the process's umask has it
         for entry in [*sorted(temporary.rglob("*")), temporary]:
-            entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors writes files that only their owner reads
+            if entry.is_file():
+                entry.chmod(mode)  # safetensors writes files that only their owner reads
             sync_file(entry)
         if overwrite and path.exists():
             _remove(replaced)
             path.rename(replaced)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if overwrite and replaced.exists() and not path.exists():
+                replaced.rename(path)
+            raise
         sync_file(path.parent)
         _remove(replaced)
     finally:

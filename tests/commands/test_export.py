@@ -152,8 +152,11 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
     (target / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="no export has written"):
         export.check_target(target, overwrite=True)
-    (target / "config.json").write_text("{}")
+    (target / "config.json").write_text("{}")  # as many projects have one
+    with pytest.raises(UserError, match="no export has written"):
+        export.check_target(target, overwrite=True)
+    (target / "model.safetensors").touch()
     export.check_target(target, overwrite=True)
-    (target / ".git").mkdir()
+    (target / "src").mkdir()
     with pytest.raises(UserError, match="no export has written"):
         export.check_target(target, overwrite=True)

@@ -113,10 +113,11 @@ def test_settings_that_it_contradicts_are_refused(
         (["--size", "355M"], "model.n_layer is 24, but the size comes from --init"),
         (["--model.n_head", "4"], "model.n_head is 4, but the size comes from --init"),
         (["--model.n_layer", "12"], "model.n_layer is 12, but"),  # the preset's own, but typed
+        (["--model.n_vocab", "999"], "model.n_vocab is 999, but"),
         (["--config", "sizes.yaml"], "model.n_layer is 5, but"),
         (["--tokenizer", "train:280"], "tokenizer is train:280, but the tokenizer comes from --init"),
         (["--tokenizer", "gpt2"], "tokenizer is gpt2, but"),
-        (["--windows.length", "33"], "has 32 positions"),
+        (["--windows.length", "33"], "has 32 positions: give --windows.length 32 or less"),
         (["--init", "no-such-file.pt"], "no file or folder"),
     ):
         assert tune(source, out, *arguments) == 2, arguments

@@ -172,9 +172,34 @@ def test_flat_files(make_trained: MakeTrained, spelled: Path, tmp_path: Path) ->
     assert opened.model.config.n_head == 2
     assert opened.record == {"steps": 5, "train_loss": 0.5}
     odd = make_trained("odd")
-    torch.save(linear(odd), tmp_path / "odd.pt")
+    (tmp_path / "alone").mkdir()
+    torch.save(linear(odd), tmp_path / "alone" / "odd.pt")
     with pytest.raises(UserError, match="give --n-head"):
-        open_foreign(tmp_path / "odd.pt", spelled)
+        open_foreign(tmp_path / "alone" / "odd.pt", spelled)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_file_is_read_as_its_folder_is(name: str, make_trained: MakeTrained, tmp_path: Path) -> None:
+    """With the configuration and the tokenizer beside it: here 64 wide, which without them means one head."""
+    trained = make_trained("one")
+    (torch.save if name.endswith("bin") else save_file)(linear(trained), tmp_path / name)
+    trained.tokenizer.save(tmp_path / "tokenizer.json")
+    assumed = open_foreign(tmp_path / name)
+    assert (assumed.model.config.n_head, assumed.changes[0][:26]) == (1, "1 attention heads assumed,")
+    (tmp_path / "config.json").write_text(json.dumps(sizes(trained.model.config) | {"n_head": 4}))
+    for path in (tmp_path / name, tmp_path):
+        opened = open_foreign(path)
+        assert opened.model.config.n_head == 4
+        assert not opened.changes
+        assert opened.tokenizer.sha256 == trained.tokenizer.sha256
+
+
+def test_sizes_in_a_file_go_before_those_beside_it(make_trained: MakeTrained, tmp_path: Path) -> None:
+    trained = make_trained("one")
+    torch.save({"model": linear(trained), "model_args": sizes(trained.model.config)}, tmp_path / "ckpt.pt")
+    trained.tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 99}))
+    assert same(open_foreign(tmp_path / "ckpt.pt").model, trained.model)
 
 
 def test_padded_vocabularies_are_cut(make_trained: MakeTrained, spelled: Path, tmp_path: Path) -> None:
@@ -200,6 +225,10 @@ def test_gpt2s_tokenizer_is_taken_where_it_fits(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "nano.pt")
     imported = open_foreign(tmp_path / "nano.pt", n_head=1)
     assert (imported.tokenizer.name, imported.model.config.n_vocab) == ("gpt2", 50257)
+    (tmp_path / "tokenizer.json").write_text("{}")  # of something else
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        open_foreign(tmp_path / "nano.pt", n_head=1)
+    assert open_foreign(tmp_path / "nano.pt", Path("gpt2"), n_head=1).tokenizer.name == "gpt2"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from groundling.cli import main
 from groundling.model.weights import to_huggingface
@@ -71,6 +71,7 @@ def test_configurations(changes: dict[str, Any], words: str, folder: Path, capsy
         ("[" * 100_000, "nested too deep"),
         ('{"a": ' * 100_000, "nested too deep"),
         ('{"n_layer": 2, "n_layer": 3}', "key 'n_layer' twice"),
+        ("{" + ", ".join(f'"{n}": 0' for n in [*range(50_000), 49_999]) + "}", "key '49999' twice"),
         ("[1, 2]", "no JSON object"),
         ("not JSON", "cannot be read as JSON"),
         ('{"n_layer": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
@@ -119,6 +120,13 @@ def test_runs_from_elsewhere(
 
 
 # --- tokenizers
+
+
+def test_a_tokenizer_far_larger_than_the_vocabulary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = json.loads((folder / "tokenizer.json").read_text())
+    sound["model"]["merges"] *= 10_000
+    (folder / "tokenizer.json").write_text(json.dumps(sound))
+    assert "more than it needs" in refusal(folder, capsys)
 
 
 def test_tokenizers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +273,21 @@ def test_safetensors_files(content: bytes, words: str, folder: Path, capsys: pyt
     (folder / "model.safetensors").write_bytes(content)
     said = refusal(folder, capsys)
     assert re.search(words, said)
+
+
+def test_a_name_that_commands_the_terminal(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"\x1b[2J\ngroundling: \x9b31mdone": torch.zeros(1)}, tmp_path / "named.safetensors")
+    sound = load_file(folder / "model.safetensors")
+    save_file(sound | load_file(tmp_path / "named.safetensors"), folder / "model.safetensors")
+    said = refusal(folder, capsys)
+    assert "unknown \\x1b[2J\\ngroundling: \\x9b31mdone" in said
+    assert said.rstrip("\n").isprintable()
+
+
+def test_a_name_without_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = load_file(folder / "model.safetensors")
+    save_file(sound | {"module." * 500_000: torch.zeros(1)}, folder / "model.safetensors")
+    assert "3,500,000 letters" in refusal(folder, capsys)
 
 
 def test_a_safetensors_header_of_gigabytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,33 @@ def test_nesting_without_end(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert "no weights" in refusal(tmp_path / "memo.pt", capsys)
 
 
+MANY = b"M\x01\x00" * 60_000
+"""Numbers on the stack, 180 kB of them."""
+CALL_SIZE = b"ctorch\nSize\nq\x00](" + MANY + b"e\x85q\x02(" + b"h\x00h\x02R" * 5_000 + b"t."
+MANY_ATTRIBUTES = b"".join(b"M" + struct.pack("<H", n) + b"K\x01" for n in range(60_000))
+CALL_BUILD = b"}(" + MANY_ATTRIBUTES + b"uq\x00c__main__\nGPTConfig\nq\x01(" + b"h\x01)\x81h\x00b" * 1_000 + b"t."
+LONG_SHAPE = b"(" + b"\x8a\x08" + (2**62).to_bytes(8, "little") + b"q\x00" + b"h\x00" * 60_000 + b"tq\x01"
+CALL_TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+    b"X\x03\x00\x00\x00cpuK\x01tQK\x00" + LONG_SHAPE + b"h\x01tR."
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (CALL_SIZE, "calls torch.Size"),
+        (CALL_BUILD, "60,000 attributes"),
+        (CALL_TENSOR, "no sizes"),
+    ],
+    ids=["copies of a list", "copies of attributes", "a product of many numbers"],
+)
+def test_little_that_grows(content: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pickle names again and again what it made once: each name costs two bytes, and a copy would cost many."""
+    write_zip(tmp_path / "grows.pt", b"\x80\x02" + content, {})
+    assert words in refusal(tmp_path / "grows.pt", capsys)
+
+
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [

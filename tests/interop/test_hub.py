@@ -99,6 +99,7 @@ def test_an_existing_repository_gets_a_commit_and_keeps_what_the_upload_does_not
     server.repositories["model", REPO] = repository = Repository(False, files=dict(files))
     place = hub.look(REPO, "model", False)
     assert stays(place, contents(folder)) == ["groundling-0.0.9.whl", "old.md"]
+    assert stays(place, contents(folder), "groundling-*.whl") == ["old.md"]
     assert hub.upload(place, folder, "Again", stale="groundling-*.whl").changed
     assert published(repository) == {"old.md": b"old", **contents(folder)}
     assert repository.commits[0].removed == ["groundling-0.0.9.whl"]

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from groundling.errors import ConfigError
 from groundling.files import write_json
 from groundling.interop import model_card
 from groundling.interop.trained import Trained
@@ -293,9 +291,3 @@ def test_the_curve_is_put_beside_it(trained: Trained, tmp_path: Path) -> None:
     model_card.write(trained, target, "fp32")
     assert sorted(path.name for path in target.iterdir()) == ["README.md"]
     assert "![" not in (target / "README.md").read_text()
-
-
-def test_a_missing_package_is_named(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"pip install 'groundling\[hf\]'"):
-        model_card.render(trained, "fp32")

@@ -70,7 +70,7 @@ def test_large_weights_go_to_a_file_of_their_own(
         export.write(trained, out, precision)
         assert (out / "model.onnx").stat().st_size < 50_000
         files = {path.name for path in out.iterdir()}
-        assert len(files) == 5, files
+        assert len(files) == 6, files
         assert list(export.verify(trained, out, precision))
 
 
@@ -116,4 +116,6 @@ def test_the_files_beside_the_graph(make_trained: MakeTrained, tmp_path: Path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == trained.model.config.n_ctx
     assert config["eos_token_id"] == trained.tokenizer.end_of_text_id
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())  # transformers.js loads none without
+    assert (named["tokenizer_class"], named["model_max_length"]) == ("GPT2Tokenizer", trained.window)
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").sha256 == trained.tokenizer.sha256

@@ -61,6 +61,14 @@ FORMATS = {
     "web": Format("web_page", "quant", ("q8_0", "f16", "f32", "q4_0"), "a page that runs the model in a browser"),
 }
 
+MARKS = (
+    {"config.json", "model.safetensors"},
+    {"config.json", "model.bin"},
+    {"config.json", "model.onnx"},
+    {"index.html", "model.gguf"},
+)
+"""Files that each folder of an export has, one of these pairs."""
+
 
 def main(arguments: list[str]) -> int:
     """Write one export."""
@@ -85,16 +93,23 @@ def main(arguments: list[str]) -> int:
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
 
-    A folder is replaced only if it is empty or holds what exports do; never a run, nor a repository.
+    A folder is replaced only if it is empty or holds what exports do, which is files alone: never a run, a repository,
+    or whatever else has a config.json.
     """
     if target.name in ("", ".."):
         raise ConfigError(f"--out is {target}: give the name of what is to be written")
-    if target.exists() and not overwrite:
+    if (target.exists() or target.is_symlink()) and not overwrite:
         raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
-    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    is_export = "config.json" in held or held >= {"index.html", "model.gguf"}
-    if held and (not is_export or held & {"checkpoints", ".git"}):
+    held = list(target.iterdir()) if target.is_dir() else []
+    names = {entry.name for entry in held}
+    is_export = any(names >= marks for marks in MARKS) and not any(entry.is_dir() for entry in held)
+    if held and not is_export:
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
+    check_parent(target)
+
+
+def check_parent(target: Path) -> None:
+    """Raises `ConfigError` if nothing can be written in the folder of this path."""
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file, so {target} cannot be written: give another --out")
@@ -118,7 +133,7 @@ def _parser() -> Parser:
         parser.add_argument(f"--{flag}", choices=choices, help=f"format of the weights ({listed})")
     library = "for web: the tarball of one of the library's packages, instead of fetching it with npm; may be repeated"
     parser.add_argument("--library", action="append", default=[], metavar="FILE", help=library)
-    parser.add_argument("--tokenizer", type=str, help="tokenizer.json of weights that come from elsewhere without one")
+    parser.add_argument("--tokenizer", type=str, help="tokenizer.json, or gpt2, of weights that come from elsewhere")
     parser.add_argument("--n-head", type=int, help="attention heads, where those weights do not say it")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")

@@ -7,6 +7,7 @@ from typing import Any
 
 from groundling import __version__
 from groundling.commands.arguments import Parser
+from groundling.commands.export import check_parent
 from groundling.commands.session import say
 from groundling.errors import ConfigError
 from groundling.files import atomic_path, sha256_of, write_json
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=str, required=True, help="folder of the run that is written")
     parser.add_argument(
-        "--tokenizer", type=str, help="its tokenizer.json, if none stands beside it and GPT-2's is not it"
+        "--tokenizer", type=str, help="its tokenizer.json, or gpt2; if not given, the one beside it, else GPT-2's"
     )
     parser.add_argument(
         "--n-head", type=int, help="attention heads, if the source does not say; n_embd / 64 if not given"
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
     source, target = Path(options.source), Path(options.out)
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already: give another --out")
+    check_parent(target)
     tokenizer = Path(options.tokenizer) if options.tokenizer else None
     if is_run(source):
         trained, facts = open_trained(source, tokenizer, options.n_head), _facts_of_run(source)

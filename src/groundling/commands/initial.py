@@ -65,8 +65,7 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
     """
     preset = load_preset(config.preset)
     flags = {word.partition("=")[0] for word in typed}
-    sizes = [field.name for field in fields(config.model) if field.name != "n_vocab"]  # the tokenizer's
-    for name in sizes:
+    for name in (field.name for field in fields(config.model)):
         given, own = getattr(config.model, name), getattr(initial.model.config, name)
         was_given = given != getattr(preset.model, name) or flags & {"--size", f"--model.{name}"}
         if given != own and was_given:
@@ -84,8 +83,8 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
         )
     if config.windows.length > (n_ctx := initial.model.config.n_ctx):
         raise ConfigError(
-            f"windows.length is {config.windows.length}, but {initial.source} has {n_ctx} positions:"
-            " give no more than that"
+            f"windows.length is {config.windows.length}, but {initial.source} has {n_ctx} positions: give"
+            f" --windows.length {n_ctx} or less"
         )
     text = replace(config.text, tokenizer=FROM_INIT)
     return replace(config, model=initial.model.config, text=text)

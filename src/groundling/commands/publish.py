@@ -131,8 +131,7 @@ def _show(part: Part, folder: Path) -> None:
     action = "updated by a new commit" if place.exists else "made"
     n_megabytes = sum(files.values()) / 1e6
     say(f"the {place.visibility} {place} will be {action}: {len(files)} files, {n_megabytes:,.1f} MB")
-    kept = [name for name in stays(place, files) if not (part.stale and Path(name).match(part.stale))]
-    if kept:
+    if kept := stays(place, files, part.stale):
         listed = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         say(f"note: it keeps {len(kept)} other files that it has now ({listed})")
 

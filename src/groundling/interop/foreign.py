@@ -34,13 +34,15 @@ EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
 MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 """Buffers of the causal mask, which follow from the position table's length."""
 BLOCK = re.compile(r"transformer\.h\.(\d{1,9})\.")
+MAX_NAME_CHARS = 200
+"""Of a tensor; with both wrappers a GPT-2's longest has 52."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HEAD_WIDTH = 64
 """Of every released GPT-2."""
 PADDINGS = (64, 128)
 """Vocabularies are padded to multiples of these, for the speed of matrix products (nanoGPT: 50304)."""
-MAX_TOKENIZER_BYTES = 32 << 20
-"""GPT-2's tokenizer.json takes 3.8 MB in its widest spelling."""
+TOKENIZER_BYTES, TOKENIZER_BYTES_PER_ROW = 1 << 20, 256
+"""What a tokenizer's file may take; GPT-2's tokenizer.json has 3.8 MB in its widest spelling, 76 bytes a token."""
 
 SIZE_NAMES = {
     "n_layer": ("n_layer",),
@@ -73,7 +75,7 @@ class Imported:
     tokenizer: Tokenizer
     source: Weights
     changes: tuple[str, ...]
-    """In words: what is not as it stood in the source."""
+    """In words: what is not as it stood in the source, or did not stand there."""
 
 
 def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | None = None) -> Imported:
@@ -89,7 +91,7 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
         changes.append(f"{len(dropped)} buffers of the causal mask left out")
     names = {name: raw for name, raw in names.items() if name not in dropped}
     _check_settings(source)
-    found = _sizes(source, names, n_head)
+    found = _sizes(source, names, n_head, changes)
     linear = _check_shapes(source, names, found, changes)
     tokenizer = _tokenizer(source, found.n_vocab, tokenizer_path)
     config = _cut(source, found, tokenizer, changes)
@@ -115,6 +117,8 @@ def _own_names(source: Weights) -> dict[str, str]:
     """Our name of each tensor, and the source's."""
     names: dict[str, str] = {}
     for raw in source.shapes:
+        if len(raw) > MAX_NAME_CHARS:
+            raise CheckpointError(f"{source.where} has a tensor whose name is {len(raw):,} letters long: give a GPT-2")
         name = raw
         while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), None):
             name = name.removeprefix(wrapper)
@@ -148,7 +152,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None) -> GPTConfig:
+def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, changes: list[str]) -> GPTConfig:
     """The sizes that the tensors have, which are also those that the settings say."""
     shapes = {name: source.shapes[raw] for name, raw in names.items()}
     for name in (EMBEDDING, POSITIONS):
@@ -178,8 +182,12 @@ def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None) -> GPT
         heads, rest = divmod(sizes["n_embd"], HEAD_WIDTH)
         if rest:
             raise ConfigError(f"{source.where} does not say how many attention heads it has: give --n-head N")
+        changes.append(f"{heads} attention heads assumed, {HEAD_WIDTH} wide, which nothing says (--n-head does)")
     if heads < 1 or sizes["n_embd"] % heads:
-        raise ConfigError(f"{source.where} has n_embd {sizes['n_embd']:,}, which {heads:,} heads do not divide")
+        advice = "give another model" if said["n_head"] else "give another --n-head"
+        raise ConfigError(
+            f"{source.where} has n_embd {sizes['n_embd']:,}, which {heads:,} heads do not divide: {advice}"
+        )
     return GPTConfig(n_head=heads, **sizes)
 
 
@@ -252,14 +260,15 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
 
 
 def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
-    """The tokenizer that was given, or that stands beside the weights, or GPT-2's if it fits."""
+    """The tokenizer that was given (a path, or `gpt2`), or stands beside the weights, or GPT-2's if it fits."""
+    max_bytes = TOKENIZER_BYTES + TOKENIZER_BYTES_PER_ROW * n_rows
     if path is not None:
-        return _load_tokenizer(path)
+        return Tokenizer.gpt2() if path == Path("gpt2") and not path.exists() else _load_tokenizer(path, max_bytes)
     if source.folder is not None:
         if (source.folder / "tokenizer.json").exists():
-            return _load_tokenizer(source.folder / "tokenizer.json")
+            return _load_tokenizer(source.folder / "tokenizer.json", max_bytes)
         if (source.folder / "vocab.json").exists() and (source.folder / "merges.txt").exists():
-            return _old_tokenizer(source.folder)
+            return _old_tokenizer(source.folder, max_bytes)
     n_vocab = GPTConfig().n_vocab
     if n_rows == n_vocab or n_rows in _padded(n_vocab):
         return Tokenizer.gpt2()
@@ -269,19 +278,19 @@ def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     )
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    read_object(path, MAX_TOKENIZER_BYTES)  # its size, its depth, no key twice
+def _load_tokenizer(path: Path, max_bytes: int) -> Tokenizer:
+    read_object(path, max_bytes)  # its size, its depth, no key twice
     return Tokenizer.load(path)
 
 
-def _old_tokenizer(folder: Path) -> Tokenizer:
+def _old_tokenizer(folder: Path, max_bytes: int) -> Tokenizer:
     """The tokenizer of vocab.json and merges.txt."""
-    vocab = read_object(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+    vocab = read_object(folder / "vocab.json", max_bytes)
     if not all(type(number) is int for number in vocab.values()):
         raise CheckpointError(f"{folder / 'vocab.json'} maps a token to what is no id: give another model")
     path = regular_file(folder / "merges.txt")
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        if path.stat().st_size > max_bytes:
             raise ValueError("it is too large")
         lines = [line for line in path.read_bytes().decode("utf-8").split("\n") if line.strip()]
         pairs = [line.rstrip("\r").split(" ") for line in lines if not line.startswith("#version")]

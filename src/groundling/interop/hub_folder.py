@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import CheckpointError
 from groundling.interop.pickles import pickled_weights
 from groundling.interop.tensor_files import Weights, merged, read_object, safetensors_weights, training_record
 
@@ -46,9 +47,9 @@ def folder_weights(folder: Path) -> Weights:
     for name, (form, read) in FORMS.items():
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
-            parts = [read(folder / name)]
+            parts: Iterable[Weights] = [read(folder / name)]
         elif index.exists():
-            parts = [read(folder / shard) for shard in _shards(folder, index)]
+            parts = (read(folder / shard) for shard in _shards(folder, index))
         else:
             continue
         weights = merged(parts, folder, form)
@@ -59,11 +60,12 @@ def folder_weights(folder: Path) -> Weights:
 
 
 def with_neighbours(weights: Weights, folder: Path) -> Weights:
-    """The weights with what stands beside them: the configuration, the tokenizer, a word on the training."""
+    """The weights with what stands beside them: the configuration, the tokenizer, a word on the training
+    if they say none themselves."""
     settings, record = dict(weights.settings), dict(weights.record)
     if (folder / CONFIG).exists():
         settings = read_object(folder / CONFIG)
-    if (folder / TRAINING).exists():
+    if not record and (folder / TRAINING).exists():
         training = read_object(folder / TRAINING)
         record = training_record(training.get("step"), training.get("loss"))
     return replace(weights, settings=settings, record=record, folder=folder)
@@ -104,12 +106,10 @@ def _check_index(index: Path, weights: Weights) -> None:
 def download(name: str) -> Path:
     """The folder of a model on the hub, from its cache if it is there, or if the hub cannot be asked.
 
-    Raises `CheckpointError` if the hub has no such model or cannot be asked, `ConfigError` if the client is missing.
+    Raises `CheckpointError` if the hub has no such model or cannot be asked.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError("the hub needs the package huggingface_hub: pip install 'groundling[hf]'") from None
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # its errors are of these two kinds, network errors included

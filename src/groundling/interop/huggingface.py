@@ -164,28 +164,32 @@ def generation_config_of(trained: Trained) -> dict[str, Any]:
     }
 
 
+ROLES = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk", "pad")}
+
+
+def tokenizer_config_of(trained: Trained) -> dict[str, Any]:
+    """The tokenizer_config.json of transformers' GPT-2."""
+    special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": trained.window,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,  # transformers 4 would take spaces out of what it decodes
+        "errors": "replace",
+        "added_tokens_decoder": {str(trained.tokenizer.end_of_text_id): special | {"special": True}},
+        **ROLES,
+    }
+
+
 def _write_tokenizer(trained: Trained, target: Path) -> None:
     tokenizer = trained.tokenizer
     tokenizer.save(target / TOKENIZER)
     write_text(target / VOCAB, json.dumps(tokenizer.vocab, ensure_ascii=False) + "\n")
     merges = [f"{left} {right}" for left, right in tokenizer.merges]
     write_text(target / MERGES, "\n".join([MERGES_HEADER, *merges]) + "\n")
-    special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    roles = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk", "pad")}
-    write_json(target / "special_tokens_map.json", roles)
-    write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": trained.window,
-            "add_prefix_space": False,
-            "add_bos_token": False,
-            "clean_up_tokenization_spaces": False,  # transformers 4 would take spaces out of what it decodes
-            "errors": "replace",
-            "added_tokens_decoder": {str(tokenizer.end_of_text_id): special | {"special": True}},
-            **roles,
-        },
-    )
+    write_json(target / "special_tokens_map.json", ROLES)
+    write_json(target / "tokenizer_config.json", tokenizer_config_of(trained))
 
 
 def _load(transformers: Any, held: Trained, probe: Probe, target: Path) -> Iterator[str]:

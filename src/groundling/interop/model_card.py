@@ -19,7 +19,6 @@ from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from groundling.errors import ConfigError
 from groundling.evaluation.report import duration, finite, number, percent
 from groundling.files import write_text
 from groundling.interop.trained import Trained
@@ -55,7 +54,7 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#!{}]|(?<![^\W_])_|_(?![^\W_])")
 def write(trained: Trained, target: Path, precision: str) -> None:
     """Write README.md into the folder `target`, and the training curve beside it if the run has one.
 
-    `precision` is what the weights there were rounded to. Raises `ConfigError` if huggingface_hub is not installed.
+    `precision` is what the weights there were rounded to.
     """
     curve = trained.folder.curve if trained.folder and trained.record else None
     if curve and curve.is_file():
@@ -64,7 +63,7 @@ def write(trained: Trained, target: Path, precision: str) -> None:
 
 
 def render(trained: Trained, precision: str) -> str:
-    """The card. Raises `ConfigError` if huggingface_hub is not installed."""
+    """The card."""
     import jinja2
 
     environment = jinja2.Environment(  # Markdown has no autoescape: the filters quote what is not ours
@@ -113,10 +112,8 @@ def _longest_run(text: str) -> int:
 
 def _metadata(facts: Mapping[str, Any]) -> str:
     """The card's YAML."""
-    try:
-        from huggingface_hub import EvalResult, ModelCardData
-    except ImportError:
-        raise ConfigError("the model card needs the package huggingface_hub: pip install 'groundling[hf]'") from None
+    from huggingface_hub import EvalResult, ModelCardData
+
     text = facts["text"] or {}
     results = [
         EvalResult(

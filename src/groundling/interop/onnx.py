@@ -15,7 +15,7 @@ from torch import Tensor
 
 from groundling.errors import ConfigError
 from groundling.files import write_json
-from groundling.interop.huggingface import config_of, generation_config_of
+from groundling.interop.huggingface import config_of, generation_config_of, tokenizer_config_of
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
 
@@ -52,6 +52,7 @@ def write(trained: Trained, target: Path, precision: str) -> None:
         onnx.save(graph, target / "model.onnx", save_as_external_data=external, location="model.onnx_data")
     write_json(target / "config.json", config_of(trained, "fp32"))
     write_json(target / "generation_config.json", generation_config_of(trained))
+    write_json(target / "tokenizer_config.json", tokenizer_config_of(trained))  # transformers.js asks for it
     trained.tokenizer.save(target / "tokenizer.json")
 
 

@@ -5,11 +5,12 @@ Invariant: a source is told by what it is, never by its name alone, and nothing 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from groundling.errors import CheckpointError
 from groundling.interop.foreign import Imported, make_own
-from groundling.interop.hub_folder import CONFIG, HUB_NAME, download, folder_weights, with_neighbours
+from groundling.interop.hub_folder import HUB_NAME, download, folder_weights, with_neighbours
 from groundling.interop.pickles import pickled_weights
 from groundling.interop.tensor_files import Weights, regular_file, safetensors_weights
 from groundling.training import checkpoint
@@ -38,14 +39,18 @@ def _weights(source: Path) -> Weights:
     if source.is_dir():
         return folder_weights(source)
     if not source.exists() and not source.is_symlink():
-        if HUB_NAME.fullmatch(str(source)) and source.suffix not in FILE_NAMES:
-            return folder_weights(download(str(source)))
+        name = source.as_posix()
+        if HUB_NAME.fullmatch(name) and source.suffix not in FILE_NAMES:
+            return folder_weights(download(name))
         raise CheckpointError(f"there is no file or folder {source}: give {READABLE}")
     with regular_file(source).open("rb") as file:
         begin = file.read(9)
     if begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02":
-        return pickled_weights(source)
-    if source.suffix == ".safetensors" or begin[8:9] == b"{":
+        weights = pickled_weights(source)
+    elif source.suffix == ".safetensors" or begin[8:9] == b"{":
         weights = safetensors_weights(source)
-        return with_neighbours(weights, source.parent) if (source.parent / CONFIG).exists() else weights
-    raise CheckpointError(f"{source} is no model that Groundling reads: give {READABLE}")
+    else:
+        raise CheckpointError(f"{source} is no model that Groundling reads: give {READABLE}")
+    if weights.settings:  # its own go before those of a file beside it
+        return replace(weights, folder=source.parent)
+    return with_neighbours(weights, source.parent)

@@ -2,7 +2,8 @@
 
 Invariant: nothing is called and nothing is built but descriptions in numbers, names, lists and dictionaries; every name
 that the pickle calls up stands in ALLOWED, and every tensor lies within the storage that it names. Memory grows with
-the pickle, whose length is bounded.
+the pickle, whose length is bounded: whatever one opcode makes or copies has a small bound of its own, because a pickle
+may repeat it by the ten thousand.
 
 Source: the opcodes are those of pickletools in the standard library, of them the ones that torch.save writes.
 """
@@ -18,10 +19,14 @@ from typing import IO, Any
 
 import torch
 
+from groundling.interop.tensor_files import MAX_DIMS
+
 MAX_PICKLE_BYTES = 8 << 20
 """GPT-2 XL's data.pkl with its optimizer's state takes 223 kB."""
 MAX_OPCODES = 400_000
 """The same pickle has 73,388, which are surveyed in a tenth of a second."""
+MAX_ATTRIBUTES = 100
+"""Of one object: nanoGPT's GPTConfig has seven."""
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -214,6 +219,8 @@ class Survey:
         state, target = self.stack.pop(), self.stack[-1]
         if type(state) is not dict or type(target) not in (Sizes, dict):
             raise Refused("its pickle gives attributes to what has none")
+        if len(state) > MAX_ATTRIBUTES:
+            raise Refused(f"its pickle gives an object {len(state):,} attributes, far more than a checkpoint's have")
         if type(target) is Sizes:  # of an OrderedDict they are the versions of its modules
             target.settings.update(state)
 
@@ -259,7 +266,10 @@ PUTS, GETS = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 
 
 def _are_counts(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    """Whether this is a shape, or strides: a few whole numbers."""
+    if not isinstance(values, (list, tuple)) or len(values) > MAX_DIMS:
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _described(storage: Any, offset: Any, shape: Any, strides: Any) -> Described:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 4 << 20
 """The header of GPT-2 XL, 580 tensors, takes less than 60 kB."""
 LENGTH_BYTES = 8
+MAX_DIMS = 8
+"""Of a tensor's shape; GPT-2's have two at most, its buffers four. A long one takes a long time to multiply."""
 
 DTYPES = {
     "F64": (torch.float64, 8),
@@ -111,8 +114,7 @@ def parse_json(content: bytes) -> Any:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"it has the key {twice[:80]!r} twice")
     return found
 
@@ -172,7 +174,7 @@ def _entry(entry: Any) -> tuple[Shape, torch.dtype, int, int]:
         raise ValueError(f"its header names the type {str(entry['dtype'])[:80]}, which GPT-2 weights do not have")
     dtype, n_bytes = DTYPES[entry["dtype"]]
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) <= 8):
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) <= MAX_DIMS):
         raise ValueError("its header has a shape or an offset that is no size")
     if offsets[1] - offsets[0] != n_bytes * math.prod(shape):
         raise ValueError("its header has offsets that do not fit the shape beside them")
