@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from groundling.cli import main
 from groundling.corpus.goldfish import PLAIN
@@ -132,3 +133,12 @@ def test_an_estimate_of_it(source: Path, workplace: Path, capsys: pytest.Capture
     printed = capsys.readouterr()
     assert "estimate: " in printed.out
     assert f"init: {source}: its weights, its size (2 layers" in printed.err
+
+
+def test_windows_that_nobody_asked_for_fit_the_model(source: Path, tmp_path: Path, workplace: Path) -> None:
+    """A preset's windows may be longer than a small model's; then it goes on in those that it was trained on."""
+    out = tmp_path / "tuned"
+    command = ["train", "--corpus", "bottles.txt", "--init", str(source), "--out", str(out), "--max-steps", "1"]
+    assert main([*command, "--runtime.compile", "off", "--evaluation.final", "none"]) == 0
+    _, _, window = load_model(find_checkpoint(source), torch.device("cpu"))
+    assert yaml.safe_load((out / "config.yaml").read_text())["windows"]["length"] == window

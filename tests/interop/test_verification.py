@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from groundling.errors import CheckpointError
 from groundling.evaluation.corpus_loss import Evaluator
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
 from groundling.runtime import RuntimeConfig, resolve
 
-from .conftest import N_TEXT, SHAPES, MakeTrained, keep_text
+from .conftest import N_TEXT, SHAPES, MakeTrained, keep_text, random_network
 
 
 @pytest.fixture(params=list(SHAPES))
@@ -95,3 +97,17 @@ def test_a_loss_that_is_no_number_is_refused(make_trained: MakeTrained, tmp_path
 @torch.inference_mode()
 def _logits(trained: Trained, tokens: list[int]) -> Tensor:
     return trained.model.logits(trained.model.hidden(torch.tensor([tokens])))[0]
+
+
+def test_a_model_that_gives_no_numbers_is_not_exported(trained: Trained) -> None:
+    with torch.no_grad():
+        trained.model.head_weight[3] = torch.nan
+    with pytest.raises(CheckpointError, match="no numbers"):
+        Probe.of(trained)
+
+
+def test_a_model_of_one_position_has_logits_and_no_continuation(make_trained: MakeTrained) -> None:
+    small = make_trained("small")
+    config = replace(small.model.config, n_ctx=1)
+    probe = Probe.of(replace(small, model=random_network(config), window=1))
+    assert (len(probe.window), len(probe.logits), probe.continuation) == (1, 1, [])

@@ -31,6 +31,8 @@ class Initial:
 
     model: GPT2
     tokenizer: Tokenizer
+    window: int
+    """Tokens of the windows that it was trained on."""
     source: str
 
     @cached_property
@@ -55,11 +57,11 @@ def open_initial(config: RunConfig, resumed: RunFolder | None) -> Initial | None
     if not config.init or (resumed and resumed.settings().get("init") == config.init):
         return None
     trained = open_trained(Path(config.init))
-    return Initial(trained.model, trained.tokenizer, config.init)
+    return Initial(trained.model, trained.tokenizer, trained.window, config.init)
 
 
 def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> RunConfig:
-    """The configuration with the size and the tokenizer of the initial model.
+    """The configuration with the size and the tokenizer of the initial model, and windows that fit it.
 
     Raises `ConfigError` for a setting that contradicts it: one that is not the preset's, or is among the words typed.
     """
@@ -81,13 +83,16 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
             f"text.tokenizer is {tokenizer}, but the tokenizer comes from --init {initial.source}:"
             " leave that setting out"
         )
-    if config.windows.length > (n_ctx := initial.model.config.n_ctx):
+    windows, n_ctx = config.windows, initial.model.config.n_ctx
+    if windows.length > n_ctx and windows.length == preset.windows.length and "--windows.length" not in flags:
+        windows = replace(windows, length=initial.window)
+    if windows.length > n_ctx:
         raise ConfigError(
-            f"windows.length is {config.windows.length}, but {initial.source} has {n_ctx} positions: give"
+            f"windows.length is {windows.length}, but {initial.source} has {n_ctx} positions: give"
             f" --windows.length {n_ctx} or less"
         )
     text = replace(config.text, tokenizer=FROM_INIT)
-    return replace(config, model=initial.model.config, text=text)
+    return replace(config, model=initial.model.config, text=text, windows=windows)
 
 
 def tokenizer_of(config: RunConfig, initial: Initial | None, resumed: RunFolder | None) -> Tokenizer | None:

@@ -16,7 +16,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from groundling.evaluation.report import duration, finite, number, percent
@@ -47,6 +47,8 @@ LOSSES = {
 
 # Not text: C0 and C1 controls but tab and line feed, and halves of surrogate pairs, which names of files may hold.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# The folders before the last name of a path, also of one in a list.
+_FOLDERS = re.compile(r"""[^\s"'\[\],=]*[/\\](?=[^\s"'\[\],/\\])""")
 # What means something in Markdown within a line; an underscore does only at the edge of a word.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#!{}]|(?<![^\W_])_|_(?![^\W_])")
 
@@ -283,20 +285,11 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _command(command: str) -> str:
-    """The command without the folders of absolute paths: a card is published, and they name people and machines."""
+    """The command with the last name alone of every path: a card is published, and folders name people and machines."""
     try:
-        words = shlex.split(command)
+        return shlex.join(_FOLDERS.sub("", word) for word in shlex.split(command))
     except ValueError:
-        return command
-    shown = []
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        for kind in (PurePosixPath, PureWindowsPath):
-            path = kind(value)
-            if path.is_absolute():
-                value = path.name
-        shown.append(f"{flag}{equals}{value}")
-    return shlex.join(shown)
+        return _FOLDERS.sub("", command)
 
 
 def _report(trained: Trained) -> dict[str, Any] | None:

@@ -40,7 +40,8 @@ def _weights(source: Path) -> Weights:
         return folder_weights(source)
     if not source.exists() and not source.is_symlink():
         name = source.as_posix()
-        if HUB_NAME.fullmatch(name) and source.suffix not in FILE_NAMES:
+        is_path = len(source.parts) > 1 and Path(source.parts[0]).exists()  # runs/gtp2, where runs/ is here
+        if HUB_NAME.fullmatch(name) and source.suffix not in FILE_NAMES and not is_path:
             return folder_weights(download(name))
         raise CheckpointError(f"there is no file or folder {source}: give {READABLE}")
     with regular_file(source).open("rb") as file:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from groundling.corpus.shards import Tokens
 from groundling.corpus.windows import gather, grid
-from groundling.errors import RunFailed
+from groundling.errors import CheckpointError, RunFailed
 from groundling.generation.decode import generate
 from groundling.generation.decoder import TorchDecoder
 from groundling.generation.sampling import SamplingConfig
@@ -63,8 +63,13 @@ class Probe:
         generator = torch.Generator().manual_seed(SEED)
         window = torch.randint(config.n_vocab, (config.n_ctx,), generator=generator).tolist()
         logits = model.logits(model.hidden(torch.tensor([window])))[0]
+        if not logits.isfinite().all():
+            raise CheckpointError(f"{trained.name} gives logits that are no numbers: export another checkpoint of it")
         prompt = _prompt(trained, window)
-        greedy = SamplingConfig(temperature=0, max_tokens=min(N_CONTINUATION, config.n_ctx - len(prompt)))
+        n_tokens = min(N_CONTINUATION, config.n_ctx - len(prompt))
+        if n_tokens == 0:  # one position, and nothing after it
+            return cls(window, logits, prompt, [])
+        greedy = SamplingConfig(temperature=0, max_tokens=n_tokens)
         with TorchDecoder(model, config.n_ctx) as decoder:
             continuation = list(generate(decoder, prompt, greedy))
         rows = model.logits(model.hidden(torch.tensor([prompt + continuation])))[0, len(prompt) - 1 : -1]
