@@ -85,7 +85,8 @@ def main(arguments: list[str]) -> int:
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
 
-    A folder is replaced only if it is empty or holds what exports do; never a run, nor a repository.
+    A folder is replaced only if it is empty or holds what exports do; never a run, nor a repository. A file is replaced
+    only if it is empty or GGUF, the one format that is a file.
     """
     if target.name in ("", ".."):
         raise ConfigError(f"--out is {target}: give the name of what is to be written")
@@ -95,6 +96,11 @@ def check_target(target: Path, overwrite: bool) -> None:
     is_export = "config.json" in held or held >= {"index.html", "model.gguf"}
     if held and (not is_export or held & {"checkpoints", ".git"}):
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
+    if target.is_file():
+        with target.open("rb") as file:
+            foreign = file.read(4) not in (b"", b"GGUF")
+        if foreign:
+            raise ConfigError(f"{target} is a file that no export has written: give another --out, or remove it")
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file, so {target} cannot be written: give another --out")
