@@ -144,6 +144,15 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_file_that_is_no_export_is_not_replaced(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match="a file that no export has written"):
+        export.check_target(thesis, overwrite=True)
+    thesis.write_bytes(b"GGUF\x03")
+    export.check_target(thesis, overwrite=True)
+
+
 def test_only_exports_are_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     export.check_target(target, overwrite=False)

@@ -54,6 +54,9 @@ WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s.*(?:Got|Given) value:\
 WRONG_SECTION = re.compile(r'Parser key "(?P<key>\w+)":\s+Unable to load config')
 """How it says that a section's flag, which reads a file, was given something else."""
 
+MISSING = re.compile(r"the following arguments are required: (?P<names>[\w, -]+)")
+"""How argparse says that arguments are missing."""
+
 EXPECTED = {
     float: "a number",
     int: "a whole number",
@@ -82,8 +85,16 @@ class Parser(ArgumentParser):
         if section := WRONG_SECTION.search(message):
             flag = f"--{section['key']}"
             raise ConfigError(f"{flag} reads a file of settings, which this is not: give them as {flag}.NAME VALUE")
+        if missing := MISSING.search(message):
+            names = [self._flag(name) for name in missing["names"].split(", ")]
+            raise ConfigError(f"{' and '.join(names)} must be given (`{self.prog} --help` lists the options)")
         sentence = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
         raise ConfigError(f"{sentence} (`{self.prog} --help` lists the options)")
+
+    def _flag(self, name: str) -> str:
+        """What the user types for an argument of this name."""
+        action = next((action for action in self._actions if action.dest == name), None)
+        return action.option_strings[0] if action and action.option_strings else name.upper()
 
     def _wrong_value(self, key: str, value: str) -> str:
         action = next((action for action in self._actions if action.dest == key), None)

@@ -84,6 +84,7 @@ def main(arguments: list[str]) -> int:
     with atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
         if options.verify:
+            say("verifying: reading it back, and the training text with it if weights were rounded (two minutes at most)")
             for line in module.verify(trained, partial, precision):
                 say(f"verified: {line}")
     say(f"exported: {target}")
@@ -94,7 +95,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
 
     A folder is replaced only if it is empty or holds what exports do, which is files alone: never a run, a repository,
-    or whatever else has a config.json.
+    or whatever else has a config.json. A file is replaced only if it is empty or GGUF, the one format that is a file.
     """
     if target.name in ("", ".."):
         raise ConfigError(f"--out is {target}: give the name of what is to be written")
@@ -105,7 +106,17 @@ def check_target(target: Path, overwrite: bool) -> None:
     is_export = any(names >= marks for marks in MARKS) and not any(entry.is_dir() for entry in held)
     if held and not is_export:
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
+    if target.is_file() and not _is_empty_or_gguf(target):
+        raise ConfigError(f"{target} is a file that no export has written: give another --out, or remove it yourself")
     check_parent(target)
+
+
+def _is_empty_or_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"", b"GGUF")
+    except OSError:
+        return False
 
 
 def check_parent(target: Path) -> None:

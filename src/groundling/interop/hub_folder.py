@@ -115,7 +115,7 @@ def download(name: str) -> Path:
     except (OSError, ValueError) as error:  # its errors are of these two kinds, network errors included
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"there is no file or folder {name}, and the hub gives no model of that name"
+            f"there is no file or folder {name}, and no model of that name was to be had from the hub"
             f" ({reason[0].rstrip('.')[:200]}):"
             " check the path, the name, and the network"
         ) from None

@@ -103,6 +103,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return wrong(f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')})")
+    if first["type"] == "model_attributes_type" and isinstance(first.get("input"), (str, bytes)):
+        return wrong("the body is not said to be JSON: send it with Content-Type: application/json")
     where = [str(part) for part in first["loc"] if part != "body"]
     name = where[0] if where else None
     if first["type"] == "extra_forbidden":
