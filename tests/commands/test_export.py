@@ -119,7 +119,7 @@ def test_an_interrupted_export_leaves_nothing(
         monkeypatch.setattr(huggingface, "verify", _interrupt)
     assert main(["export", str(run), "--out", str(place / "out")]) == 130
     assert list(place.iterdir()) == []
-    assert capsys.readouterr().err == "groundling: interrupted\n"
+    assert capsys.readouterr().err.endswith("groundling: interrupted\n")
 
 
 def test_what_another_program_reads_otherwise_is_not_exported(

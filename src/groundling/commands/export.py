@@ -84,9 +84,7 @@ def main(arguments: list[str]) -> int:
     with atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
         if options.verify:
-            say(
-                "verifying: reading it back, and the training text with it if weights were rounded (two minutes at most)"
-            )
+            say("verifying: reading it back, and the text with it if weights were rounded (two minutes at most) ...")
             for line in module.verify(trained, partial, precision):
                 say(f"verified: {line}")
     say(f"exported: {target}")
