@@ -111,7 +111,7 @@ def test_wrong_input_in_an_empty_folder_leaves_it_empty(
         (["sample", "RUN", "--prompt", "\udcff"], "UTF-8"),
         (["sample", "nowhere"], "no run folder"),
         (["evaluate", "x" * 300], "shorter"),
-        (["sample"], "run"),
+        (["sample"], "RUN"),
         (["doctor", "--loudly"], "--loudly"),
     ],
 )
