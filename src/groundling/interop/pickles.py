@@ -208,7 +208,7 @@ def _survey_old(path: Path) -> tuple[Any, dict[str, int]]:
 
 
 def _check_shared(tensors: dict[str, Described], n_bytes: dict[str, int]) -> None:
-    """Refuses weights that share their numbers, but for two names of one matrix: they would take more memory than file."""
+    """Refuses weights that share their numbers, but for two names of one matrix: a small file, and much memory."""
     needed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if needed > 2 * sum(n_bytes.values()):
         raise Refused("its tensors share their numbers, which no model's do; give weights, each saved whole")
