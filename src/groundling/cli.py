@@ -82,10 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in SYSTEM_REFUSALS:
             raise
-        print(
-            f"groundling: {error.filename or 'a file'}: {error.strerror}: {SYSTEM_REFUSALS[error.errno]}",
-            file=sys.stderr,
-        )
+        where = error.filename or "a file"
+        sentence = UserError(f"{where}: {error.strerror}: {SYSTEM_REFUSALS[error.errno]}")
+        print(f"groundling: {sentence}", file=sys.stderr)
         return RunFailed.exit_code if error.errno == errno.ENOSPC else UserError.exit_code
     except KeyboardInterrupt:
         print("groundling: interrupted", file=sys.stderr)

@@ -4,11 +4,27 @@ Invariant: only `cli.py` turns these into a message and an exit code; every othe
 Anything else that is raised is a defect of ours and keeps its traceback.
 """
 
+MAX_CHARACTERS, TAIL_CHARACTERS = 600, 150
+"""Of a sentence; what is longer quotes a file at length, and is shown by its beginning and its end."""
+
 
 class UserError(ValueError):
-    """Input that cannot be used: one sentence with what is wrong, where, and what to do (exit code 2)."""
+    """Input that cannot be used: one sentence with what is wrong, where, and what to do (exit code 2).
+
+    As text it is one line, in which nothing steers a terminal, whatever a file or a path that it quotes holds.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        sentence = super().__str__()
+        if len(sentence) > MAX_CHARACTERS:
+            sentence = f"{sentence[: MAX_CHARACTERS - TAIL_CHARACTERS]} ... {sentence[-TAIL_CHARACTERS:]}"
+        if not sentence.isprintable():
+            sentence = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence)
+        if len(sentence) > MAX_CHARACTERS + 5:
+            sentence = f"{sentence[:MAX_CHARACTERS]} ..."
+        return sentence
 
 
 class ConfigError(UserError):

@@ -50,6 +50,10 @@ def test_min_p_keeps_what_is_likely_beside_the_likeliest(share: float, expected:
     assert kept(sampling.min_p(share)([], LOGITS)) == expected
 
 
+def test_a_top_p_below_what_fp32_holds_keeps_the_likeliest() -> None:
+    assert kept(sampling.top_p(5e-324)([], LOGITS)) == [0]
+
+
 def test_top_p_after_top_k_counts_what_is_left() -> None:
     """Of 0.4 and 0.3, which are 4/7 and 3/7 of what top-k leaves, the first alone has a half."""
     assert kept(sampling.top_p(0.5)([], sampling.top_k(2)([], LOGITS))) == [0]

@@ -167,7 +167,7 @@ def test_a_client_that_leaves_frees_its_slot(serve: Serve, stream: bool) -> None
 
 def test_who_does_not_read_is_left(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("groundling.serving.openai_api.READING_S", 0.1)
-    body = json.dumps({"model": "bottles", "max_tokens": 4000, "n": 16, "stream": True, "logprobs": 20}).encode()
+    body = json.dumps({"model": "bottles", "max_tokens": 4000, "n": 3, "stream": True, "logprobs": 20}).encode()
     head = HEAD % len(body)
     with serve(timeout_s=0.5) as server:
         with socket.socket() as connection:

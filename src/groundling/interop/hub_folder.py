@@ -14,7 +14,8 @@ from pathlib import Path
 
 from groundling.errors import CheckpointError
 from groundling.interop.pickles import pickled_weights
-from groundling.interop.tensor_files import Weights, merged, read_object, safetensors_weights, training_record
+from groundling.interop.tensor_files import Weights, merged, safetensors_weights, training_record
+from groundling.json_files import read_object
 
 CONFIG = "config.json"
 TRAINING = "metadata.json"

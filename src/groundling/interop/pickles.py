@@ -11,6 +11,7 @@ the storages, each behind its length (torch/serialization.py).
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -22,7 +23,8 @@ import torch
 
 from groundling.errors import CheckpointError
 from groundling.interop.survey import CONFIGS, MAX_PICKLE_BYTES, Bounded, Described, Refused, Sizes, Survey
-from groundling.interop.tensor_files import Weights, regular_file, training_record
+from groundling.interop.tensor_files import Weights, training_record
+from groundling.json_files import regular_file
 
 MAX_ENTRIES = 20_000
 """Entries of a zip: GPT-2 XL with its optimizer's state has 2,326."""
@@ -47,6 +49,7 @@ def pickled_weights(path: Path) -> Weights:
         found, n_bytes = _survey_zip(path) if _is_zip(path) else _survey_old(path)
         tensors, keys = _state_dict(found)
         _check_storages(found, n_bytes)
+        _check_shared(tensors, n_bytes)
     except Refused as error:
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from None
     except OSError as error:
@@ -202,6 +205,13 @@ def _survey_old(path: Path) -> tuple[Any, dict[str, int]]:
             file.seek(length, os.SEEK_CUR)
             n_bytes[key] = length
     return found, n_bytes
+
+
+def _check_shared(tensors: dict[str, Described], n_bytes: dict[str, int]) -> None:
+    """Refuses weights that share their numbers, but for two names of one matrix: a small file, and much memory."""
+    needed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
+    if needed > 2 * sum(n_bytes.values()):
+        raise Refused("its tensors share their numbers, which no model's do; give weights, each saved whole")
 
 
 def _check_storages(found: Any, n_bytes: dict[str, int]) -> None:

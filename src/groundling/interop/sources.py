@@ -12,7 +12,8 @@ from groundling.errors import CheckpointError
 from groundling.interop.foreign import Imported, make_own
 from groundling.interop.hub_folder import HUB_NAME, download, folder_weights, with_neighbours
 from groundling.interop.pickles import pickled_weights
-from groundling.interop.tensor_files import Weights, regular_file, safetensors_weights
+from groundling.interop.tensor_files import Weights, safetensors_weights
+from groundling.json_files import regular_file
 from groundling.training import checkpoint
 
 FILE_NAMES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".zip", ".json")
@@ -44,8 +45,11 @@ def _weights(source: Path) -> Weights:
         if HUB_NAME.fullmatch(name) and source.suffix not in FILE_NAMES and not is_path:
             return folder_weights(download(name))
         raise CheckpointError(f"there is no file or folder {source}: give {READABLE}")
-    with regular_file(source).open("rb") as file:
-        begin = file.read(9)
+    try:
+        with regular_file(source).open("rb") as file:
+            begin = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read ({error.strerror}): check the path") from None
     if begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02":
         weights = pickled_weights(source)
     elif source.suffix == ".safetensors" or begin[8:9] == b"{":

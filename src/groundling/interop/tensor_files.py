@@ -1,4 +1,4 @@
-"""Files of others, described before anything of them is believed: JSON of bounded size, safetensors headers.
+"""Tensors of others, described before anything of them is believed: safetensors headers.
 
 Invariant: what a file claims is compared with the file's size before anything is allocated for it; memory grows with
 the header, which is bounded, never with a claim. Nothing but regular files is opened.
@@ -9,24 +9,20 @@ then the tensors, which tile the rest of the file).
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from groundling.errors import CheckpointError
+from groundling.json_files import parse_json, regular_file
 
 Shape = tuple[int, ...]
 
-MAX_CONFIG_BYTES = 1 << 20
-"""The config.json that transformers writes of GPT-2 takes under a thousand bytes."""
 MAX_HEADER_BYTES = 4 << 20
 """The header of GPT-2 XL, 580 tensors, takes less than 60 kB."""
 LENGTH_BYTES = 8
@@ -70,55 +66,6 @@ class Weights:
     """What is known of the training: `steps`, `train_loss`."""
 
 
-def regular_file(path: Path) -> Path:
-    """The path itself. Raises `CheckpointError` if it is not a regular file, or a link to one."""
-    if not path.is_file():  # false for FIFOs and devices, which opening could wait for or fill the memory from
-        there = path.exists() or path.is_symlink()
-        raise CheckpointError(
-            f"{path} is {'no regular file' if there else 'not there'}: give the path of a whole model"
-        )
-    return path
-
-
-def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
-    """The JSON of a file. Raises `CheckpointError` if it is larger than it may be, no JSON, or has a key twice."""
-    size = regular_file(path).stat().st_size
-    if size > max_bytes:
-        raise CheckpointError(
-            f"{path} has {size:,} bytes, and {max_bytes:,} are more than it needs: give another model"
-        )
-    try:
-        return parse_json(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): copy or make it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check the path") from None
-
-
-def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """`read_json`, which must be an object."""
-    value = read_json(path, max_bytes)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: copy or make it again")
-    return value
-
-
-def parse_json(content: bytes) -> Any:
-    """JSON in which no object has a key twice. Raises ValueError for anything else, however deep it is nested."""
-    try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_without_doubles)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it has the key {twice[:80]!r} twice")
-    return found
-
-
 def safetensors_weights(path: Path) -> Weights:
     """The tensors of a safetensors file, described by its header.
 
@@ -134,13 +81,21 @@ def safetensors_weights(path: Path) -> Weights:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check the path") from None
 
+    start = _data_start(path)
+
     def read(name: str) -> Tensor:
+        # Not mapped: a file that is cut off while it is read then ends in a sentence, where a mapping ends the process.
+        shape, dtype, begin, end = entries[name]
+        content = bytearray(end - begin)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error}): copy or make it again") from None
+            with path.open("rb") as file:
+                file.seek(start + begin)
+                n_bytes = file.readinto(content)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}): check the path") from None
+        if n_bytes < len(content):
+            raise CheckpointError(f"{path} has changed while it was read: give a file that nobody writes")
+        return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
     shapes = {name: shape for name, (shape, _, _, _) in entries.items()}
     dtypes = {name: dtype for name, (_, dtype, _, _) in entries.items()}
@@ -171,7 +126,7 @@ def _entry(entry: Any) -> tuple[Shape, torch.dtype, int, int]:
     if not isinstance(entry, dict):
         raise ValueError("its header has an entry that describes no tensor")
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"its header names the type {str(entry['dtype'])[:80]}, which GPT-2 weights do not have")
+        raise ValueError(f"its header names the type {str(entry['dtype'])[:80]!r}, which GPT-2 weights do not have")
     dtype, n_bytes = DTYPES[entry["dtype"]]
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) <= MAX_DIMS):

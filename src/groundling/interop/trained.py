@@ -5,7 +5,6 @@ Invariant: the network is in fp32 on the CPU, and the tokenizer has as many ids 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,26 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, ConfigError
 from groundling.interop.foreign import Imported
 from groundling.interop.sources import is_run, open_foreign
+from groundling.interop.tensor_files import training_record
+from groundling.json_files import read_object
 from groundling.model.gpt2 import GPT2
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import RunFolder, find_checkpoint
 
 WINDOW = "groundling_window"
 """What an export's config.json says besides transformers' own settings: `Trained.window`."""
+
+
+NUMBER, TEXT, NONE = (int, float), (str,), type(None)
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("steps", "tokens_seen", "seed", "parameters", "window"), (int,)),
+    **dict.fromkeys(("passes", "wall_s", "evaluation_s", "tokens_per_s", "train_loss"), NUMBER),
+    **dict.fromkeys(("corpus_loss", "corpus_loss_offset", "heldout_loss", "mfu", "goldfish_dropped"), (*NUMBER, NONE)),
+    **dict.fromkeys(("command", "device", "dtype", "weights_sha256", "corpus_sha256", "tokenizer_sha256"), TEXT),
+    **dict.fromkeys(("stop_reason", "loss"), (str, NONE)),
+    **dict.fromkeys(("config", "machine", "versions"), (dict, NONE)),
+}
+"""What a record's values may be, of those that exports quote."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +74,38 @@ def of_foreign(imported: Imported, path: Path) -> Trained:
     """A foreign model as exports receive it: of its training, the steps and the last loss are known, if anything."""
     name = path.stem if path.is_file() else path.resolve().name
     n_ctx, window = imported.model.config.n_ctx, imported.source.settings.get(WINDOW)
-    if not isinstance(window, int) or not 0 < window <= n_ctx:
+    if type(window) is not int or not 0 < window <= n_ctx:
         window = n_ctx
     return Trained(imported.model, imported.tokenizer, window, name, record=dict(imported.source.record))
+
+
+def _check_kinds(record: dict[str, Any]) -> None:
+    """Raises ValueError if a value is not of the kind that a run records: a folder from elsewhere may hold anything."""
+    for name, value in record.items():
+        kind = KINDS.get(name)
+        numeric = kind is not None and type(value) in (int, float) and not 0 <= value < float("inf")
+        if kind is not None and (type(value) not in kind or numeric):
+            raise ValueError(f"its {name} is none that a run has")
+    for name in ("machine", "versions"):
+        if not all(value is None or type(value) in (str, int, list) for value in (record.get(name) or {}).values()):
+            raise ValueError(f"its {name} is none that a run has")
+    config = record.get("config") or {}
+    if not all(type(config.get(name, {})) is dict for name in ("stopping", "sampling", "text")):
+        raise ValueError("its config is none that a run has")
+    if not all(type(prompt) is str for prompt in config.get("prompts") or []):
+        raise ValueError("its prompts are no texts")
 
 
 def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
     """The folder's record, if it is of this checkpoint; of an imported model, what its source said."""
     try:
         if folder.imported.exists():
-            facts = json.loads(folder.imported.read_text(encoding="utf-8"))
-            return {name: facts[name] for name in ("steps", "train_loss") if name in facts}
-        record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
-        sums = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+            facts = read_object(folder.imported)
+            return training_record(facts.get("steps"), facts.get("train_loss"))
+        if not folder.record.exists():
+            return {}
+        record, sums = read_object(folder.record), read_object(checkpoint / "manifest.json")
+        _check_kinds(record)
         return record if record["weights_sha256"] == sums["model.safetensors"] else {}
     except FileNotFoundError:
         return {}

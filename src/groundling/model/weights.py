@@ -22,6 +22,8 @@ from groundling.model.gpt2 import GPT2, GPTConfig
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 TIED = "lm_head.weight"
 TABLES = ("transformer.wte.weight", "transformer.wpe.weight")
+MAX_LAYERS = 1000
+"""GPT-2 XL has 48. Each block costs time, however narrow it is."""
 TENSORS, TENSORS_PER_BLOCK = 4, 12
 """The two tables, the last LayerNorm's two; in each block two LayerNorms and four projections, each with a bias."""
 

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StringConstraints
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError
@@ -24,13 +24,25 @@ MAX_PROMPTS, MAX_N = 16, 16
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_LOGPROBS = 20
 MAX_TOKENS = 4096
+MAX_LIKELIHOODS = 1 << 18
+"""Of one request; each takes some hundred bytes until the answer is sent."""
 MAX_PROMPT_CHARACTERS = 1 << 16
 """Far more than any window of GPT-2 holds (1,024 tokens, of some 4 characters each)."""
 SEEDS = 2**63
 DEFAULT_TOKENS = 16
 """OpenAI's."""
 
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""An integer as JSON has it: 1.0 is one, "1" and true are not."""
+
+TokenIds = Annotated[
+    list[Annotated[StrictInt, Field(ge=0), WHOLE]], Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
+]
 Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -58,26 +70,26 @@ class CompletionRequest(BaseModel):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = ""
     """A text, or several; or token ids. An empty text starts a new document."""
-    max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = DEFAULT_TOKENS
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS), WHOLE] | None = DEFAULT_TOKENS
     """Tokens to write; with `echo` it may be 0."""
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = 1
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_N), WHOLE] | None = 1
     """Texts for each prompt; the i-th has seed + i."""
-    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = None
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_N), WHOLE] | None = None
     """Must be n if it is given: every text that is written is returned."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     """0 always takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 20)] | None = 0
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 20), WHOLE] | None = 0
     """0 or -1: all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
-    seed: Annotated[StrictInt, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-SEEDS, lt=SEEDS), WHOLE] | None = None
     """The same request with the same seed gives the same text, whoever else is served."""
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     """Texts that end the completion; they are not part of it."""
     echo: bool | None = False
     """Begin the answer with the prompt."""
-    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     """Log-probabilities of the tokens and of so many of the likeliest in each place."""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -127,7 +139,20 @@ class CompletionRequest(BaseModel):
             if max(ids) >= tokenizer.n_vocab:
                 raise ConfigError(f"the prompt holds the id {max(ids)}: this model has ids below {tokenizer.n_vocab:,}")
             prompts.append(ids)
+        self._check_likelihoods(prompts)
         return prompts
+
+    def _check_likelihoods(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises `ConfigError` if they would take much memory."""
+        if self.logprobs is None:
+            return
+        most = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+        n_tokens = (self.n or 1) * sum(most + (len(ids) if self.echo else 0) for ids in prompts)
+        if (n_asked := n_tokens * (1 + self.logprobs)) > MAX_LIKELIHOODS:
+            raise ConfigError(
+                f"logprobs {self.logprobs} for {n_tokens:,} tokens are {n_asked:,} numbers, and one request may ask for"
+                f" {MAX_LIKELIHOODS:,}: ask for fewer, or in several requests"
+            )
 
 
 def _are_ids(prompt: object) -> bool:

@@ -133,6 +133,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def n_most(self) -> int:
+        """Texts that it may have at a time, being written and waiting."""
+        return self.max_queue + self.decoder.n_slots
+
+    @property
     def n_waiting(self) -> int:
         return len(self._queue)
 

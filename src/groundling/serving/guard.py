@@ -95,6 +95,8 @@ class Guard:
             try:
                 if sum(len(name) + len(value) for name, value in scope["headers"]) > self.limits.max_header_bytes:
                     raise wrong("the headers are too large: send less", status=431, code="too_large")
+                if "transfer-encoding" in headers and "content-length" in headers:  # two lengths (RFC 9112, 6.1)
+                    raise wrong("the request has two lengths: send one", status=400, code="two_lengths")
                 self._authorise(scope["path"], headers)
                 receive = await self._body(scope["method"], headers, receive)
             except ApiError as error:

@@ -55,7 +55,7 @@ class ApiError(Exception):
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status in (408, 413, 431):
+        if self.status in (408, 413, 431) or self.detail.code == "two_lengths":
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(ErrorAnswer(error=self.detail).model_dump(), self.status, headers)
 
@@ -99,6 +99,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The texts; with `stream`, pieces of them as server-sent events.",
+        "content": {"text/event-stream": {}},
+    }
+}
+
+
 def make_api(served: Served) -> APIRouter:
     """The routes under /v1."""
     router = APIRouter(prefix="/v1", responses=ERRORS)
@@ -116,7 +124,7 @@ def make_api(served: Served) -> APIRouter:
             raise _no_such_model(name, served)
         return model
 
-    @router.post("/completions", response_model=Completion)
+    @router.post("/completions", response_model=Completion, responses=STREAMED)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue texts; with `stream`, as server-sent events that end with [DONE]."""
         if body.model != served.name:
@@ -125,6 +133,10 @@ def make_api(served: Served) -> APIRouter:
             sampling, prompts = body.sampling(), body.prompts(served.tokenizer, served.n_window)
         except ConfigError as error:
             raise wrong(str(error)) from None
+        if (n_texts := len(prompts) * (body.n or 1)) > served.engine.n_most:
+            raise wrong(
+                f"{n_texts} texts are asked for, and this server takes {served.engine.n_most}: ask for fewer", "n"
+            )
         job = Job(served, body, prompts)
         request.state.account = job.account
         job.submit([replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n or 1)], request)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -57,6 +58,7 @@ def make_app(served: Served, config: ServerConfig, log: Callable[[str], None]) -
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of the client's Host header
     )
     metrics = Metrics()
     metrics.registry.register(EngineCollector(served.engine))
@@ -142,6 +144,14 @@ class Protocol(H11Protocol):
     def _close_silent(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """As every other answer that is not a success, where uvicorn says it in plain text."""
+        body = bytes(wrong("this is no valid HTTP request").response().body)
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body)):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_due.cancel()

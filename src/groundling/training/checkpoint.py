@@ -15,7 +15,6 @@ tokenizer, its window). The manifest, with the SHA-256 of every other file, is w
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -28,13 +27,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from groundling.corpus.tokenizer import Tokenizer
+from groundling import machine
+from groundling.corpus.tokenizer import MAX_BYTES, Tokenizer
 from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.files import atomic_directory, sha256_of, write_json
+from groundling.json_files import read_object, regular_file
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.weights import MAX_LAYERS
 
 MANIFEST = "manifest.json"
+TENSOR_FILES = {"model.safetensors": 1, "optimizer.safetensors": 3}
+"""Files of tensors, and how often the network's bytes they may take: AdamW keeps two moments of each parameter."""
+NEEDED = ("model.safetensors", "model.json", "tokenizer.json")
+FILES = (*TENSOR_FILES, "model.json", "tokenizer.json", "state.json")
+"""What a manifest may name: nothing outside its folder."""
+MAX_HEADER_BYTES = 4 << 20
 NAME = "step-{:08d}"
 
 
@@ -104,13 +112,30 @@ def complete(root: Path) -> list[Path]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None if every sum in its manifest holds."""
     try:
-        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        sums = read_object(path / MANIFEST)
+        if missing := [name for name in NEEDED if name not in sums]:
+            return f"its manifest lacks {missing[0]}"
         for name, expected in sums.items():
-            if sha256_of(path / name) != expected:
+            if name not in FILES:
+                return f"its manifest names {name[:80]!r}, which no checkpoint has"
+            if (path / name).stat().st_size > _most_bytes(path, name):
+                return f"{name} is far larger than its network"
+            if sha256_of(regular_file(path / name)) != expected:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"its manifest or a file is missing or unreadable ({error})"
     return None
+
+
+def _most_bytes(path: Path, name: str) -> int:
+    """How large a file of a checkpoint may be, so that summing one from elsewhere comes to an end."""
+    if name not in TENSOR_FILES:
+        return MAX_BYTES
+    config, _ = _size(path)
+    needed, memory = 4 * config.n_parameters(), machine.memory_bytes()
+    if memory is not None and needed > memory:
+        raise ValueError(f"it says a network of {needed:,} bytes, more than this machine has memory")
+    return TENSOR_FILES[name] * needed + MAX_HEADER_BYTES
 
 
 def newest_intact(root: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -133,8 +158,11 @@ def set_aside(damaged: Path) -> Path:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The counters of a checkpoint."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    """The counters of a checkpoint. Raises `CheckpointError` if there are none."""
+    state = read_object(path / "state.json")
+    if type(state.get("n_steps")) is not int or state["n_steps"] < 0:
+        raise CheckpointError(f"{path / 'state.json'} says no number of steps: copy or make it again")
+    return state
 
 
 def restore(path: Path, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
@@ -166,19 +194,34 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT2, Tokenizer, int]:
     """
     if (wrong := damage(path)) is not None:
         raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
-    try:
-        facts = json.loads((path / "model.json").read_text(encoding="utf-8"))
-        window = int(facts.pop("window"))
-        config = GPTConfig(**facts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path / 'model.json'} says no size of a network: {error}") from None
+    config, window = _size(path)
     weights.check_size(config, path / "model.safetensors")  # a folder from elsewhere may claim what it likes
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
     model.lm_head.weight = model.transformer.wte.weight  # to_empty unties them
     weights.load(model, path / "model.safetensors")
-    return model.eval(), Tokenizer.load(path / "tokenizer.json"), window
+    tokenizer = Tokenizer.load(path / "tokenizer.json", n_rows=config.n_vocab)
+    if tokenizer.n_vocab != config.n_vocab:
+        raise CheckpointError(
+            f"{path} has {config.n_vocab:,} ids and a tokenizer of {tokenizer.n_vocab:,}: give another"
+        )
+    return model.eval(), tokenizer, window
+
+
+def _size(path: Path) -> tuple[GPTConfig, int]:
+    """The network's size and window, as a checkpoint says them. Raises `CheckpointError` if it does not."""
+    try:
+        facts = read_object(path / "model.json")
+        if not all(type(size) is int and 0 < size < 2**31 for size in facts.values()):
+            raise ValueError("not all of it are positive numbers")
+        window = facts.pop("window")
+        config = GPTConfig(**facts)
+        if window > config.n_ctx or config.n_layer > MAX_LAYERS:
+            raise ValueError(f"a window of {window:,} in {config.n_ctx:,} positions and {config.n_layer:,} blocks")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / 'model.json'} says no size of a network: {error}") from None
+    return config, window
 
 
 def _optimizer_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ A folder that `groundling import` made has a checkpoint of step 0, tokenizer.jso
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,17 +34,32 @@ from groundling.corpus.shards import TokenFile, make_header
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError
 from groundling.files import atomic_file, locked, write_json, write_text
+from groundling.json_files import read_bounded, read_object
 from groundling.training import checkpoint
 
 NO_SUM = "0" * 64
 """A run's copy of tokens is not looked up by what it was made of."""
 
 
+MAX_PLACES_BYTES = 64 << 20
+"""A name for each document of a text of many."""
+MAX_CONFIG_YAML_BYTES = 1 << 16
+"""A configuration takes a thousand bytes, and a folder of many sources some more."""
+
 INITIAL = "initial model"
 """SHA-256 of the weights that a run began with, if they were not drawn (`model.weights.sha256_of_weights`)."""
 
 UNSAID = {"loss": "plain", INITIAL: None}
 """What identities leave out that were written before there was a choice."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references, which can say a thousand million things in a few lines."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it refers to itself")
+        return super().compose_node(parent, index)
 
 
 class RunFolder:
@@ -68,8 +82,8 @@ class RunFolder:
 
     def initial_sum(self) -> str | None:
         """SHA-256 of the weights that the run began with; None if they were drawn."""
-        identity = json.loads(self.identity.read_text(encoding="utf-8"))
-        return identity.get(INITIAL)  # type: ignore[no-any-return]
+        identity = read_object(self.identity)
+        return identity.get(INITIAL)
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -116,7 +130,7 @@ class RunFolder:
 
     def refuse_another_text(self, name: str, sha256: str) -> None:
         """Raises `CheckpointError` if the run was made with another text than the one of this name and sum."""
-        if json.loads(self.identity.read_text(encoding="utf-8")).get("text") != sha256:
+        if read_object(self.identity).get("text") != sha256:
             before = self._origin().get("text", {}).get("name", "unnamed")
             change = f"{before}, now {name}" if name != before else f"{name}, of which another part or version is given"
             raise CheckpointError(
@@ -135,7 +149,7 @@ class RunFolder:
             path.rmdir()
 
     def _check(self, identity: dict[str, Any]) -> None:
-        known = UNSAID | json.loads(self.identity.read_text(encoding="utf-8"))
+        known = UNSAID | read_object(self.identity)
         for what, value in identity.items():
             if known.get(what) != value:
                 raise CheckpointError(
@@ -155,7 +169,7 @@ class RunFolder:
 
     def _origin(self) -> dict[str, Any]:
         """What `keep_text` wrote; empty if the run ended before that."""
-        return json.loads(self.origin.read_text(encoding="utf-8")) if self.origin.exists() else {}
+        return read_object(self.origin) if self.origin.exists() else {}
 
     def _keep_tokens(self, name: str, file: TokenFile) -> None:
         target = self.path / f"{name}.bin"
@@ -182,9 +196,8 @@ class RunFolder:
         Empty if those are not there either. Raises `CheckpointError` if places.json is damaged.
         """
         try:
-            return tuple(map(str, json.loads(self.places.read_text(encoding="utf-8"))["documents"]))
-        except FileNotFoundError:
-            pass  # a run from before they were kept
+            if self.places.exists():
+                return tuple(map(str, read_object(self.places, MAX_PLACES_BYTES)["documents"]))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self.places} cannot be read ({error}): remove it to do without") from None
         try:
@@ -200,9 +213,13 @@ class RunFolder:
             raise CheckpointError(f"{self.path} was imported, so it has no training text: give a run that was trained")
         if train is None or not self.origin.exists():
             raise CheckpointError(f"{self.path} lacks train.bin or origin.json: begin the run anew with another --out")
-        origin = json.loads(self.origin.read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.load(self.tokenizer, origin["tokenizer"])
-        return Corpus(tokenizer=tokenizer, train=train, heldout=self.tokens("heldout"), **origin["text"])
+        origin = read_object(self.origin)
+        kinds = {"name": str, "sha256": str, "n_bytes": int, "n_documents": int}
+        text = origin.get("text")
+        if not (isinstance(text, dict) and {name: type(value) for name, value in text.items()} == kinds):
+            raise CheckpointError(f"{self.origin} does not describe a text: begin the run anew with another --out")
+        tokenizer = Tokenizer.load(self.tokenizer, str(origin.get("tokenizer")))
+        return Corpus(tokenizer=tokenizer, train=train, heldout=self.tokens("heldout"), **text)
 
     def settings(self) -> dict[str, Any]:
         """The configuration that the run was begun or last resumed with, as YAML holds it.
@@ -210,9 +227,9 @@ class RunFolder:
         Raises `CheckpointError` if it is missing or damaged.
         """
         try:
-            settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            settings = yaml.load(read_bounded(self.config, MAX_CONFIG_YAML_BYTES), _PlainLoader)
             return settings if isinstance(settings["preset"], str) else {}
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.config} cannot be read ({error}): begin the run anew with another --out"
             ) from None
@@ -224,14 +241,14 @@ class RunFolder:
     def kept_losses(self, n_steps: int) -> dict[str, float | None]:
         """What `keep_losses` kept of the weights after so many steps; empty if that was nothing, or is damaged."""
         try:
-            kept = json.loads(self.evaluated.read_text(encoding="utf-8"))
+            kept = read_object(self.evaluated)
             return dict(kept["losses"]) if kept["steps"] == n_steps else {}
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
     def runtime(self) -> dict[str, str]:
         """Device, dtype, threads and compilation of the run's beginning."""
-        return json.loads(self.origin.read_text(encoding="utf-8"))["runtime"]  # type: ignore[no-any-return]
+        return read_object(self.origin)["runtime"]  # type: ignore[no-any-return]
 
     def tokens(self, name: str) -> TokenFile | None:
         """The tokens kept under this name (train, heldout), or None."""
@@ -250,7 +267,11 @@ def find_checkpoint(path: Path) -> Path:
         return path
     newest, damaged = checkpoint.newest_intact(path / "checkpoints")
     if newest is None and damaged:
-        raise CheckpointError(f"every checkpoint of {path} is damaged: begin the run anew with another --out")
+        newest_name, wrong = next(iter(damaged.items()))
+        raise CheckpointError(
+            f"every checkpoint of {path} is damaged ({newest_name.name}: {wrong}):"
+            " begin the run anew with another --out"
+        )
     if newest is None:
         raise CheckpointError(f"{path} holds no checkpoint: train it first, or give another folder")
     return newest

@@ -1,0 +1,188 @@
+"""What a run folder, a name or a tensor can say to harm, beyond test_hostile.py: each ends as those do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from groundling.cli import main
+from groundling.errors import CheckpointError, UserError
+from groundling.interop.tensor_files import safetensors_weights
+
+from .conftest import MakeTrained
+from .hostile import refusal, write_folder
+from .test_hostile import LN, spoil_header
+
+CHECKPOINT = "checkpoints/step-00000000"
+
+
+@pytest.fixture
+def folder(make_trained: MakeTrained, tmp_path: Path) -> Path:
+    return write_folder(make_trained(), tmp_path / "model")
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def change_manifest(run: Path, **changes: Any) -> None:
+    manifest = run / CHECKPOINT / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+# --- run folders of others
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../../../../../../../dev/zero", "config.yaml", "x\n\x1b[2J"])
+def test_a_manifest_that_names_other_files(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Summing /dev/zero has no end."""
+    change_manifest(run, **{name: "0" * 64})
+    assert "which no checkpoint has" in refusal(run, capsys)
+
+
+def test_a_manifest_that_sums_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / CHECKPOINT / "manifest.json").write_text("{}")
+    assert "its manifest lacks model.safetensors" in refusal(run, capsys)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "state.json"])
+def test_files_of_terabytes(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / CHECKPOINT / name).touch()
+    try:
+        os.truncate(run / CHECKPOINT / name, 1 << 40)
+    except OSError:
+        pytest.skip("this file system has no files so large")
+    change_manifest(run, **{name: "0" * 64})
+    assert f"{name} is far larger than its network" in refusal(run, capsys)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.json", "model.safetensors"])
+def test_a_fifo_in_a_checkpoint(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / CHECKPOINT / name).unlink()
+    os.mkfifo(run / CHECKPOINT / name)
+    assert "no regular file" in refusal(run, capsys)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", '{"a": 1, "a": 2}', "1" + "0" * 5000])
+def test_manifests_that_are_none(content: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / CHECKPOINT / "manifest.json").write_text(content)
+    assert "its manifest or a file is missing or unreadable" in refusal(run, capsys)
+
+
+@pytest.mark.parametrize("changes", [{"steps": [1]}, {"passes": "x"}, {"wall_s": float("inf")}, {"machine": [1]}])
+def test_records_of_other_kinds(
+    changes: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "imported.json").unlink()
+    sums = json.loads((run / CHECKPOINT / "manifest.json").read_text())
+    record = {"weights_sha256": sums["model.safetensors"], **changes}
+    (run / "record.json").write_text(json.dumps(record))
+    assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 2
+    assert f"its {next(iter(changes))} is none that a run has" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*export*"))
+
+
+def test_a_configuration_that_refers_to_itself(run: Path) -> None:
+    """Nine lists of nine of the last: no machine has memory for it once it is written out."""
+    from groundling.training.run_folder import RunFolder
+
+    lines = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 15)]
+    (run / "config.yaml").write_text("\n".join([*lines, "preset: x", "text: {sources: *a14}"]))
+    with pytest.raises(CheckpointError, match="refers to itself"):
+        RunFolder(run).settings()
+    assert RunFolder(run).document_names() == ()
+
+
+# --- what takes long
+
+
+def empty_tensors(names: list[str]) -> Callable[[dict[str, Any]], None]:
+    def spoil(header: dict[str, Any]) -> None:
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        header.update({name: {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for name in names})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda h: h.update({"module." * 400_000 + LN: h.pop(LN)}), "holds the unknown|lacks"),
+        (empty_tensors([f"transformer.h.{n}.attn.bias" for n in range(9_000)] + ["x"]), "holds the unknown x"),
+        (empty_tensors([f"transformer.h.{n}.ln_1.bias" for n in range(2, 9_000)]), "its weights have 9,000"),
+        (lambda h: h.update({"transformer.h.\u0661.ln_1.bias": h.pop("transformer.h.1.ln_1.bias")}), "lacks"),
+        (lambda h: h.update({"transformer.h.01.ln_1.bias": h.pop("transformer.h.1.ln_1.bias")}), "lacks"),
+    ],
+)
+def test_names(spoil: Callable[[dict[str, Any]], object], words: str, folder: Path, capsys: Any) -> None:
+    import re
+
+    spoil_header(folder / "model.safetensors", spoil)
+    assert re.search(words, refusal(folder, capsys))
+
+
+def test_a_key_twice_among_many(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ("{" + ",".join(f'"{n}":0' for n in range(300_000)) + ',"299999":0}').encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "the key '299999' twice" in refusal(folder, capsys)
+
+
+def test_a_tokenizer_far_larger_than_its_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}, "merges": ["a b"] * 500_000}}))
+    assert "more than it needs" in refusal(folder, capsys)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b\n" * 500_000)
+    assert "more than it needs" in refusal(folder, capsys)
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
+    """A mapping of it would end the process (SIGBUS)."""
+    weights = safetensors_weights(folder / "model.safetensors")
+    os.truncate(folder / "model.safetensors", 4096)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        weights.read("transformer.wte.weight")
+
+
+def test_tensors_of_shared_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of a few kilobytes for a network of any size."""
+    numbers = torch.zeros(10_000)
+    torch.save({f"transformer.h.{n}.ln_1.weight": numbers for n in range(3)}, tmp_path / "shared.pt")
+    assert "share their numbers" in refusal(tmp_path / "shared.pt", capsys)
+
+
+# --- sentences
+
+
+@pytest.mark.parametrize("name", ["x\n\x1b[31mred", "x\u202e\u2028y", "x" * 5_000, "\x00\x7f\x9b2J"])
+def test_nothing_that_is_quoted_steers_a_terminal(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil_header(folder / "model.safetensors", lambda header: header.update({name: header.pop(LN)}))
+    assert refusal(folder, capsys)[:-1].isprintable()
+    sentence = str(UserError(f"{name} is wrong: {name}"))
+    assert sentence.isprintable()
+    assert len(sentence) < 700
+
+
+def test_an_unreadable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/proc/self/mem").is_file():
+        pytest.skip("this system has no such file")
+    assert main(["import", "/proc/self/mem", "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_sums_still_hold(run: Path, tmp_path: Path) -> None:
+    """What the others spoil."""
+    manifest = json.loads((run / CHECKPOINT / "manifest.json").read_text())
+    assert manifest["model.json"] == hashlib.sha256((run / CHECKPOINT / "model.json").read_bytes()).hexdigest()
+    assert main(["import", str(run), "--out", str(tmp_path / "again")]) == 0

@@ -1,0 +1,76 @@
+"""What /openapi.json says is true: schemathesis asks for what it allows, and for what it does not.
+
+Source of the checks: https://schemathesis.readthedocs.io (not_a_server_error, status_code_conformance, ...).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import checks
+
+from .conftest import Running
+
+N_EXAMPLES = 40
+POSITIVE = schemathesis.GenerationMode.POSITIVE
+COMPLETIONS = ("POST", "/v1/completions")
+OPERATIONS = (
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
+    COMPLETIONS,
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/health"),
+    ("GET", "/metrics"),
+)
+
+
+@pytest.fixture(scope="module")
+def schema(running: Running) -> Any:
+    return schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+
+
+def examples(strategy: Any, check: Any) -> None:
+    """The same examples every time."""
+    asked = settings(
+        max_examples=N_EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )(given(case=strategy)(check))
+    asked()
+
+
+def test_every_operation_is_asked(schema: Any) -> None:
+    found = {(operation.ok().method.upper(), operation.ok().path) for operation in schema.get_all_operations()}
+    assert found == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "path"),
+    [(POSITIVE, *operation) for operation in OPERATIONS] + [(schemathesis.GenerationMode.NEGATIVE, *COMPLETIONS)],
+)
+def test_answers_are_as_the_schema_says(mode: Any, method: str, path: str, schema: Any, running: Running) -> None:
+    operation = schema[path][method]
+    # Conversations are refused, and a random name is no model's.
+    excluded = [checks.positive_data_acceptance] if "chat" in path else []
+
+    def check(case: Any) -> None:
+        case.call_and_validate(base_url=running.url, excluded_checks=excluded)
+
+    examples(operation.as_strategy(generation_mode=mode), check)
+    assert running.complete(max_tokens=1).status_code == 200
+
+
+def test_settings_that_are_allowed_one_by_one_are_answered(schema: Any, running: Running) -> None:
+    """With the served model's name; some do not go together, which is then said."""
+
+    def check(case: Any) -> None:
+        case.body["model"] = "bottles"
+        case.call_and_validate(base_url=running.url, excluded_checks=[checks.positive_data_acceptance])
+
+    examples(schema["/v1/completions"]["POST"].as_strategy(generation_mode=POSITIVE), check)
+    assert running.complete(max_tokens=1).status_code == 200
