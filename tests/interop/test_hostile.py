@@ -71,7 +71,7 @@ def test_configurations(changes: dict[str, Any], words: str, folder: Path, capsy
         ("[" * 60_000, "nested too deep"),
         ('{"a": ' * 60_000, "nested too deep"),
         ('{"n_layer": 2, "n_layer": 3}', "key 'n_layer' twice"),
-        ("{" + ", ".join(f'"{n}": 0' for n in [*range(50_000), 49_999]) + "}", "key '49999' twice"),
+        ("{" + ", ".join(f'"{n}": 0' for n in [*range(20_000), 19_999]) + "}", "key '19999' twice"),
         ("[1, 2]", "no JSON object"),
         ("not JSON", "cannot be read as JSON"),
         ('{"n_layer": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
