@@ -5,9 +5,11 @@ Invariant: what the run's folder does not hold is left out or said in a sentence
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groundling.commands.model_options import OpenRun
+from groundling.corpus.plays import play_names, play_title
 from groundling.corpus.sources import packaged_names
 from groundling.errors import CheckpointError, CorpusError
 from groundling.training.run_folder import find_checkpoint
@@ -29,7 +31,7 @@ def subject_of(run: OpenRun, name: str) -> Subject:
     sources, prompts = _settings(run)
     n_parameters = run.model.config.n_parameters()
     size = f"{n_parameters / 1e6:.3g} million" if n_parameters >= 1e6 else f"{n_parameters:,}"
-    text = ", ".join(sources) or "a text"
+    text = ", ".join(_titles(sources)) or "one text"
     sentence = (
         f"A GPT-2 with {size} parameters, trained from scratch on {text}, with Groundling. What it writes may be that"
         " text, word for word."
@@ -42,6 +44,12 @@ def subject_of(run: OpenRun, name: str) -> Subject:
         no_meter = "There is no copy meter here: the training text is not beside these weights."
     run_part = run_html(run.folder, find_checkpoint(run.path)) if run.folder.exists() else f"<p>{NOT_A_RUN}</p>"
     return Subject(name, sentence, _examples(sources, prompts), meter, no_meter, run_part)
+
+
+def _titles(sources: list[str]) -> list[str]:
+    """The names of texts as a reader knows them: plays by their titles, files without their folders."""
+    plays = play_names()
+    return [play_title(source) if source in plays else Path(source).name for source in sources]
 
 
 def _settings(run: OpenRun) -> tuple[list[str], list[str]]:

@@ -78,7 +78,7 @@ def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any], None] |
     try:
         from groundling.serving import demo
     except ImportError as error:
-        say(f"warning: no page, for want of the package {error.name}: pip install 'groundling[serve]', or give --no-page")
+        say(f"warning: no page, which needs the package {error.name}: pip install 'groundling[serve]', or --no-page")
         return None
     subject = subject_of(run, served.name)
     return lambda app: demo.add_page(app, served, subject, key)

@@ -7,6 +7,7 @@ overlap, a token belongs to the longest.
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class CopyMeter:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may lie in two pieces
         cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(tokens)]
         pieces: list[tuple[str, Passage | None]] = []
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for begin, end in itertools.pairwise(cuts):
             text = decoder.decode(self.tokenizer.decode_bytes(list(tokens[begin:end])), final=end == len(tokens))
             owner = int(owners[begin]) if begin < end else -1
             pieces.append((text, passages[owner] if owner >= 0 else None))

@@ -101,6 +101,15 @@ def add_page(app: FastAPI, served: Served, subject: Subject, api_key: str | None
         max_file_size=1,
         theme=gradio.themes.Base(
             primary_hue="teal", neutral_hue="stone", font=letters, font_mono=["ui-monospace", "monospace"]
+        ).set(  # text that is legible: Gradio's own is too pale
+            button_primary_background_fill="*primary_700",
+            button_primary_background_fill_hover="*primary_800",
+            block_info_text_color="*neutral_600",
+            block_info_text_color_dark="*neutral_300",
+            block_label_text_color="*neutral_700",
+            block_title_text_color="*neutral_700",
+            body_text_color_subdued="*neutral_600",
+            body_text_color_subdued_dark="*neutral_300",
         ),
         css=css,
     )
@@ -159,14 +168,14 @@ class Page:
         first = self.subject.examples[0] if self.subject.examples else Example("")
         title = page_html.escape(self.subject.title)
         with gradio.Blocks(title=self.subject.title, analytics_enabled=False) as blocks:
-            gradio.HTML(f"<h1>{title}</h1><p>{page_html.escape(self.subject.sentence)}</p>", elem_id="head")
+            _html(f"<h1>{title}</h1><p>{page_html.escape(self.subject.sentence)}</p>", elem_id="head")
             written = gradio.State([])
             with gradio.Tabs():
                 with gradio.Tab("Write"):
                     prompt = self._write_tab(first, written)
                 with gradio.Tab("The run"):
-                    gradio.HTML(self.subject.run_html, elem_id="run")
-                with gradio.Tab("What could have come next"):
+                    _html(self.subject.run_html, elem_id="run")
+                with gradio.Tab("Next token"):
                     self._look_tab(prompt, written)
             blocks.unload(self._left)
         return blocks
@@ -186,8 +195,6 @@ class Page:
                 with gradio.Row(elem_id="buttons"):
                     begin = gradio.Button("Write", variant="primary", elem_id="begin")
                     stop = gradio.Button("Stop", elem_id="stop")
-                with gradio.Accordion("Settings", open=True, elem_id="settings"):
-                    sliders, others = self._settings()
                 if self.subject.examples:
                     shown = gradio.Dataset(
                         label="Examples, with their settings",
@@ -198,11 +205,14 @@ class Page:
                         layout="gallery",
                         elem_id="examples",
                     )
-                    shown.click(self._chosen, shown, [prompt, *sliders], api_visibility="private", queue=False)
+                with gradio.Accordion("Settings", open=True, elem_id="settings"):
+                    sliders, others = self._settings()
+                if self.subject.examples:
+                    shown.click(self._chosen, shown, [prompt, *sliders], api_visibility="private")
             with gradio.Column(scale=3, min_width=280, elem_id="right"):
-                output = gradio.HTML('<p class="idle">The text will stand here.</p>', elem_id="output")
+                output = _html('<p class="idle">The text will stand here.</p>', elem_id="output")
                 if self.subject.meter:
-                    gradio.HTML(page_html.legend(), elem_id="legend")
+                    _html(page_html.legend(), elem_id="legend")
 
         async def write(
             prompt: str,
@@ -230,34 +240,27 @@ class Page:
         def stop_it(request: gradio.Request) -> None:
             self.stop(_session(request))
 
-        stop.click(stop_it, None, None, api_visibility="private", queue=False)
+        stop.click(stop_it, None, None, api_visibility="private")
         return prompt
 
     def _settings(self) -> tuple[list[Any], list[Any]]:
         """The sliders of the reference's demo, whose ranges these hold, and what it has not."""
         values: SamplingConfig = REFERENCE
-        sliders = [
-            gradio.Slider(10, MAX_TOKENS, values.max_tokens, step=10, label="Max tokens", min_width=220),
-            gradio.Slider(
-                0, 2, values.temperature, step=0.05, label="Temperature", info="0: always the likeliest.", min_width=220
-            ),
-            gradio.Slider(0, 100, values.top_k, step=1, label="Top-k", info="0: among all tokens.", min_width=220),
-            gradio.Slider(0.1, 1, values.top_p, step=0.01, label="Top-p", info="1: among all tokens.", min_width=220),
-            gradio.Slider(
-                1,
-                1.5,
-                values.repetition_penalty,
-                step=0.05,
-                label="Repetition penalty",
-                info="1: none. More keeps it from reciting.",
-                min_width=220,
-            ),
-        ]
-        others = [
-            gradio.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", info="Their seeds count up.", min_width=220),
-            gradio.Number(values.seed, precision=0, minimum=0, maximum=2**53, label="Seed", min_width=220),
-        ]
-        return sliders, others
+        narrow: dict[str, Any] = {"min_width": 150}
+        slim: dict[str, Any] = {**narrow, "buttons": []}
+        with gradio.Row():
+            max_tokens = gradio.Slider(10, MAX_TOKENS, values.max_tokens, step=10, label="Max tokens", **slim)
+            temperature = gradio.Slider(0, 2, values.temperature, step=0.05, label="Temperature", **slim)
+        with gradio.Row():
+            top_k = gradio.Slider(0, 100, values.top_k, step=1, label="Top-k (0: all)", **slim)
+            top_p = gradio.Slider(0.1, 1, values.top_p, step=0.01, label="Top-p (1: all)", **slim)
+        penalty = gradio.Slider(
+            1, 1.5, values.repetition_penalty, step=0.05, label="Repetition penalty (more: it recites less)", **slim
+        )
+        with gradio.Row():
+            n = gradio.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", **slim)
+            seed = gradio.Number(values.seed, precision=0, minimum=0, maximum=2**53, label="Seed", **narrow)
+        return [max_tokens, temperature, top_k, top_p, penalty], [n, seed]
 
     def _chosen(self, index: int) -> list[Any]:
         example = self.subject.examples[index]
@@ -271,17 +274,21 @@ class Page:
         ]
 
     def _look_tab(self, prompt: Any, written: Any) -> None:
-        gradio.HTML(
+        _html(
+            '<div class="lead"><h2>What could have come next</h2>'
             "<p>At every place the model gives each of its"
             f" {self.tokenizer.n_vocab:,} tokens a probability; one is drawn, and the next place begins. These are the"
-            " model's own probabilities, before temperature, top-k, top-p and repetition penalty.</p>"
+            " model's own probabilities, before temperature, top-k, top-p and repetition penalty.</p></div>"
         )
         with gradio.Row():
             at_prompt = gradio.Button("After the prompt", elem_id="look-prompt")
             at_text = gradio.Button("In the text that was written", variant="primary", elem_id="look-text")
-        following = gradio.HTML(elem_id="following")
-        gradio.HTML("<p>Point at a token, or go through them with the arrow keys, to see what else was likely there.</p>")
-        tokens = gradio.HTML(elem_id="tokens")
+        following = _html(elem_id="following")
+        _html(
+            "<p class='lead'>Point at a token, or go through them with the arrow keys, to see what else was likely"
+            " there.</p>"
+        )
+        tokens = _html(elem_id="tokens")
 
         async def after_prompt(prompt: str, request: gradio.Request) -> tuple[str, str]:
             try:
@@ -304,6 +311,11 @@ class Page:
 
     def _left(self, request: gradio.Request) -> None:
         self.stop(_session(request))
+
+
+def _html(content: str = "", elem_id: str | None = None) -> Any:
+    """Our own HTML, without Gradio's style for it, and without the click that it would listen to."""
+    return gradio.HTML(content, elem_id=elem_id, apply_default_css=False, js_on_load=None)
 
 
 def _session(request: gradio.Request) -> str:

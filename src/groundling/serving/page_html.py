@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 
 from groundling.corpus.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ ENDINGS = {
     "failed": "Decoding has failed.",
 }
 
+# Not text in HTML: C0 and C1 controls but tab and line feed, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 # Gradio puts a part's value through a template, in which these are not letters.
 _TEMPLATE = {ord(letter): f"&#{ord(letter)};" for letter in "${}`\\"}
 
@@ -36,7 +40,7 @@ N_OTHERS = 5
 
 def escape(text: str) -> str:
     """Text as HTML, in elements and in quoted attributes."""
-    printable = "".join(letter if letter in "\n\t" or ord(letter) >= 32 else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    printable = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
     return html.escape(printable).translate(_TEMPLATE)
 
 
@@ -111,7 +115,7 @@ def following(looked: Looked, tokenizer: Tokenizer) -> str:
     others = 1 - sum(math.exp(logprob) for _, logprob in looked.following)
     last = escape(tokenizer.decode(looked.tokens)[-60:]).replace("\n", " ")
     return (
-        f"<h3>After <q>{last}</q></h3><table class=\"bars\"><thead><tr><th>token</th><th>probability</th><th></th></tr>"
+        f'<h3>After <q>{last}</q></h3><table class="bars"><thead><tr><th>token</th><th>probability</th><th></th></tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table><p>All other tokens together: {_percent(max(0.0, others))}.</p>"
     )
 

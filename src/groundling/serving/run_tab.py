@@ -84,7 +84,7 @@ def _table(losses: Mapping[str, float | None], lines: list[dict[str, Any]]) -> s
     rows = [("train/loss", finite(means[-1]) if means else None, TRAIN_MEANING)]
     rows += [(name, loss, MEANINGS[name]) for name, loss in losses.items()]
     body = "".join(
-        f'<div><dt><code>{name}</code> <b>{f"{loss:.3g}" if loss is not None else "not taken"}</b></dt>'
+        f"<div><dt><code>{name}</code> <b>{f'{loss:.3g}' if loss is not None else 'not taken'}</b></dt>"
         f"<dd>{escape(meaning)}</dd></div>"
         for name, loss, meaning in rows
     )

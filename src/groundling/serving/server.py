@@ -161,9 +161,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(
-    served: Served, config: ServerConfig, listener: socket.socket, add_page: Callable[[FastAPI], None]
-) -> None:
+def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: Callable[[FastAPI], None]) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
     server = make_server(make_app(served, config, lambda line: print(line, flush=True), add_page), config)
     server.run([listener])

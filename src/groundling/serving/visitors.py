@@ -1,7 +1,7 @@
 """What a visitor of the page asks of the engine: texts that grow, and how likely each token is.
 
-Invariant: a visitor is one client among others: the same rules, the same queue and the same batch as the API's. Whatever
-ends a visit, the engine is not left working for it.
+Invariant: a visitor is one client among others: the same rules, the same queue and the same batch as the API's.
+Whatever ends a visit, the engine is not left working for it.
 """
 
 from __future__ import annotations
