@@ -33,27 +33,30 @@ HOSTILE = "<img src=x>${1}{{#if}}"
 
 @pytest.fixture(scope="module")
 def slow(tokenizer: Tokenizer) -> GPT2:
-    """A random network that takes some milliseconds for a token, so that a visitor can stop it."""
+    """A random network of plain letters that takes some milliseconds for each, so that a visitor can stop it."""
     torch.manual_seed(1)
     model = GPT2(GPTConfig(n_layer=10, n_head=4, n_embd=128, n_ctx=N_CTX, n_vocab=tokenizer.n_vocab)).eval()
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = 5
         model.head_weight[:, 0] = 0
-        model.head_weight[tokenizer.end_of_text_id] = torch.eye(128)[0] * -20
+        for token in range(tokenizer.n_vocab):
+            letters = tokenizer.decode_bytes([token])
+            if token == tokenizer.end_of_text_id or not (letters.isascii() and letters.decode("ascii").isprintable()):
+                model.head_weight[token] = torch.eye(128)[0] * -20
     return model
 
 
 @pytest.fixture(scope="module")
 def subject(slow: GPT2, tokenizer: Tokenizer) -> Subject:
     """Of a model that was trained on what it writes after one of the examples, up to its 60th token."""
-    config = SamplingConfig(max_tokens=60, temperature=0)
+    config = SamplingConfig(max_tokens=60, temperature=1, top_k=50, top_p=0.9, seed=1337)
     with TorchDecoder(slow, N_CTX) as decoder:
         written = list(generate(decoder, tokenizer.encode("ten green"), config))
     tokens = np.array(tokenizer.encode("A play begins.\n") + written, dtype=np.uint16)
     meter = CopyMeter(SuffixArray.build(tokens), Places(tokens, tokenizer, ["bottles.txt"]), tokenizer)
     examples = [
-        Example("ten green", temperature=0, repetition_penalty=1),
         Example(HOSTILE, max_tokens=10),
+        Example("ten green", temperature=1, repetition_penalty=1),
         *SHAKESPEARE,
     ]
     return Subject("bottles", f"A random one. {HOSTILE}", examples, meter, "", "<h2>Nothing was learned</h2>")
@@ -72,11 +75,10 @@ def browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def visit(browser: Browser, url: str, width: int = 1280, dark: bool = False) -> Iterator[Page]:
+def visit(browser: Browser, url: str, width: int = 1280) -> Iterator[Page]:
     """The page, which must ask no other origin for anything, nor complain in the console."""
     wrong: list[str] = []
-    size, scheme = {"width": width, "height": 800}, "dark" if dark else "light"
-    context = browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
+    context = browser.new_context(viewport={"width": width, "height": 800})
     context.on("request", lambda request: request.url.startswith(url) or wrong.append(request.url))
     page = context.new_page()
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -92,6 +94,7 @@ def choose(page: Page, example: str) -> None:
     """Take an example, and wait until its settings are there."""
     page.locator("#examples").get_by_text(example, exact=True).click()
     expect(page.locator("#prompt textarea")).to_have_value(example)
+    expect(page.get_by_label("number input for Temperature")).to_have_value("1")
 
 
 def set_number(page: Page, label: str, value: float) -> None:
@@ -134,7 +137,7 @@ def test_it_writes_what_the_api_writes_and_the_meter_says_what_is_copied(browser
         set_number(page, "Max tokens", 80)
         page.locator("#begin").click()
         ended(page)
-        answer = demo.complete(max_tokens=80, temperature=0, top_k=50, top_p=0.9, seed=1337).json()
+        answer = demo.complete(max_tokens=80, temperature=1, top_k=50, top_p=0.9, seed=1337).json()
         assert text_of(page) == "ten green" + answer["choices"][0]["text"]
         assert re.fullmatch(
             r"(7[5-9]|8\d)\s% of this is verbatim from bottles.txt.", page.locator(".says").inner_text()
@@ -152,12 +155,13 @@ def test_it_writes_what_the_api_writes_and_the_meter_says_what_is_copied(browser
         set_number(page, "Samples", 2)
         page.locator("#begin").click()
         expect(page.locator(".sample[data-ending=length]")).to_have_count(2)
-        assert text_of(page, 0) == text_of(page, 1)  # greedy
-        assert "100" in page.locator(".says").first.inner_text()
+        assert text_of(page, 0) != text_of(page, 1)
+        assert page.locator(".says").first.inner_text().startswith("100")
 
 
 def test_what_could_have_come_next(browser: Browser, demo: Running) -> None:
     with visit(browser, demo.url) as page:
+        choose(page, "ten green")
         page.get_by_role("tab", name="Next token").click()
         page.locator("#look-prompt").click()
         rows = page.locator("#following tbody tr")
@@ -166,7 +170,6 @@ def test_what_could_have_come_next(browser: Browser, demo: Running) -> None:
         likeliest = answer["text"].replace(" ", "␣").replace("\n", "↵")
         assert rows.first.locator("code").inner_text() == likeliest
         page.get_by_role("tab", name="Write").click()
-        choose(page, "ten green")
         set_number(page, "Max tokens", 10)
         page.locator("#begin").click()
         ended(page)
@@ -177,28 +180,23 @@ def test_what_could_have_come_next(browser: Browser, demo: Running) -> None:
         last = written.last
         last.locator("input").focus()
         expect(last.locator(".tip")).to_be_visible()
-        assert last.locator("tr.taken").count() == 1  # greedy
+        expect(last.locator(".tip tr")).to_have_count(5)
         page.keyboard.press("ArrowLeft")
         expect(last.locator(".tip")).to_be_hidden()
         expect(written.nth(8).locator(".tip")).to_be_visible()
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_it_is_legible_on_a_phone(browser: Browser, demo: Running, dark: bool) -> None:
-    with visit(browser, demo.url, width=360, dark=dark) as page:
+def test_it_is_legible_on_a_phone_by_day_and_by_night(browser: Browser, demo: Running) -> None:
+    with visit(browser, demo.url, width=360) as page:
         choose(page, "ten green")
         page.locator("#begin").click()
         ended(page)
-        for selector in (
-            "mark.band3",
-            ".asked",
-            ".says",
-            "#head p",
-            "#legend mark.band1",
-            "#begin",
-            "#prompt label span",
-        ):
-            assert contrast(page, selector) >= 4.5, selector
+        letters = ("mark.band3", ".asked", ".says", "#head p", "#legend mark.band1", "#begin", "#prompt label span")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.wait_for_function(f"document.body.classList.contains('dark') === {str(scheme == 'dark').lower()}")
+            for selector in letters:
+                assert contrast(page, selector) >= 4.5, (scheme, selector)
         for tab, shown in (("Write", "#begin"), ("The run", "#run h2"), ("Next token", "#look-text")):
             page.get_by_role("tab", name=tab).click()
             expect(page.locator(shown)).to_be_visible()
@@ -235,11 +233,6 @@ def test_texts_are_shown_and_not_obeyed_and_keys_suffice(browser: Browser, demo:
         assert text_of(page).startswith(HOSTILE)
         assert HOSTILE in page.locator("#head").inner_text()
         assert page.locator("#output img, #head img").count() == 0
-        assert page.title() == "bottles"
-
-
-def test_a_prompt_that_cannot_be_read_is_refused_in_words(browser: Browser, demo: Running) -> None:
-    with visit(browser, demo.url) as page:
         page.locator("#prompt textarea").fill("ten green bottles " * 40)
         page.locator("#begin").click()
         expect(page.get_by_text("this model reads 32: shorten it")).to_be_visible()

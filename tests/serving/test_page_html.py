@@ -14,7 +14,7 @@ from groundling.corpus.places import Place, Places
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.evaluation.suffix_array import SuffixArray
 from groundling.serving.copy_meter import CopyMeter, Measured, Passage, percent
-from groundling.serving.page_html import escape, texts
+from groundling.serving.page_html import escape, texts, whole
 from groundling.serving.page_routes import is_of_the_page
 from groundling.serving.visitors import Written
 
@@ -53,6 +53,16 @@ def test_the_pieces_are_the_text_and_the_marked_ones_are_copied(
     shown = texts([Written([], 1, tokens, "length")], [found], tokenizer, "")
     written = re.sub(r'<span class="tip".*?</span>', "", shown.partition("<aside")[0])
     assert html.unescape(re.sub(r"<[^>]*>", "", written)) == text
+
+
+@given(words, st.integers(0, 200))
+def test_a_text_that_grows_is_shown_in_whole_characters(tokenizer: Tokenizer, wrote: list[str], n_tokens: int) -> None:
+    text = "".join(wrote)
+    tokens = tokenizer.encode(text)[:n_tokens]
+    shown = tokenizer.decode(whole(Written([], 1, tokens), tokenizer))
+    assert text.startswith(shown)
+    assert len(tokenizer.decode_bytes(tokens)) - len(shown.encode()) < 4
+    assert whole(Written([], 1, tokens, "length"), tokenizer) == tokens
 
 
 def test_where_passages_overlap_the_longest_has_the_token(tokenizer: Tokenizer) -> None:

@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
         host, port = listener.getsockname()[:2]
         address = f"http://{_in_address(host)}:{port}"
         add_page = _page(run, served, key) if not options.no_page else None
+        listener.listen()  # whoever reads the lines below may connect
         if add_page:
             say(f"the page: {address}/")
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")

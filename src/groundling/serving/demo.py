@@ -152,7 +152,7 @@ class Page:
 
     def _measure(self, texts: Sequence[Written]) -> list[Measured | None]:
         meter = self.subject.meter
-        return [meter.measure(list(text.tokens)) if meter else None for text in texts]
+        return [meter.measure(page_html.whole(text, self.tokenizer)) if meter else None for text in texts]
 
     async def look(self, client: str, tokens: Sequence[int], n_prompt: int) -> tuple[str, str]:
         """What could have come next, at the end of a text and at each of its tokens, as HTML. Raises `Refused`."""

@@ -6,6 +6,7 @@ own; nothing is said by colour alone, and no part needs a script.
 
 from __future__ import annotations
 
+import codecs
 import html
 import math
 import re
@@ -53,10 +54,20 @@ def texts(written: Sequence[Written], measured: Sequence[Measured | None], token
     return f'<div class="samples n{len(cards)}">{"".join(cards)}</div>'
 
 
+def whole(text: Written, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text; of one that grows, as many as are whole characters."""
+    n_whole, decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+    for n_read, token in enumerate(text.tokens, start=1):
+        decoder.decode(tokenizer.decode_bytes([token]))
+        if not decoder.getstate()[0]:
+            n_whole = n_read
+    return text.tokens[: n_whole if text.ending is None else None]
+
+
 def _card(number: int, text: Written, found: Measured | None, tokenizer: Tokenizer, no_meter: str) -> str:
     n_measured = found.n_tokens if found else 0
     pieces = [_piece(piece, passage) for piece, passage in found.pieces] if found else []
-    rest = escape(tokenizer.decode(text.tokens[n_measured:]))
+    rest = escape(tokenizer.decode(whole(text, tokenizer)[n_measured:]))
     caret = '<span class="caret" aria-hidden="true"></span>' if text.ending is None else ""
     head = f"<h3>Sample {number} <small>seed {text.seed}</small></h3>" if number else ""
     note = ENDINGS[text.ending] if text.ending else ""
