@@ -20,11 +20,13 @@ import pytest
 import yaml
 
 import groundling
-from groundling.generation.decoder import TorchDecoder
+from groundling import runtime
+from groundling.generation.open import open_decoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.generation.text import continue_text
 from groundling.interop import huggingface, space, wheel
 from groundling.interop.trained import Trained, open_trained
+from groundling.runtime import RuntimeConfig
 
 from .conftest import MakeTrained
 
@@ -132,7 +134,8 @@ def _free_port() -> int:
 
 
 def expected(trained: Trained, prompt: str, config: SamplingConfig) -> str:
-    with TorchDecoder(trained.model, trained.window) as decoder:
+    resolved = runtime.resolve(RuntimeConfig(dtype="fp32", compile="off"))
+    with open_decoder(trained.model, trained.window, resolved, "bf16") as decoder:
         return prompt + "".join(continue_text(decoder, trained.tokenizer, prompt, config))
 
 

@@ -20,6 +20,7 @@ from groundling.generation.decode import generate
 from groundling.generation.decoder import TorchDecoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.serving import demo as demo_module
 from groundling.serving.copy_meter import CopyMeter
 from groundling.serving.demo import SHAKESPEARE, Example, Subject
 
@@ -256,6 +257,16 @@ def test_who_leaves_frees_the_engine_and_holds_up_no_end(
         began_s = time.monotonic()
     assert time.monotonic() - began_s < 10  # with the page still open
     context.close()
+
+
+def test_who_asks_and_does_not_listen_is_left(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "UNREAD_S", 0.2)
+    before = demo.engine.counts.endings.get("cancelled", 0)
+    [write] = [each for each in demo.client.get("/config").json()["dependencies"] if len(each["inputs"]) == 8]
+    asked = {"fn_index": write["id"], "session_hash": "mute", "data": ["ten", 400, 1, 0, 1, 1, 4, 7]}
+    assert demo.client.post("/gradio_api/queue/join", json=asked).status_code == 200
+    eventually(lambda: demo.engine.counts.endings.get("cancelled", 0) == before + 4)
+    eventually(lambda: idle(demo))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ MAX_EVENTS = 256
 """Presses of buttons that Gradio holds; the engine's own queue is what bounds the texts."""
 MAX_SESSIONS = 1000
 """Visitors of whom the last texts are kept, to be looked at."""
+MAX_UNREAD = 4
+"""States of growing texts that wait for a visitor's connection; meanwhile no more are sent."""
+UNREAD_S = 10.0
+"""After this long, nobody is there."""
 REMEASURED_S = 0.5
 """Between two readings of the meter while a text grows: it is read from the beginning each time."""
 
@@ -123,6 +127,7 @@ class Page:
 
     def __init__(self, served: Served, subject: Subject) -> None:
         self.served, self.subject, self.tokenizer = served, subject, served.tokenizer
+        self._blocks: Any = None
         self._visits: dict[str, Visit] = {}  # by session: the texts that a visitor's page is showing
 
     async def write(self, session: str, client: str, asked: dict[str, Any]) -> AsyncIterator[tuple[str, Any]]:
@@ -132,9 +137,16 @@ class Page:
         self._visits[session] = visit
         measured: list[Measured | None] = [None] * len(visit.texts)
         due_s = time.monotonic() + REMEASURED_S
+        read_s = time.monotonic()
         try:
             async for texts in visit.grow():
                 ended = all(text.ending for text in texts)
+                if self._n_unread(session) < MAX_UNREAD:
+                    read_s = time.monotonic()
+                elif not ended:
+                    if time.monotonic() - read_s > UNREAD_S:
+                        raise Refused("Nobody reads this.")
+                    continue
                 if ended or time.monotonic() >= due_s:
                     measured = await asyncio.to_thread(self._measure, texts)
                     due_s = time.monotonic() + REMEASURED_S
@@ -149,6 +161,11 @@ class Page:
         """End the texts of a visitor as they are."""
         if visit := self._visits.get(session):
             visit.stop()
+
+    def _n_unread(self, session: str) -> int:
+        """Messages that a session's connection has not taken."""
+        waiting = self._blocks._queue.pending_messages_per_session
+        return waiting[session].qsize() if session in waiting else 0
 
     def _measure(self, texts: Sequence[Written]) -> list[Measured | None]:
         meter = self.subject.meter
@@ -178,6 +195,7 @@ class Page:
                 with gradio.Tab("Next token"):
                     self._look_tab(prompt, written)
             blocks.unload(self._left)
+        self._blocks = blocks
         return blocks
 
     def _write_tab(self, first: Example, written: Any) -> Any:
