@@ -26,7 +26,7 @@ penny: $(VENV)/.installed
 
 ## demo: the small model's page and API at http://127.0.0.1:8000; trained first, if there is none
 demo: $(VENV)/.installed-serve
-	@if [ ! -e runs/penny/record.json ]; then $(MAKE) --no-print-directory penny; fi
+	@if [ ! -e runs/penny/record.json ]; then $(MAKE) --no-print-directory -f $(firstword $(MAKEFILE_LIST)) penny; fi
 	$(BIN)/groundling serve runs/penny
 
 ## test: everything that needs no GPU, no network and not much time
