@@ -301,6 +301,17 @@ def test_nothing_takes_uploads_or_calls_past_the_queue(demo: Running, path: str)
     assert demo.client.post(f"/gradio_api/{path}", json={"data": []}).status_code in (404, 405)
 
 
+def test_pages_of_other_sites_are_not_let_in(demo: Running) -> None:
+    foreign = {"Origin": "https://evil.example", "Host": "models.example", "Sec-Fetch-Site": "cross-site"}
+    ask = {"Access-Control-Request-Method": "POST", **foreign}
+    answers = [demo.client.get(path, headers=foreign) for path in ("/", "/config", "/gradio_api/info")]
+    assert {answer.status_code for answer in answers} == {200}
+    for path in ("/gradio_api/queue/join", "/gradio_api/cancel"):
+        answers += [demo.client.options(path, headers=ask), demo.client.post(path, json={}, headers=foreign)]
+        assert answers[-1].status_code == 403
+    assert not any(name.lower().startswith("access-control") for each in answers for name in each.headers)
+
+
 def test_with_a_key_the_page_asks_for_it(serve: Serve, subject: Subject) -> None:
     with serve(subject=subject, api_key="sesame") as server:
         server.client.headers.pop("Authorization")

@@ -22,7 +22,7 @@ from groundling.generation.sampling import PRESETS, SamplingConfig
 from groundling.serving import page_html, visitors
 from groundling.serving.copy_meter import CopyMeter, Measured
 from groundling.serving.openai_api import Served
-from groundling.serving.page_routes import Locked, PageMount
+from groundling.serving.page_routes import Locked, OwnOrigin, PageMount
 from groundling.serving.visitors import MAX_PROMPT_CHARACTERS, MAX_SAMPLES, MAX_TOKENS, Refused, Visit, Written
 
 MAX_EVENTS = 256
@@ -119,7 +119,8 @@ def add_page(app: FastAPI, served: Served, subject: Subject, api_key: str | None
     )
     mounted: Any = app.router.routes.pop()
     app.state.stop_page = mounted.app.stop_event.set
-    app.router.routes.append(PageMount("/", Locked(mounted.app, api_key) if api_key else mounted.app))
+    page = OwnOrigin(mounted.app)
+    app.router.routes.append(PageMount("/", Locked(page, api_key) if api_key else page))
 
 
 class Page:

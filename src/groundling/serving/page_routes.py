@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
-    r"|/(?:assets|static)/(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-][A-Za-z0-9._-]*"
+    r"|/(?:assets|static)/(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*"
     r"|/gradio_api/(?:info|startup-events|theme\.css|queue/data|heartbeat/[a-z0-9]{1,32})"
 )
 WRITE = re.compile(r"/gradio_api/(?:queue/join|cancel|reset)/?")
@@ -37,6 +37,21 @@ class PageMount(Mount):
         if scope["type"] != "http" or not is_of_the_page(scope["method"], scope["path"]):
             return Match.NONE, {}
         return super().matches(scope)
+
+
+class OwnOrigin:
+    """An application for its own pages: others' may not send to it, and get no CORS header, which Gradio would give."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            await PlainTextResponse("Pages of other sites may not use this one.", 403)(scope, receive, send)
+            return
+        kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
+        await self.app({**scope, "headers": kept}, receive, send)
 
 
 class Locked:
