@@ -14,7 +14,7 @@ define run_preset
 	fi
 endef
 
-.PHONY: train test test-slow lint format penny clean
+.PHONY: train test test-slow lint format penny demo clean
 
 ## train: GPT-2 (124M) on Tiny Shakespeare until it is known on the grid; goes on if it was interrupted
 train: $(VENV)/.installed
@@ -23,6 +23,11 @@ train: $(VENV)/.installed
 ## penny: the same path with a small model, in a minute and a half (docs/record/penny)
 penny: $(VENV)/.installed
 	$(call run_preset,penny)
+
+## demo: the small model's page and API at http://127.0.0.1:8000; trained first, if there is none
+demo: $(VENV)/.installed-serve
+	@if [ ! -e runs/penny/record.json ]; then $(MAKE) --no-print-directory -f $(firstword $(MAKEFILE_LIST)) penny; fi
+	$(BIN)/groundling serve runs/penny
 
 ## test: everything that needs no GPU, no network and not much time
 test: $(VENV)/.installed-dev
@@ -51,7 +56,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+$(VENV)/.installed-serve: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	touch $(VENV)/.installed $@
+
 $(VENV)/.installed-dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(VENV)/.installed $@
+	touch $(VENV)/.installed $(VENV)/.installed-serve $@

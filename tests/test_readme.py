@@ -26,6 +26,9 @@ THE_TWO = {"make train", "make test"}
 MAKE_TARGETS = {"make penny": "groundling train --preset penny --out runs/penny"}
 """Other targets that the pages name, and the command that each is."""
 
+SERVED = {"make demo"}
+"""Targets that do not return: tests below and in commands/test_serve.py do what they do."""
+
 SHORT = shlex.split(
     "--max-steps 2 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --windows.batch_size 2"
     " --windows.micro_batch_size 0 --runtime.compile off --sampling.max_tokens 3 --evaluation.final none"
@@ -71,7 +74,7 @@ def write_checkpoint(path: Path) -> None:
     torch.save({"model": model.state_dict(), "model_args": {"n_layer": 1, "n_head": 2}}, path)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c not in THE_TWO])
+@pytest.mark.parametrize("command", [c for c in commands() if c not in THE_TWO | SERVED])
 def test_command(command: str) -> None:
     words = shlex.split(MAKE_TARGETS.get(command, command))
     assert words[0] == "groundling", f"{command}: only `make train` and `make test` are excepted"
@@ -92,19 +95,40 @@ def test_make_targets_are_what_they_are_said_to_be() -> None:
         assert f"$(BIN)/{command.replace(name, '$(1)')};" in makefile, target
 
 
-def test_make_begins_a_run_and_then_goes_on_with_it(tmp_path: Path) -> None:
-    """Never a second folder: the recipe as make runs it, with an echo in the place of the command."""
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "venv" / ".installed").touch()
-    command = tmp_path / "venv" / "bin" / "groundling"
+def install_echo(folder: Path, mark: str) -> None:
+    """An environment for make, as if it were installed, with an echo in the place of the command."""
+    (folder / "venv" / "bin").mkdir(parents=True)
+    (folder / "venv" / mark).touch()
+    command = folder / "venv" / "bin" / "groundling"
     command.write_text('#!/bin/sh\necho "$@"\n')
     command.chmod(0o755)
-    (tmp_path / "pyproject.toml").touch()
-    os.utime(tmp_path / "pyproject.toml", (0, 0))
-    make = ["make", "--silent", "-f", str(ROOT / "Makefile"), "VENV=venv", "penny"]
+    (folder / "pyproject.toml").touch()
+    os.utime(folder / "pyproject.toml", (0, 0))
+
+
+def make(folder: Path, target: str) -> str:
+    """What the commands of a target are called with."""
+    command = ["make", "--silent", "-f", str(ROOT / "Makefile"), "VENV=venv", target]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_make_demo_trains_if_need_be_and_serves(tmp_path: Path) -> None:
+    install_echo(tmp_path, ".installed-serve")
+    (tmp_path / "venv" / ".installed").touch()
+    assert make(tmp_path, "demo").splitlines() == ["train --preset penny --out runs/penny", "serve runs/penny"]
+    (tmp_path / "runs" / "penny").mkdir(parents=True)
+    (tmp_path / "runs" / "penny" / "identity.json").touch()
+    assert make(tmp_path, "demo").splitlines() == ["train --resume --out runs/penny", "serve runs/penny"]
+    (tmp_path / "runs" / "penny" / "record.json").touch()
+    assert make(tmp_path, "demo") == "serve runs/penny"
+
+
+def test_make_begins_a_run_and_then_goes_on_with_it(tmp_path: Path) -> None:
+    """Never a second folder: the recipe as make runs it, with an echo in the place of the command."""
+    install_echo(tmp_path, ".installed")
 
     def called() -> str:
-        return subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        return make(tmp_path, "penny")
 
     assert called() == "train --preset penny --out runs/penny"
     (tmp_path / "runs" / "penny").mkdir(parents=True)

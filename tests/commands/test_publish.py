@@ -162,7 +162,7 @@ def test_a_space_is_made_beside_the_model(publish: Publish, server: HubServer) -
     assert (space.sdk, space.private) == ("gradio", False)
     [wheel] = [name for name in space.files if name.endswith(".whl")]
     assert set(space.files) - {".gitattributes"} == {"README.md", "app.py", "requirements.txt", wheel}
-    assert f'serve("{REPO}")' in space.files["app.py"].decode()
+    assert f'main(["serve", "{REPO}"' in space.files["app.py"].decode()
     space.files["groundling-0.0.1-py3-none-any.whl"] = space.files[wheel]
     assert publish("--space")[0] == 0
     assert [name for name in space.files if name.endswith(".whl")] == [wheel]

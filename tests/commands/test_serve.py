@@ -28,8 +28,11 @@ def served(*arguments: str, **environment: str) -> Iterator[tuple[str, subproces
     )
     try:
         assert process.stderr is not None
+        said = ""
         for line in process.stderr:
+            said += line
             if found := re.search(r"http://[\d.:]+(?=/v1)", line):
+                assert said.count("warning: no page, which needs the package gradio") == ("PYTHONPATH" in environment)
                 yield found[0], process
                 break
         else:
@@ -52,21 +55,36 @@ def test_it_writes_what_sample_writes_and_ends_when_told(run: Path, capsys: pyte
         assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "bottles"
         answer = ask(address, "bottles")
         assert answer.json()["choices"][0]["text"] == expected
+        page = httpx.get(f"{address}/", timeout=60).text
+        assert "bottles.txt" in page
+        assert "The four losses" in page
         process.send_signal(signal.SIGTERM)
         log, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
-    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200]
+    assert [json.loads(line)["status"] for line in log.splitlines()] == [200, 200, 200]
     assert "green" not in log
 
 
 def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     assert main(["export", str(run), "--format", "hf", "--no-verify", "--out", str(folder)]) == 0
-    with served(str(folder), "--name", "mine", GROUNDLING_API_KEY="sesame") as (address, _):
+    with served(str(folder), "--name", "mine", "--no-page", GROUNDLING_API_KEY="sesame") as (address, _):
+        assert httpx.get(address).status_code == 404
         assert ask(address, "mine").status_code == 401
         key = {"Authorization": "Bearer sesame"}
         answer = httpx.post(f"{address}/v1/completions", json={"model": "mine"}, headers=key, timeout=60)
         assert answer.status_code == 200
+
+
+def test_without_gradio_it_says_so_and_serves_the_api(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(name=__name__)")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with served(str(run), PYTHONPATH=os.pathsep.join(paths)) as (address, process):
+        assert ask(address, "bottles").status_code == 200
+        assert httpx.get(address).status_code == 404
+        process.send_signal(signal.SIGTERM)
+        log, _ = process.communicate(timeout=60)
+    assert log.count("\n") == 2
 
 
 def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,31 +1,32 @@
-"""The files of a Gradio Space: what the wheel holds, and what a visitor of the page gets."""
+"""The files of a Space: what the wheel holds, and what its own app.py serves."""
 
 from __future__ import annotations
 
 import base64
 import csv
 import hashlib
-import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
-from gradio_client import Client
-from gradio_client.exceptions import AppError
 
 import groundling
-from groundling.generation.decoder import TorchDecoder
+from groundling import runtime
+from groundling.generation.open import open_decoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.generation.text import continue_text
 from groundling.interop import huggingface, space, wheel
-from groundling.interop.demo_page import Page
 from groundling.interop.trained import Trained, open_trained
+from groundling.runtime import RuntimeConfig
 
 from .conftest import MakeTrained
 
@@ -82,7 +83,9 @@ def test_what_the_hub_reads(tmp_path: Path) -> None:
     assert "word for word" in text
     needed = (tmp_path / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch") for line in needed)
-    assert not any("extra" in line or "groundling" in line for line in needed)
+    extra = [line for line in distribution("groundling").requires or [] if re.search("extra == .serve.", line)]
+    assert {line.partition(";")[0].strip() for line in extra if not line.startswith("gradio")} <= set(needed)
+    assert not any("extra" in line or "groundling" in line or "gradio" in line for line in needed)
     compile((tmp_path / "app.py").read_text(), "app.py", "exec")
 
 
@@ -118,7 +121,7 @@ def page(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
             break
     else:
         pytest.fail(f"the page did not begin: {said}")
-    yield "http://" + line.partition("http://")[2].strip()
+    yield "http://" + line.partition("http://")[2].strip().rstrip("/")
     process.terminate()
     process.wait(timeout=20)
     process.stdout.close()
@@ -131,39 +134,19 @@ def _free_port() -> int:
 
 
 def expected(trained: Trained, prompt: str, config: SamplingConfig) -> str:
-    with TorchDecoder(trained.model, trained.window) as decoder:
+    resolved = runtime.resolve(RuntimeConfig(dtype="fp32", compile="off"))
+    with open_decoder(trained.model, trained.window, resolved, "bf16") as decoder:
         return prompt + "".join(continue_text(decoder, trained.tokenizer, prompt, config))
 
 
-def test_the_page_writes_what_the_model_writes(page: str, export: Path) -> None:
+def test_the_page_and_the_api_are_there(page: str, export: Path) -> None:
+    shown = httpx.get(page, timeout=30)
+    assert shown.status_code == 200
+    assert "nothing is known here of how it was trained" in shown.text
     trained = open_trained(export)
-    client = Client(page, verbose=False)
     for temperature, top_k, max_tokens, seed in [(0, 50, 30, 1), (1.5, 0, 40, 7), (1.5, 0, 40, 8)]:
         config = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
-        job = client.submit("One green", temperature, top_k, max_tokens, seed, api_name="/write")
-        assert job.result() == expected(trained, "One green", config)
-        pieces = job.outputs()
-        assert len(pieces) > 5, "it does not come in pieces"
-        assert all(after.startswith(before) for before, after in itertools.pairwise(pieces))
-    for *wrong, says in [
-        ("One", 0, 0, 10**6, 1, "maximum"),
-        ("One" * 10_000, 0, 0, 10, 1, "characters: give"),
-        ("One", 1e-9, 0, 10, 1, "temperature is 1e-09: give"),
-        ("One", 0, 0, 10, -1, "minimum"),
-    ]:
-        with pytest.raises(AppError, match=says):
-            client.predict(*wrong, api_name="/write")
-    assert client.predict("", 0, 0, 3, 1, api_name="/write") == expected(
-        trained, "", SamplingConfig(max_tokens=3, temperature=0)
-    )
-
-
-def test_a_visitor_who_leaves_disturbs_nobody(make_trained: MakeTrained) -> None:
-    trained = make_trained()
-    with TorchDecoder(trained.model, trained.window) as decoder:
-        page = Page(trained, decoder)
-        whole = list(page.write("40 green", 1.0, 0, 30, 5))
-        leaving = page.write("39 green", 1.0, 0, 30, 5)
-        next(leaving)
-        leaving.close()
-        assert list(page.write("40 green", 1.0, 0, 30, 5)) == whole
+        asked = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens, "seed": seed}
+        body = {"model": export.name, "prompt": "One green", **asked}
+        answer = httpx.post(f"{page}/v1/completions", json=body, timeout=30).json()
+        assert "One green" + answer["choices"][0]["text"] == expected(trained, "One green", config)

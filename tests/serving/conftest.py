@@ -14,11 +14,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 
 from groundling.corpus.documents import Document
 from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
 from groundling.generation.decoder import TorchDecoder
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.serving.demo import Subject, add_page
 from groundling.serving.engine import Engine
 from groundling.serving.openai_api import Served
 from groundling.serving.server import ServerConfig, make_app, make_server
@@ -67,15 +69,27 @@ def serve(network: GPT2, tokenizer: Tokenizer) -> Serve:
     """Starts a server; for a `with` statement."""
 
     @contextmanager
-    def start(n_slots: int = 4, max_queue: int = 20, timeout_s: float = 60, **settings: Any) -> Iterator[Running]:
-        engine = Engine(TorchDecoder(network, N_CTX, n_slots), tokenizer, max_queue)
+    def start(
+        n_slots: int = 4,
+        max_queue: int = 20,
+        timeout_s: float = 60,
+        subject: Subject | None = None,
+        model: GPT2 = network,
+        **settings: Any,
+    ) -> Iterator[Running]:
+        engine = Engine(TorchDecoder(model, N_CTX, n_slots), tokenizer, max_queue)
         listener = socket.create_server(("127.0.0.1", 0))
         config = ServerConfig(drain_s=settings.pop("drain_s", 1), **settings)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
         running = Running(url, engine, httpx.Client(base_url=url, timeout=30, headers=key))
         served = Served(engine, tokenizer, "bottles", N_CTX, int(time.time()), timeout_s)
-        server = make_server(make_app(served, config, running.log.append), config)
+
+        def page(app: FastAPI) -> None:
+            if subject:
+                add_page(app, served, subject, config.api_key)
+
+        server = make_server(make_app(served, config, running.log.append, page), config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

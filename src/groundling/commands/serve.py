@@ -1,4 +1,4 @@
-"""`groundling serve`: a trained model behind OpenAI's completions API."""
+"""`groundling serve`: a trained model as a page to try it on, and behind OpenAI's completions API."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import ipaddress
 import re
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from groundling import runtime
 from groundling.commands.model_options import OpenRun, add_decoding_options, model_parser, open_model
+from groundling.commands.page_subject import subject_of
 from groundling.commands.session import say
 from groundling.errors import ConfigError
 
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-queue", type=int, default=64, help="texts that may wait; more are told to come back")
     parser.add_argument("--timeout", type=int, default=120, help="seconds after which an answer is given up")
     parser.add_argument("--drain", type=int, default=30, help="seconds that answers may take after SIGTERM")
+    parser.add_argument("--no-page", action="store_true", help="serve the API alone")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the access log")
     add_decoding_options(parser)
     options = parser.parse_args(arguments)
@@ -61,11 +64,26 @@ def main(arguments: list[str]) -> int:
         listener.listen()  # who reads the address may ask at once
         host, port = listener.getsockname()[:2]
         address = f"http://{_in_address(host)}:{port}"
+        add_page = _page(run, served, key) if not options.no_page else None
+        listener.listen()  # whoever reads the lines below may connect
+        if add_page:
+            say(f"the page: {address}/")
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
         if key is None and not ipaddress.ip_address(host).is_loopback:
             say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
-        groundling.serving.server.serve(served, config, listener)
+        groundling.serving.server.serve(served, config, listener, add_page or (lambda app: None))
     return 0
+
+
+def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any], None] | None:
+    """What puts the page on the application; None, and a line, if it cannot be there."""
+    try:
+        from groundling.serving import demo
+    except ImportError as error:
+        say(f"warning: no page, which needs the package {error.name}: pip install 'groundling[serve]', or --no-page")
+        return None
+    subject = subject_of(run, served.name)
+    return lambda app: demo.add_page(app, served, subject, key)
 
 
 def _in_address(host: str) -> str:

@@ -1,4 +1,4 @@
-"""The files of a Gradio Space that serves a published model with the very Groundling that published it.
+"""The files of a Space that serves a published model with the very Groundling that published it: page and API.
 
 Invariant: what the Space runs is the wheel beside its app.py. A Space installs requirements.txt before its other files
 are there, so app.py unpacks the wheel when it starts, and requirements.txt lists only what the wheel needs.
@@ -20,6 +20,7 @@ WHEELS = f"{wheel.NAME}-*.whl"
 
 APP = '''"""Unpacks the Groundling that lies beside this file, and serves the model {model} with it."""
 
+import os
 import sys
 import tempfile
 import zipfile
@@ -29,9 +30,11 @@ unpacked = tempfile.mkdtemp()
 zipfile.ZipFile(Path(__file__).parent / {wheel}).extractall(unpacked)
 sys.path.insert(0, unpacked)
 
-from groundling.interop.demo_page import serve
+from groundling.cli import main
 
-serve({model_literal})
+host = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")
+port = os.environ.get("GRADIO_SERVER_PORT", "7860")
+sys.exit(main(["serve", {model_literal}, "--name", {name_literal}, "--host", host, "--port", port]))
 '''
 
 README = """---
@@ -55,10 +58,13 @@ def write(folder: Path, model: str) -> None:
     Raises `ConfigError` if Groundling runs without being installed, and so cannot be packed.
     """
     packed = wheel.write(folder)
-    app = APP.format(model=model, wheel=json.dumps(packed.name), model_literal=json.dumps(model))
-    (folder / "app.py").write_text(app, encoding="utf-8")
-    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in wheel.requirements()), encoding="utf-8")
     name = model.rpartition("/")[2]
+    app = APP.format(
+        model=model, wheel=json.dumps(packed.name), model_literal=json.dumps(model), name_literal=json.dumps(name)
+    )
+    (folder / "app.py").write_text(app, encoding="utf-8")
+    needed = [line for line in wheel.requirements("serve") if not line.startswith("gradio")]  # the hub brings that
+    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needed), encoding="utf-8")
     readme = README.format(
         title=json.dumps(name),
         gradio=_gradio_version(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -47,10 +48,12 @@ def write(folder: Path) -> Path:
     return wheel
 
 
-def requirements() -> list[str]:
-    """What the running package needs, without its extras."""
-    needed = distribution(NAME).requires if _metadata() else None
-    return [line for line in needed or () if "extra ==" not in line]
+def requirements(extra: str = "") -> list[str]:
+    """What the running package needs, without its extras but for one."""
+    needed = (distribution(NAME).requires if _metadata() else None) or []
+    asked = re.compile(rf"""\s*;\s*extra == ["']{re.escape(extra)}["']$""")
+    own = [line for line in needed if "extra ==" not in line]
+    return own + [asked.sub("", line) for line in needed if asked.search(line)]
 
 
 def _metadata() -> str:

@@ -43,8 +43,13 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
 
 
-def make_app(served: Served, config: ServerConfig, log: Callable[[str], None]) -> FastAPI:
-    """The application, without its page. The engine is closed when the application ends."""
+def make_app(
+    served: Served,
+    config: ServerConfig,
+    log: Callable[[str], None],
+    add_page: Callable[[FastAPI], None] = lambda app: None,
+) -> FastAPI:
+    """The application; `add_page` puts a page behind its routes. The engine is closed when the application ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,6 +102,7 @@ def make_app(served: Served, config: ServerConfig, log: Callable[[str], None]) -
         answer.headers.update(error.headers or {})
         return answer
 
+    add_page(app)
     return app
 
 
@@ -158,15 +164,24 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
 
-def serve(served: Served, config: ServerConfig, listener: socket.socket) -> None:
+class Server(uvicorn.Server):
+    """Ends what would never end by itself before it waits for what will."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stop_page: Callable[[], None] = getattr(self.config.app.state, "stop_page", lambda: None)  # type: ignore[union-attr]
+        stop_page()
+        await super().shutdown(sockets)
+
+
+def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: Callable[[FastAPI], None]) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
-    server = make_server(make_app(served, config, lambda line: print(line, flush=True)), config)
+    server = make_server(make_app(served, config, lambda line: print(line, flush=True), add_page), config)
     server.run([listener])
 
 
-def make_server(app: Any, config: ServerConfig) -> uvicorn.Server:
+def make_server(app: FastAPI, config: ServerConfig) -> Server:
     """A server for the application, not yet running."""
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             http=Protocol,

@@ -1,0 +1,83 @@
+"""Which of Gradio's routes a visitor reaches: those that the page needs, and no other.
+
+Invariant: no route that reads a file by its path, fetches an address, takes an upload or calls a function past the
+queue is reachable; what is not listed here is answered as if there were no page.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+
+from starlette.responses import PlainTextResponse
+from starlette.routing import Match, Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+READ = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
+    r"|/(?:assets|static)/(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*"
+    r"|/gradio_api/(?:info|startup-events|theme\.css|queue/data|heartbeat/[a-z0-9]{1,32})"
+)
+WRITE = re.compile(r"/gradio_api/(?:queue/join|cancel|reset)/?")
+
+
+def is_of_the_page(method: str, path: str) -> bool:
+    """Whether the page needs this."""
+    pattern = READ if method in ("GET", "HEAD") else WRITE if method == "POST" else None
+    return pattern is not None and pattern.fullmatch(path) is not None
+
+
+class PageMount(Mount):
+    """Gradio's application, of which only the page's own routes are there."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] != "http" or not is_of_the_page(scope["method"], scope["path"]):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+class OwnOrigin:
+    """An application for its own pages: others' may not send to it, and get no CORS header, which Gradio would give."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            await PlainTextResponse("Pages of other sites may not use this one.", 403)(scope, receive, send)
+            return
+        kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
+        await self.app({**scope, "headers": kept}, receive, send)
+
+
+class Locked:
+    """An application that asks for the key as a browser does: as the password, with any name (RFC 7617)."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self.app, self._key = app, _digest(api_key.encode("utf-8", "surrogateescape"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if hmac.compare_digest(_digest(_password(scope)), self._key):
+            await self.app(scope, receive, send)
+            return
+        headers = {"WWW-Authenticate": 'Basic realm="Groundling: any name, and the key as password", charset="UTF-8"'}
+        await PlainTextResponse("This page asks for the server's key.", 401, headers)(scope, receive, send)
+
+
+def _password(scope: Scope) -> bytes:
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    scheme, _, encoded = given.partition(b" ")
+    if scheme.lower() != b"basic":
+        return b""
+    try:
+        return base64.b64decode(encoded, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

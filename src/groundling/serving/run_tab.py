@@ -1,0 +1,143 @@
+"""The page's second tab: what the served run's own files say of it.
+
+Invariant: every figure comes from a file of the run that is of these weights; what a run does not have is said in a
+sentence, and no file makes the server fail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from groundling.errors import CheckpointError
+from groundling.evaluation.charts import training_chart
+from groundling.evaluation.report import MEANINGS, duration, finite, percent, verdict_words
+from groundling.serving.page_html import escape
+from groundling.training.checkpoint import MANIFEST, load_state
+from groundling.training.metrics import read_lines
+from groundling.training.run_folder import RunFolder
+
+TRAIN_MEANING = (
+    "The mean over one step's own batch, before its update, smoothed: noisy, and taken of weights that were still"
+    " changing. It never ends a run."
+)
+LOSSES = ("corpus/loss", "corpus/loss_offset", "heldout/loss")
+
+NOT_A_RUN = "This model was not served from a run folder, so nothing is known here of how it was trained."
+
+
+def run_html(folder: RunFolder, checkpoint: Path) -> str:
+    """What is known of the run whose weights this checkpoint holds, as HTML."""
+    try:
+        n_steps = int(load_state(checkpoint)["n_steps"])
+        settings = folder.settings()
+        lines = [line for line in read_lines(folder.metrics) if line["step"] < n_steps]
+        record = _record(folder, checkpoint)
+        losses = _losses(folder, n_steps, lines, record)
+        target = float((settings.get("stopping") or {}).get("target") or 0)
+        parts = [_verdict(settings, losses, target), _chart(lines, target, losses), _table(losses, lines)]
+        parts += [_extraction(folder, checkpoint), _facts(folder, settings, n_steps, record)]
+    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
+        name = type(error).__name__
+        parts = [f"<p>The files of the run cannot be read ({name}), so there is nothing to show of it.</p>"]
+    return f'<div class="run">{"".join(parts)}</div>'
+
+
+def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
+    """The record, if it is one of these weights."""
+    if not folder.record.exists():
+        return {}
+    record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
+    sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return record if record["weights_sha256"] == sums["model.safetensors"] else {}
+
+
+def _losses(
+    folder: RunFolder, n_steps: int, lines: list[dict[str, Any]], record: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Each loss of these weights, from wherever it was written."""
+    last = [line for line in lines if line["step"] == n_steps - 1]
+    evaluated = folder.kept_losses(n_steps)
+    losses = {}
+    for name in LOSSES:
+        known = (record.get(name.replace("/", "_")), *(line.get(name) for line in last), evaluated.get(name))
+        losses[name] = next((finite(loss) for loss in known if loss is not None), None)
+    return losses
+
+
+def _verdict(settings: Mapping[str, Any], losses: Mapping[str, float | None], target: float) -> str:
+    goldfish = (settings.get("objective") or {}).get("loss") == "goldfish"
+    headline, detail = verdict_words(losses["corpus/loss"], losses["corpus/loss_offset"], target, goldfish)
+    return f"<h2>{escape(headline)}</h2><p>{escape(detail)}</p>"
+
+
+def _chart(lines: list[dict[str, Any]], target: float, losses: Mapping[str, float | None]) -> str:
+    said = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items() if loss is not None)
+    chart = training_chart(lines, target, f"Line chart of the loss by step. At the end: {said or 'not taken'}.")
+    return f"<figure>{chart}</figure>" if chart else "<p>The run has no metrics.jsonl, so there is no curve.</p>"
+
+
+def _table(losses: Mapping[str, float | None], lines: list[dict[str, Any]]) -> str:
+    means = [line["train/loss_ema"] for line in lines if line.get("train/loss_ema") is not None]
+    rows = [("train/loss", finite(means[-1]) if means else None, TRAIN_MEANING)]
+    rows += [(name, loss, MEANINGS[name]) for name, loss in losses.items()]
+    body = "".join(
+        f"<div><dt><code>{name}</code> <b>{f'{loss:.3g}' if loss is not None else 'not taken'}</b></dt>"
+        f"<dd>{escape(meaning)}</dd></div>"
+        for name, loss, meaning in rows
+    )
+    return f'<h3>The four losses, in nats per token</h3><dl class="losses">{body}</dl>'
+
+
+def _extraction(folder: RunFolder, checkpoint: Path) -> str:
+    """How much can be drawn out of the model, if `groundling report` measured it on these weights."""
+    try:
+        report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+        if report["checkpoint"] != checkpoint.name or not report["extraction"]:
+            raise KeyError
+        extraction = report["extraction"]
+        shares = {
+            where: {int(row["n_prompt"]): percent(float(row["share"])) for row in extraction[where]}
+            for where in ("on_grid", "anywhere")
+        }
+        n_following = int(extraction["continuation"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return (
+            "<h3>What it recites</h3><p>Not measured for these weights: <code>groundling report</code> writes"
+            " report.json into the run's folder, and this page shows it from then on.</p>"
+        )
+    rows = "".join(
+        f"<tr><th>{n_prompt}</th><td>{shares['on_grid'].get(n_prompt, '-')}</td>"
+        f"<td>{shares['anywhere'].get(n_prompt, '-')}</td></tr>"
+        for n_prompt in sorted(set(shares["on_grid"]) | set(shares["anywhere"]))
+    )
+    return (
+        f"<h3>What it recites</h3><p>Given so many tokens of the training text, the share of places at which it goes on"
+        f" with the next {n_following} tokens word for word: at the beginnings of its training windows (on the grid),"
+        f" and at places drawn at random (anywhere).</p><table><thead><tr><th>tokens given</th><th>on the grid</th>"
+        f"<th>anywhere</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _facts(folder: RunFolder, settings: Mapping[str, Any], n_steps: int, record: Mapping[str, Any]) -> str:
+    sources = (settings.get("text") or {}).get("sources") or []
+    facts = {"text": ", ".join(map(str, sources)), "steps": f"{n_steps:,}"}
+    if record:
+        machine = record["machine"]
+        memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine.get("memory_bytes") else ""
+        facts |= {
+            "parameters": f"{record['parameters']:,}",
+            "window": f"{record['window']:,} tokens",
+            "passes over the text": f"{record['passes']:.1f}",
+            "training took": duration(record["wall_s"]),
+            "it ended by": record["stop_reason"],
+            "machine": f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads{memory}",
+            "computed in": f"{record['dtype']} on {record['device']}",
+            "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+            "command": record["command"],
+        }
+    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
+    missing = "" if record else "<p>These weights have no record.json, which a run writes when it ends.</p>"
+    return f'<h3>How it was made</h3><dl class="facts">{rows}</dl>{missing}'
