@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import time
@@ -28,6 +29,9 @@ def write_folder(trained: Trained, path: Path) -> Path:
     (path / "config.json").write_text(json.dumps(CONFIG))
     trained.tokenizer.save(path / "tokenizer.json")
     return path
+
+
+importlib.import_module("groundling.commands.import_")  # the bounds are of the command, not of its first import
 
 
 def refusal(source: object, capsys: pytest.CaptureFixture[str], *options: str) -> str:

@@ -18,6 +18,7 @@ from groundling.generation.decode import generate
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
+from groundling.generation.speculate import Drafter
 from groundling.generation.text import continue_text
 from groundling.model.gpt2 import GPT2
 from groundling.serving.engine import Busy, Closing, Engine, Event, Request, Ticket
@@ -249,3 +250,28 @@ def test_likelihoods_come_with_their_tokens(network: GPT2, tokenizer: Tokenizer)
         assert [each.token for each in given] == listener.tokens
         assert all(len(each.likeliest) == 2 and each.logprob <= each.likeliest[0][1] for each in given)
         assert [each.token for each in ticket.stream.prompt_likelihoods or ()] == [2, 3]
+
+
+def test_a_text_that_cannot_go_on_ends_alone(network: GPT2, tokenizer: Tokenizer) -> None:
+    """A defect in one stream's drawing, or in its drafter, is told to that client only."""
+    n_made = 0
+
+    def drafter() -> Drafter | None:
+        nonlocal n_made
+        n_made += 1
+
+        def broken(context: Sequence[int], n: int) -> Sequence[int]:
+            raise KeyError("a defect")
+
+        return broken if n_made == 2 else None
+
+    with opened(TorchDecoder(network, 32, N_SLOTS), tokenizer, drafter=drafter) as engine:
+        sampling = SamplingConfig(max_tokens=12, seed=4)
+        _, first = submit(engine, [1, 2], sampling)
+        _, drafting = submit(engine, [1, 2], sampling)
+        _, drawing = submit(engine, [1, 2], sampling, n_likeliest=-1)
+        assert [listener.rest()[-1].ending for listener in (first, drafting, drawing)] == ["length", "failed", "failed"]
+        _, after = submit(engine, [1, 2], sampling)
+        assert after.rest()[-1].ending == "length"
+        assert after.tokens == first.tokens
+        assert engine.failure is None

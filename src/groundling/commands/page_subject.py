@@ -17,6 +17,8 @@ from groundling.training.run_folder import find_checkpoint
 if TYPE_CHECKING:
     from groundling.serving.demo import Example, Subject
 
+N_BEGINNING = 12
+"""Tokens of the text's beginning that are an example: enough to call up what follows, where it is known on the grid."""
 MAX_EXAMPLES = 24
 MAX_EXAMPLE_CHARACTERS = 200
 """Longer prompts are no buttons."""
@@ -43,7 +45,18 @@ def subject_of(run: OpenRun, name: str) -> Subject:
     except (CheckpointError, CorpusError):
         no_meter = "There is no copy meter here: the training text is not beside these weights."
     run_part = run_html(run.folder, find_checkpoint(run.path)) if run.folder.exists() else f"<p>{NOT_A_RUN}</p>"
-    return Subject(name, sentence, _examples(sources, prompts), meter, no_meter, run_part)
+    examples = _examples(sources, [*_beginning(run), *prompts])
+    return Subject(name, sentence, examples, meter, no_meter, run_part)
+
+
+def _beginning(run: OpenRun) -> list[str]:
+    """The first words of the training text; none if it is gone."""
+    try:
+        train = run.folder.tokens("train")
+    except CorpusError:
+        return []
+    text = "" if train is None else run.tokenizer.decode(int(token) for token in train.tokens[:N_BEGINNING])
+    return [text] if text and "\N{REPLACEMENT CHARACTER}" not in text else []
 
 
 def _titles(sources: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -211,12 +211,20 @@ class Batch:
     """Streams that are decoded together; others may join and leave between passes.
 
     With `max_prompt_rows`, no more tokens of prompts than that are read in one pass, so that a long prompt does not
-    hold up the streams that are already being written.
+    hold up the streams that are already being written. With `on_error`, a stream whose tokens cannot be drawn leaves,
+    and the others go on; without, its error ends the pass.
     """
 
-    def __init__(self, decoder: Decoder, stats: Stats | None = None, max_prompt_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        stats: Stats | None = None,
+        max_prompt_rows: int | None = None,
+        on_error: Callable[[Stream, Exception], None] | None = None,
+    ) -> None:
         assert max_prompt_rows is None or max_prompt_rows > 0
         self.decoder, self.stats, self.max_prompt_rows = decoder, stats or Stats(), max_prompt_rows
+        self.on_error = on_error
         self.live: list[Stream] = []
         self._free = deque(range(decoder.n_slots))
 
@@ -244,7 +252,7 @@ class Batch:
         started = time.perf_counter()
         waited_s = 0.0  # for the caller, between tokens
         reading = self._chunks()
-        logits = self.decoder.read([chunk for _, chunk in reading])
+        logits = self.decoder.read([chunk for _, chunk in reading]) if reading else []
         n_tokens = n_prompt = 0
         for stream, chunk in reading:
             if not stream.n_generated:
@@ -252,7 +260,7 @@ class Batch:
         for (stream, _), rows in zip(reading, logits, strict=True):
             n_before = n_tokens
             self.stats.n_drafted += stream.n_drafted
-            for response in stream.take(rows, self.decoder):
+            for response in self._drawn(stream, rows):
                 n_tokens += 1
                 self.stats.n_accepted += response.from_draft
                 paused = time.perf_counter()
@@ -270,18 +278,34 @@ class Batch:
         for stream in [stream for stream in self.live if stream.finish_reason]:
             self.leave(stream)
 
+    def _drawn(self, stream: Stream, rows: Tensor) -> Iterator[Response]:
+        """What the stream draws; if it cannot, it leaves."""
+        try:
+            yield from stream.take(rows, self.decoder)
+        except Exception as error:
+            self._give_up(stream, error)
+
+    def _give_up(self, stream: Stream, error: Exception) -> None:
+        if self.on_error is None:
+            raise error
+        self.leave(stream)
+        self.on_error(stream, error)
+
     def _chunks(self) -> list[tuple[Stream, Chunk]]:
         """What each stream reads in the next pass; those that joined first read their prompts first."""
         max_draft = max(1, MAX_DRAFTED_ROWS // len(self.live))
         n_left = self.max_prompt_rows
         chunks = []
-        for stream in self.live:
+        for stream in list(self.live):
             n_unread = stream.n_unread(self.decoder)
             n_read = n_unread if n_left is None or n_unread == 1 else min(n_unread, n_left)
             if n_left is not None and n_unread > 1:
                 n_left -= n_read
-            if n_read:
-                chunks.append((stream, stream.next_chunk(self.decoder, max_draft, n_read)))
+            try:
+                if n_read:
+                    chunks.append((stream, stream.next_chunk(self.decoder, max_draft, n_read)))
+            except Exception as error:  # a drafter's
+                self._give_up(stream, error)
         return chunks
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ Source of the scheduling: Yu et al. 2022, "Orca", section 3.1 (iteration-level s
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -122,7 +123,7 @@ class Engine:
         self.decoder, self.tokenizer, self.max_queue = decoder, tokenizer, max_queue
         self.stats, self.counts = Stats(), Counts()
         self._drafter, self._clock = drafter, clock
-        self._batch = Batch(decoder, self.stats, MAX_PROMPT_ROWS)
+        self._batch = Batch(decoder, self.stats, MAX_PROMPT_ROWS, self._fail)
         self._served: dict[int, Ticket] = {}  # by the identity of the stream
         self._queue = FairQueue()
         self._changed = threading.Condition()
@@ -250,6 +251,8 @@ class Engine:
                 stream.finish("stop")
         now = self._clock()
         for key, new in tokens.items():
+            if key not in self._served:  # it failed after these
+                continue
             ticket = self._served[key]
             if ticket.first_token_s is None:
                 ticket.first_token_s = now - ticket.submitted_s
@@ -262,6 +265,11 @@ class Engine:
                 self._end(ticket, reason, event)
             else:
                 self._tell(ticket, event)
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        """One text cannot go on: a defect of ours, which ends no other."""
+        logging.getLogger(__name__).error("a text cannot go on", exc_info=error)
+        self._end(self._served[id(stream)], "failed")
 
     def _end(self, ticket: Ticket, ending: Ending, event: Event | None = None) -> None:
         """Tell the client, free the slot, count."""
