@@ -81,6 +81,32 @@ def test_a_connection_that_says_nothing_is_closed(serve: Serve, monkeypatch: pyt
         assert raw(server, b"GET /health HTTP/1.1\r\nHost: a\r\nX: ") == b""
 
 
+def test_a_later_request_has_no_more_time_than_the_first(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_S", 0.2)
+    with serve() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536)
+            connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            assert connection.recv(1) == b""
+
+
+def test_a_slow_answer_is_not_taken_for_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_S", 0.05)
+    with serve() as server:
+        assert server.complete(max_tokens=300).status_code == 200
+
+
+def test_no_header_says_who_a_client_is(serve: Serve) -> None:
+    with serve() as server:
+        server.client.get("/health", headers={"X-Forwarded-For": "203.0.113.9"})
+        eventually(lambda: bool(server.log))
+        assert server.last_logged()["client"] == "127.0.0.1"
+
+
 def test_long_headers_are_refused(running: Running) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"
     assert raw(running, request)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")

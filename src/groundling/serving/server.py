@@ -141,15 +141,29 @@ class EngineCollector:
 
 
 class Protocol(H11Protocol):
-    """Closes a connection that does not bring its first request's headers in time."""
+    """Closes a connection that does not bring a request's headers in time, be it its first request or a later one."""
+
+    _headers_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._headers_due = self.loop.call_later(HEADER_TIMEOUT_S, self._close_silent)
+        self._await_headers()
 
-    def _close_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # which ends uvicorn's own wait, at the first byte
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_headers()
+        else:
+            self._stop_waiting()
+
+    def _await_headers(self) -> None:
+        if self._headers_due is None:
+            self._headers_due = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
 
     def send_400_response(self, msg: str) -> None:
         """As every other answer that is not a success, where uvicorn says it in plain text."""
@@ -160,7 +174,7 @@ class Protocol(H11Protocol):
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_due.cancel()
+        self._stop_waiting()
         super().connection_lost(exc)
 
 
@@ -189,6 +203,7 @@ def make_server(app: FastAPI, config: ServerConfig) -> Server:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # anyone can write X-Forwarded-For, and clients take turns by address
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=config.drain_s,
