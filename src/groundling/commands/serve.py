@@ -61,7 +61,6 @@ def main(arguments: list[str]) -> int:
     with _listening(options.host, options.port) as listener:
         run = open_model(options)
         served, config = _prepare(run, options, key)
-        listener.listen()  # who reads the address may ask at once
         host, port = listener.getsockname()[:2]
         address = f"http://{_in_address(host)}:{port}"
         add_page = _page(run, served, key) if not options.no_page else None
