@@ -130,6 +130,27 @@ def test_echo_and_logprobs(
     assert all(len(each) <= 2 for entry in lists for each in entry.top_logprobs if each)
 
 
+def test_an_echoed_end_of_text_stands_where_the_offsets_say(running: Running, tokenizer: Tokenizer) -> None:
+    end = tokenizer.end_of_text_id
+    ids = [end, *tokenizer.encode("wall"), end]
+    answer = running.complete(prompt=ids, echo=True, logprobs=0, max_tokens=2, seed=1)
+    [choice] = answer.json()["choices"]
+    said = choice["logprobs"]
+    for token, offset in list(zip(said["tokens"], said["text_offset"], strict=True))[: len(ids)]:
+        assert choice["text"][offset:].startswith(token)
+
+
+def test_an_empty_prompt_echoes_nothing_beside_others(running: Running) -> None:
+    answer = running.complete(prompt=["", "ten"], echo=True, max_tokens=0)
+    assert [choice["text"] for choice in answer.json()["choices"]] == ["", "ten"]
+
+
+def test_without_tokens_the_length_is_what_ends_a_text(running: Running) -> None:
+    drawn = running.complete(max_tokens=1, seed=1).json()["choices"][0]["text"]
+    [choice] = running.complete(max_tokens=0, seed=1, echo=True, stop=drawn).json()["choices"]
+    assert choice["finish_reason"] == "length"
+
+
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["bottles"]
     assert client.models.retrieve("bottles").id == "bottles"

@@ -239,15 +239,24 @@ class LogprobsWriter:
         self._n_decoded = self._n_certain = 0
         self._pending: list[tuple[int, int, Likelihood | None]] = []
 
-    def add(self, token: int, likelihood: Likelihood | None) -> None:
-        """Take the next token of the text; the first one of a prompt has no likelihood."""
-        self._pending.append((self._n_decoded, token, likelihood))
-        if token != self._tokenizer.end_of_text_id:
-            self._n_decoded += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+    def add(self, likelihood: Likelihood) -> None:
+        """Take the next token of the text; one that ends it is not shown."""
+        token = likelihood.token
+        self._add(token, likelihood, shown=token != self._tokenizer.end_of_text_id)
 
-    def end_prompt(self) -> None:
-        """What follows is decoded anew, as the engine does it, also if the prompt ends inside a character."""
+    def add_prompt(self, tokens: Sequence[int], likelihoods: Sequence[Likelihood], shown: bool) -> None:
+        """Take the prompt, of whose tokens the first has no likelihood; it is shown with all that it holds, or not.
+
+        What follows is decoded anew, as the engine does it, also if the prompt ends inside a character.
+        """
+        for token, likelihood in zip(tokens, [None, *likelihoods], strict=True):
+            self._add(token, likelihood, shown)
         self._n_decoded += len(self._decoder.decode(b"", final=True))
+
+    def _add(self, token: int, likelihood: Likelihood | None, shown: bool) -> None:
+        self._pending.append((self._n_decoded, token, likelihood))
+        if shown:
+            self._n_decoded += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def take(self, text: str, last: bool) -> Logprobs:
         """What begins within the text so far, of which this much is new."""

@@ -245,23 +245,26 @@ class Job:
             if self.body.echo:
                 text = self._echo(index) + text
         for each in () if self._only_prompt else event.likelihoods:
-            writer.add(each.token, each)
+            writer.add(each)
         reason = event.ending if event.ending in ("stop", "length") else None
+        if reason and self._only_prompt:  # the one token that was drawn is none of the answer's
+            reason = "length"
         logprobs = writer.take(text, last=reason is not None) if self.body.logprobs is not None else None
         return Choice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
 
     def _echo(self, index: int) -> str:
         """The prompt's text; its likelihoods are told to the writer."""
         stream, prompt = self.tickets[index].stream, self.prompts[index // self.n]
+        shown = not self._stands_for_nothing(prompt)
         if stream.prompt_likelihoods is not None:
-            for token, each in zip(prompt, [None, *stream.prompt_likelihoods], strict=True):
-                self._likely[index].add(token, each)
-            self._likely[index].end_prompt()
-        return self.served.tokenizer.decode(prompt) if self._given_as_text_or_ids(prompt) else ""
+            self._likely[index].add_prompt(prompt, stream.prompt_likelihoods, shown)
+        return self.served.tokenizer.decode(prompt) if shown else ""
 
-    def _given_as_text_or_ids(self, prompt: list[int]) -> bool:
-        """False for the token that stands for an empty text."""
-        return not (self.body.prompt in ("", [""]) and prompt == [self.served.tokenizer.end_of_text_id])
+    def _stands_for_nothing(self, prompt: list[int]) -> bool:
+        """Whether this is the token in an empty text's place; no other text has it among its tokens."""
+        given = self.body.prompt
+        as_text = isinstance(given, str) or isinstance(given[0], str)
+        return as_text and prompt == [self.served.tokenizer.end_of_text_id]
 
     async def whole(self) -> Completion:
         """The answer, when all texts have ended."""
