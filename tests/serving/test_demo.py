@@ -312,6 +312,15 @@ def test_pages_of_other_sites_are_not_let_in(demo: Running) -> None:
     assert not any(name.lower().startswith("access-control") for each in answers for name in each.headers)
 
 
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://models.example:81"])
+def test_pages_of_other_sites_are_not_let_in_over_plain_http(demo: Running, origin: str) -> None:
+    """Where browsers send no Sec-Fetch-Site."""
+    own = {"Host": "models.example", "Origin": "http://models.example"}
+    for path in ("/gradio_api/queue/join", "/gradio_api/cancel"):
+        assert demo.client.post(path, json={}, headers={**own, "Origin": origin}).status_code == 403
+        assert demo.client.post(path, json={}, headers=own).status_code != 403
+
+
 def test_with_a_key_the_page_asks_for_it(serve: Serve, subject: Subject) -> None:
     with serve(subject=subject, api_key="sesame") as server:
         server.client.headers.pop("Authorization")

@@ -40,14 +40,20 @@ class PageMount(Mount):
 
 
 class OwnOrigin:
-    """An application for its own pages: others' may not send to it, and get no CORS header, which Gradio would give."""
+    """An application for its own pages: others' may not send to it, and get no CORS header, which Gradio would give.
+
+    Over plain HTTP browsers do not say where a request comes from but by its Origin (Fetch Metadata, section 2), whose
+    host must then be the one that was asked.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+        origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
+        foreign = origin is not None and origin.rpartition(b"/")[2] != headers.get(b"host")
+        if scope["method"] == "POST" and (site == b"cross-site" or (site is None and foreign)):
             await PlainTextResponse("Pages of other sites may not use this one.", 403)(scope, receive, send)
             return
         kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
