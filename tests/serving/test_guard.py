@@ -107,6 +107,14 @@ def test_no_header_says_who_a_client_is(serve: Serve) -> None:
         assert server.last_logged()["client"] == "127.0.0.1"
 
 
+def test_only_whole_completions_have_a_latency(serve: Serve) -> None:
+    with serve(n_slots=1, max_queue=1, timeout_s=0.2) as server:
+        assert server.complete(max_tokens=4000).status_code == 408
+        assert server.complete(max_tokens=1).status_code == 200
+        eventually(lambda: len(server.log) == 2)
+        assert "groundling_completion_seconds_count 1.0" in server.client.get("/metrics").text
+
+
 def test_long_headers_are_refused(running: Running) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"
     assert raw(running, request)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")

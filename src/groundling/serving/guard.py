@@ -165,7 +165,8 @@ class Guard:
             if account.first_token_s is not None:
                 facts["first_token_s"] = round(account.first_token_s, 4)
                 self.metrics.first_token.observe(account.first_token_s)
-            self.metrics.latency.observe(seconds)
+            if account.ending is not None:
+                self.metrics.latency.observe(seconds)
             if self.log_prompts:
                 facts["prompts"] = account.prompts
         self.log(json.dumps(facts, ensure_ascii=True))

@@ -85,6 +85,7 @@ class Account:
     n_tokens: int = 0
     first_token_s: float | None = None
     ending: str | None = None
+    """Set when all of its texts have come to their end."""
     prompts: list[str] | None = None
 
 
