@@ -65,6 +65,19 @@ def test_what_is_no_http_is_refused_in_the_same_shape(request_line: bytes, runni
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_that_breaks_off_its_form_after_the_answer_is_no_defect(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")  # it does not wait for the body
+        connection.sendall(b"no chunk\r\n")
+        while connection.recv(1 << 16):
+            pass
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_no_answer_leads_to_the_host_that_a_client_names(running: Running) -> None:
     answer = running.client.post("/v1/completions/", headers={"Host": "elsewhere.example"})
     assert answer.status_code == 404

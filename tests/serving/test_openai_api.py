@@ -127,7 +127,11 @@ def test_echo_and_logprobs(
     assert logprobs[0] is None
     own = [float(expected[place, token]) for place, token in enumerate(ids[1:])]
     assert logprobs[1 : len(ids)] == pytest.approx(own, abs=1e-4)
-    assert all(len(each) <= 2 for entry in lists for each in entry.top_logprobs if each)
+    likely = [each for entry in lists for each in entry.top_logprobs]
+    assert likely[0] is None
+    for token, logprob, each in list(zip(tokens, logprobs, likely, strict=True))[1:]:
+        assert each[token] == logprob
+        assert len(each.keys() - {token}) <= 2
 
 
 def test_an_echoed_end_of_text_stands_where_the_offsets_say(running: Running, tokenizer: Tokenizer) -> None:

@@ -90,7 +90,7 @@ class CompletionRequest(BaseModel):
     echo: bool | None = False
     """Begin the answer with the prompt."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
-    """Log-probabilities of the tokens and of so many of the likeliest in each place."""
+    """Log-probabilities of the tokens and, in each place, of so many of the likeliest and the one that stands there."""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
@@ -267,7 +267,9 @@ class LogprobsWriter:
             tokens=[self._spelt(token) for _, token, _ in ready],
             token_logprobs=[each and each.logprob for _, _, each in ready],
             top_logprobs=[
-                None if each is None else {self._spelt(token): logprob for token, logprob in each.likeliest}
+                None
+                if each is None
+                else {self._spelt(token): logprob for token, logprob in (*each.likeliest, (each.token, each.logprob))}
                 for _, _, each in ready
             ],
             text_offset=[offset for offset, _, _ in ready],

@@ -167,6 +167,9 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """As every other answer that is not a success, where uvicorn says it in plain text."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer was begun
+            self.transport.close()
+            return
         body = bytes(wrong("this is no valid HTTP request").response().body)
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body)):
