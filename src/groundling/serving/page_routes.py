@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import hmac
 import re
+from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match, Mount
@@ -52,12 +53,21 @@ class OwnOrigin:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
-        foreign = origin is not None and origin.rpartition(b"/")[2] != headers.get(b"host")
+        own = _host(b"//" + headers.get(b"host", b""))
+        foreign = origin is not None and (own is None or _host(origin) != own)
         if scope["method"] == "POST" and (site == b"cross-site" or (site is None and foreign)):
             await PlainTextResponse("Pages of other sites may not use this one.", 403)(scope, receive, send)
             return
         kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
         await self.app({**scope, "headers": kept}, receive, send)
+
+
+def _host(address: bytes) -> str | None:
+    """The host's name alone, None if there is none: a proxy may have another port than this server, and its pages are of the same site."""
+    try:
+        return urlsplit(address.decode("latin-1")).hostname
+    except ValueError:
+        return None
 
 
 class Locked:
