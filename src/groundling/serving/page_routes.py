@@ -63,7 +63,10 @@ class OwnOrigin:
 
 
 def _host(address: bytes) -> str | None:
-    """The host's name alone, None if there is none: a proxy may have another port than this server, and its pages are of the same site."""
+    """The host's name, None if there is none.
+
+    Without its port: a proxy may have another than this server, and its pages are of the same site.
+    """
     try:
         return urlsplit(address.decode("latin-1")).hostname
     except ValueError:
