@@ -194,7 +194,7 @@ def test_a_character_split_by_a_span_stays_whole(run: Path) -> None:
         (["pages", "bottles.txt"], "train.bin"),
         (["runs/bottles", "bottles.txt", "--minimum", "0"], "--minimum"),
         (["runs/bottles", "bottles.txt", "--longest", "-1"], "--longest"),
-        (["runs/bottles"], "file"),
+        (["runs/bottles"], "FILE"),
         (["runs/damaged", "bottles.txt"], "train.bin is damaged"),
     ],
 )

@@ -43,6 +43,10 @@ class Gate(TorchDecoder):
             raise MemoryError("no memory left")
         return super().read(chunks)
 
+    def rewind(self, slot: int, length: int) -> None:
+        assert not self.broken
+        super().rewind(slot, length)
+
     def open(self) -> None:
         """Ask no more."""
         self.leave.release(100_000)

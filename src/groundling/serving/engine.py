@@ -203,9 +203,9 @@ class Engine:
         finally:
             with self._changed:
                 left = [*self._served.values(), *self._queue.drain()]
+            self._batch.live.clear()  # a decoder that has failed is not touched again before all have been told
             for ticket in left:
                 self._end(ticket, "failed" if self.failure else "cancelled")
-            self._batch.close()
             self.decoder.close()
 
     def _wait_for_work(self) -> bool:
