@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 import re
 from urllib.parse import urlsplit
@@ -16,6 +15,8 @@ from urllib.parse import urlsplit
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from groundling.serving.guard import digest, encoded
 
 READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
@@ -77,10 +78,10 @@ class Locked:
     """An application that asks for the key as a browser does: as the password, with any name (RFC 7617)."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self.app, self._key = app, _digest(api_key.encode("utf-8", "surrogateescape"))
+        self.app, self._key = app, digest(encoded(api_key))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if hmac.compare_digest(_digest(_password(scope)), self._key):
+        if hmac.compare_digest(digest(_password(scope)), self._key):
             await self.app(scope, receive, send)
             return
         headers = {"WWW-Authenticate": 'Basic realm="Groundling: any name, and the key as password", charset="UTF-8"'}
@@ -89,14 +90,10 @@ class Locked:
 
 def _password(scope: Scope) -> bytes:
     given = dict(scope["headers"]).get(b"authorization", b"")
-    scheme, _, encoded = given.partition(b" ")
+    scheme, _, credentials = given.partition(b" ")
     if scheme.lower() != b"basic":
         return b""
     try:
-        return base64.b64decode(encoded, validate=True).partition(b":")[2]
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
     except binascii.Error:
         return b""
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
