@@ -129,3 +129,15 @@ def test_temperature_zero_is_the_likeliest() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n_vocab", [1, 2, 255, 256, 257, 1000])
+def test_a_draw_inverts_the_distribution_function(n_vocab: int) -> None:
+    config, twin = SamplingConfig(temperature=1, top_k=0), torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(n_vocab, generator=torch.Generator().manual_seed(n_vocab)) * 3
+    cumulative = logits.softmax(-1).cumsum(0, dtype=torch.float64)
+    for _ in range(200):
+        uniform = torch.rand((), generator=twin, dtype=torch.float64)
+        expected = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
+        assert sampling.draw(logits, config, generator) == int(expected)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,9 @@ MIN_TEMPERATURE = 1e-3
 
 MIN_PENALTY = 1e-3
 """The same holds of penalties, and of products beyond its reciprocal."""
+
+BLOCK = 256
+"""Probabilities summed at once: about the square root of how many there are, so that few sums are left to search."""
 
 Processor = Callable[[Sequence[int], Tensor], Tensor]
 
@@ -170,10 +174,22 @@ def draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> 
     """
     if config.temperature == 0:
         return int(logits.numpy().argmax())  # several times as fast as PyTorch's, on one thread
-    possible = _possible(logits)
-    if len(possible) < len(logits):
-        logits = logits[possible]
-    cumulative = logits.softmax(-1).cumsum(0, dtype=torch.float64)
-    uniform = torch.rand((), generator=generator, dtype=torch.float64)
-    place = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(possible) - 1)
-    return int(possible[place])
+    narrowed = config.top_k or config.top_p < 1 or config.min_p
+    possible = _possible(logits) if narrowed else None
+    probabilities = (logits if possible is None else logits[possible]).softmax(-1)
+    place = _place(probabilities.numpy(), float(torch.rand((), generator=generator, dtype=torch.float64)))
+    return place if possible is None else int(possible[place])
+
+
+def _place(probabilities: npt.NDArray[np.float32], share: float) -> int:
+    """Where the sum of the probabilities passes this share of their total.
+
+    They are summed in blocks first: all partial sums of 50,257 would take longer than the softmax before them.
+    """
+    starts = np.arange(0, len(probabilities), BLOCK)
+    passed = np.add.reduceat(probabilities, starts, dtype=np.float64).cumsum()
+    wanted = share * passed[-1]
+    block = int(passed[:-1].searchsorted(wanted, side="right"))
+    within = probabilities[starts[block] :][:BLOCK].cumsum(dtype=np.float64)[:-1]
+    before = passed[block - 1] if block else 0.0
+    return int(starts[block] + within.searchsorted(wanted - before, side="right"))

@@ -36,6 +36,7 @@ from groundling.serving.completions import (
     Usage,
 )
 from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
+from groundling.serving.mailbox import Mailbox
 
 READING_S = 10.0
 """How long a client may go on reading after the time that its texts may take."""
@@ -110,7 +111,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 def make_api(served: Served) -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", responses=ERRORS)
+    router, mailbox = APIRouter(prefix="/v1", responses=ERRORS), Mailbox()
     model = Model(id=served.name, created=served.created, max_model_len=served.n_window)
 
     @router.get("/models")
@@ -138,7 +139,7 @@ def make_api(served: Served) -> APIRouter:
             raise wrong(
                 f"{n_texts} texts are asked for, and this server takes {served.engine.n_most}: ask for fewer", "n"
             )
-        job = Job(served, body, prompts)
+        job = Job(served, body, prompts, mailbox)
         request.state.account = job.account
         job.submit([replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n or 1)], request)
         if body.stream:
@@ -172,8 +173,8 @@ def _no_such_model(name: str, served: Served) -> ApiError:
 class Job:
     """One request on its way: its texts, numbered as its choices."""
 
-    def __init__(self, served: Served, body: CompletionRequest, prompts: list[list[int]]) -> None:
-        self.served, self.body, self.prompts = served, body, prompts
+    def __init__(self, served: Served, body: CompletionRequest, prompts: list[list[int]], mailbox: Mailbox) -> None:
+        self.served, self.body, self.prompts, self._mailbox = served, body, prompts, mailbox
         self.n = body.n or 1
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         texts = [served.tokenizer.decode(prompt) for prompt in prompts]
@@ -189,10 +190,7 @@ class Job:
         loop = asyncio.get_running_loop()
 
         def listener(index: int) -> Callable[[Event], None]:
-            def hear(event: Event) -> None:
-                loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
-
-            return hear
+            return lambda event: self._mailbox.post(loop, self._heard.put_nowait, (index, event))
 
         client = f"{request.state.client}/{self.body.user or ''}"
         wanted = [
