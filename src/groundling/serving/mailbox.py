@@ -1,7 +1,7 @@
 """From the engine's thread to the event loop.
 
-Invariant: what was posted is delivered once and in order; the loop is woken once for all that waits, because each waking
-makes it contend with the engine for Python's lock, between two passes.
+Invariant: what was posted is delivered once and in order; the loop is woken once for all that waits, because each
+waking makes it contend with the engine for Python's lock, between two passes.
 """
 
 from __future__ import annotations
