@@ -19,6 +19,7 @@ from groundling import machine, runtime
 
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 """Products and sums are fused where the source says so and nowhere else: else equal sums could differ in last bits."""
+OPTIONS = {"head": ("-fopenmp",)}
 TIMEOUT_S = 300
 
 
@@ -36,7 +37,11 @@ def library(name: str) -> ctypes.CDLL:
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++ or clang++)")
     source = Path(__file__).with_name(f"{name}.cpp")
-    flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    flags = [
+        *FLAGS,
+        *OPTIONS.get(name, ()),
+        "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",
+    ]
     sources = [source, *sorted(source.parent.glob("*.h"))]
     made_of = [
         *(path.read_text(encoding="utf-8") for path in sources),

@@ -106,6 +106,9 @@ struct Fp32 {
   static Vec vector(const float* unit, int) { return read(unit); }
   static float at(const float* unit, int64_t i) { return unit[i]; }
   static Vec read(const float* from) { return load<Vec>(from); }
+  static float value(float element) { return element; }
+  static float element(float value) { return value; }
+  static void write(float* to, Vec value) { store(to, value); }
 };
 
 struct Bf16 {  // the upper half of an fp32
@@ -118,12 +121,7 @@ struct Bf16 {  // the upper half of an fp32
     return which ? (Vec)(words & 0xffff0000u) : (Vec)(words << 16);
   }
   static int64_t place(int64_t i) { return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1; }  // little-endian
-  static float at(const uint16_t* unit, int64_t i) {
-    const uint32_t bits = uint32_t{unit[place(i)]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
+  static float at(const uint16_t* unit, int64_t i) { return value(unit[place(i)]); }
   static Vec read(const uint16_t* from) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
@@ -133,10 +131,21 @@ struct Bf16 {  // the upper half of an fp32
     return (Vec)(__builtin_convertvector(load<Halves>(from), Words) << 16);
 #endif
   }
-  static uint16_t write(float value) {  // to the nearest, ties to even
+  static float value(uint16_t element) {
+    const uint32_t bits = uint32_t{element} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  static uint16_t element(float value) {  // the nearest, of two the even one
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  }
+  static void write(uint16_t* to, Vec value) {  // the same, of each lane
+    const Words bits = (Words)value;
+    const Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
   }
 };
 
