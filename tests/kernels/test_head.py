@@ -26,7 +26,8 @@ def formula(hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int) -> Ten
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=1e-3))
+    """Of sums of terms around 0.1, which may cancel."""
+    return float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=0.1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +59,8 @@ def test_loss_and_gradients_are_the_formulas(
     assert loss.dtype is torch.float32
     assert relative_error(loss, formula(*exact, targets, n_last)) < ERRORS[dtype]
     for ours, theirs in zip((hidden, weight), exact, strict=True):
-        assert ours.grad is not None and theirs.grad is not None
+        assert ours.grad is not None
+        assert theirs.grad is not None
         assert ours.grad.dtype is torch.float32
         assert relative_error(ours.grad, theirs.grad) < ERRORS[dtype]
 
