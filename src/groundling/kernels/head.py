@@ -28,7 +28,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     if int(targets.max()) >= len(weight):
         raise IndexError(f"target {int(targets.max())} is not one of {len(weight)} tokens")
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, n_last, with_gradient)
+    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, n_last, with_gradient)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum(dtype=torch.float64).float()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients: tuple[Tensor, Tensor] = ctx.gradients  # type: ignore[attr-defined]
         del ctx.gradients  # type: ignore[attr-defined]  # they are given away
