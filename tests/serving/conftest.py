@@ -20,6 +20,7 @@ from groundling.corpus.documents import Document
 from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
 from groundling.generation.decoder import TorchDecoder
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.serving.access_log import AccessLog
 from groundling.serving.demo import Subject, add_page
 from groundling.serving.engine import Engine
 from groundling.serving.openai_api import Served
@@ -85,9 +86,9 @@ def serve(network: GPT2, tokenizer: Tokenizer) -> Serve:
         running = Running(url, engine, httpx.Client(base_url=url, timeout=30, headers=key))
         served = Served(engine, tokenizer, "bottles", N_CTX, int(time.time()), timeout_s)
 
-        def page(app: FastAPI) -> None:
+        def page(app: FastAPI, access_log: AccessLog) -> None:
             if subject:
-                add_page(app, served, subject, config.api_key)
+                add_page(app, access_log, served, subject, config.api_key)
 
         server = make_server(make_app(served, config, running.log.append, page), config)
         thread = threading.Thread(target=server.run, args=([listener],))

@@ -70,11 +70,11 @@ def main(arguments: list[str]) -> int:
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
         if key is None and not ipaddress.ip_address(host).is_loopback:
             say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
-        groundling.serving.server.serve(served, config, listener, add_page or (lambda app: None))
+        groundling.serving.server.serve(served, config, listener, add_page or (lambda app, access_log: None))
     return 0
 
 
-def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any], None] | None:
+def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any, Any], None] | None:
     """What puts the page on the application; None, and a line, if it cannot be there."""
     try:
         from groundling.serving import demo
@@ -82,7 +82,7 @@ def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any], None] |
         say(f"warning: no page, which needs the package {error.name}: pip install 'groundling[serve]', or --no-page")
         return None
     subject = subject_of(run, served.name)
-    return lambda app: demo.add_page(app, served, subject, key)
+    return lambda app, access_log: demo.add_page(app, access_log, served, subject, key)
 
 
 def _in_address(host: str) -> str:

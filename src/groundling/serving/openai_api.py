@@ -24,6 +24,7 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError, RunFailed
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
+from groundling.serving.access_log import Account
 from groundling.serving.completions import (
     Choice,
     Completion,
@@ -35,7 +36,7 @@ from groundling.serving.completions import (
     ModelList,
     Usage,
 )
-from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
+from groundling.serving.engine import Busy, Closing, Engine, Event
 from groundling.serving.mailbox import Mailbox
 
 READING_S = 10.0
@@ -76,18 +77,6 @@ class Served:
     n_window: int
     created: int
     timeout_s: float
-
-
-@dataclass
-class Account:
-    """What the access log says of a completion; hung on the request."""
-
-    n_prompt_tokens: int = 0
-    n_tokens: int = 0
-    first_token_s: float | None = None
-    ending: str | None = None
-    """Set when all of its texts have come to their end."""
-    prompts: list[str] | None = None
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -178,8 +167,7 @@ class Job:
         self.n = body.n or 1
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         texts = [served.tokenizer.decode(prompt) for prompt in prompts]
-        self.account = Account(n_prompt_tokens=sum(map(len, prompts)), prompts=texts)
-        self.tickets: list[Ticket] = []
+        self.account = Account(texts, sum(map(len, prompts)))
         self._heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._only_prompt = body.max_tokens == 0
         self._likely = [LogprobsWriter(served.tokenizer) for _ in range(self.n * len(prompts))]
@@ -206,7 +194,7 @@ class Job:
             for sampling in samplings
         ]
         try:
-            self.tickets = self.served.engine.submit_all(wanted, [listener(i) for i in range(len(wanted))])
+            self.account.tickets = self.served.engine.submit_all(wanted, [listener(i) for i in range(len(wanted))])
         except Busy:
             raise ApiError(429, "as many requests wait as may: try again soon", "rate_limit_error", "busy") from None
         except Closing:
@@ -216,7 +204,7 @@ class Job:
 
     def cancel(self) -> None:
         """Leave the engine nothing to do for this request."""
-        for ticket in self.tickets:
+        for ticket in self.account.tickets:
             ticket.cancel()
 
     async def choices(self) -> AsyncGenerator[Choice]:
@@ -231,11 +219,8 @@ class Job:
                 raise _ended_early(event.ending, self.served.timeout_s)
             if not self._only_prompt:
                 self.account.n_tokens += len(event.tokens)
-            if self.account.first_token_s is None:
-                self.account.first_token_s = self.tickets[index].first_token_s
             n_left -= event.ending is not None
             yield self._choice(index, event)
-        self.account.ending = "done"
 
     def _choice(self, index: int, event: Event) -> Choice:
         text, writer = "" if self._only_prompt else event.text, self._likely[index]
@@ -253,7 +238,7 @@ class Job:
 
     def _echo(self, index: int) -> str:
         """The prompt's text; its likelihoods are told to the writer."""
-        stream, prompt = self.tickets[index].stream, self.prompts[index // self.n]
+        stream, prompt = self.account.tickets[index].stream, self.prompts[index // self.n]
         shown = not self._stands_for_nothing(prompt)
         if stream.prompt_likelihoods is not None:
             self._likely[index].add_prompt(prompt, stream.prompt_likelihoods, shown)

@@ -24,8 +24,9 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from groundling import __version__
+from groundling.serving.access_log import AccessLog
 from groundling.serving.engine import Engine
-from groundling.serving.guard import Guard, Limits, Metrics
+from groundling.serving.guard import Guard, Limits
 from groundling.serving.openai_api import ApiError, Served, make_api, wrong
 
 HEADER_TIMEOUT_S = 10.0
@@ -43,13 +44,17 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
 
 
+AddPage = Callable[[FastAPI, AccessLog], None]
+"""Puts a page behind an application's routes, which notes its visitors' texts in the log."""
+
+
 def make_app(
     served: Served,
     config: ServerConfig,
     log: Callable[[str], None],
-    add_page: Callable[[FastAPI], None] = lambda app: None,
+    add_page: AddPage = lambda app, access_log: None,
 ) -> FastAPI:
-    """The application; `add_page` puts a page behind its routes. The engine is closed when the application ends."""
+    """The application; the engine is closed when it ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -65,11 +70,10 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # to an address made of the client's Host header
     )
-    metrics = Metrics()
-    metrics.registry.register(EngineCollector(served.engine))
-    app.add_middleware(
-        Guard, limits=config.limits, api_key=config.api_key, metrics=metrics, log=log, log_prompts=config.log_prompts
-    )
+    access_log = AccessLog(log, config.log_prompts)
+    registry = access_log.metrics.registry
+    registry.register(EngineCollector(served.engine))
+    app.add_middleware(Guard, limits=config.limits, api_key=config.api_key, access_log=access_log)
     app.include_router(make_api(served))
 
     @app.get("/health", responses={503: {"description": "Decoding has failed."}})
@@ -82,7 +86,7 @@ def make_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters in Prometheus' text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -102,7 +106,7 @@ def make_app(
         answer.headers.update(error.headers or {})
         return answer
 
-    add_page(app)
+    add_page(app, access_log)
     return app
 
 
@@ -190,7 +194,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: Callable[[FastAPI], None]) -> None:
+def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: AddPage) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
     server = make_server(make_app(served, config, lambda line: print(line, flush=True), add_page), config)
     server.run([listener])

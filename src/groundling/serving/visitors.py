@@ -17,6 +17,7 @@ from groundling.errors import ConfigError, RunFailed
 from groundling.generation.decode import Likelihood
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
+from groundling.serving.access_log import Account
 from groundling.serving.completions import SEEDS, CompletionRequest
 from groundling.serving.engine import Busy, Closing, Ending, Event, Ticket
 from groundling.serving.openai_api import Served
@@ -69,19 +70,19 @@ class Visit:
         self._requests = [
             engine.Request(prompt, replace(sampling, seed=seed), client, served.timeout_s) for seed in seeds
         ]
-        self._tickets: list[Ticket] = []
+        self.account = Account([served.tokenizer.decode(prompt)], len(prompt))
         self._stopped = False
 
     def stop(self) -> None:
         """End the texts as they are."""
         self._stopped = True
-        for ticket in self._tickets:
+        for ticket in self.account.tickets:
             ticket.cancel()
 
     async def grow(self) -> AsyncIterator[list[Written]]:
         """The texts, again and again until all have ended. Raises `Refused` if the engine takes them not."""
         heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._tickets = _submit(self.served, self._requests, heard)
+        self.account.tickets = _submit(self.served, self._requests, heard)
         n_left, end_of_text = len(self.texts), self.served.tokenizer.end_of_text_id
         try:
             if self._stopped:  # before it began
@@ -91,6 +92,7 @@ class Visit:
                 while not heard.empty():
                     events.append(heard.get_nowait())
                 for number, event in events:
+                    self.account.n_tokens += len(event.tokens)
                     self.texts[number].tokens += [token for token in event.tokens if token != end_of_text]
                     self.texts[number].ending = event.ending
                     n_left -= event.ending is not None
