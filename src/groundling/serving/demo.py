@@ -342,5 +342,5 @@ def _session(request: gradio.Request) -> str:
 
 
 def _client(request: gradio.Request) -> str:
-    """The name by which a visitor takes turns: that of the API's clients at the same address, on a page."""
-    return f"{request.client.host if request.client else ''}/page"
+    """The address by which a visitor takes turns, as the API's clients do."""
+    return request.client.host if request.client else ""

@@ -1,4 +1,4 @@
-"""What stands before every route: limits, the key, request ids, the access log and the metrics.
+"""What stands before every route: limits, hosts, the key, request ids, the access log and the metrics.
 
 Invariant: no body longer than `max_body_bytes` is read and none for longer than `body_timeout_s`; keys are written
 nowhere, and prompts only if that was asked for.
@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from groundling.serving.hosts import check_host
 from groundling.serving.openai_api import Account, ApiError, wrong
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -62,11 +63,12 @@ class Guard:
         app: ASGIApp,
         limits: Limits,
         api_key: str | None,
+        hosts: Collection[str] | None,
         metrics: Metrics,
         log: Callable[[str], None],
         log_prompts: bool,
     ) -> None:
-        self.app, self.limits, self.metrics = app, limits, metrics
+        self.app, self.limits, self.hosts, self.metrics = app, limits, hosts, metrics
         self.log, self.log_prompts = log, log_prompts
         self._key = None if api_key is None else digest(encoded(api_key))
 
@@ -97,6 +99,8 @@ class Guard:
                     raise wrong("the headers are too large: send less", status=431, code="too_large")
                 if "transfer-encoding" in headers and "content-length" in headers:  # two lengths (RFC 9112, 6.1)
                     raise wrong("the request has two lengths: send one", status=400, code="two_lengths")
+                if self.hosts is not None:
+                    check_host(headers.get("host", ""), self.hosts)
                 self._authorise(scope["path"], headers)
                 receive = await self._body(scope["method"], headers, receive)
             except ApiError as error:

@@ -38,7 +38,7 @@ from groundling.serving.completions import (
 from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
 
 READING_S = 10.0
-"""How long a client may go on reading after the time that its texts may take."""
+"""How long an answer may go on after the time that its texts may take."""
 RETRY_AFTER_S = 1
 """Told to clients that find the queue full."""
 
@@ -55,6 +55,8 @@ class ApiError(Exception):
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:
+            headers["X-Should-Retry"] = "false"  # OpenAI's client would ask for the same twice more, and wait as long
         if self.status in (408, 413, 431) or self.detail.code == "two_lengths":
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(ErrorAnswer(error=self.detail).model_dump(), self.status, headers)
@@ -136,7 +138,8 @@ def make_api(served: Served) -> APIRouter:
             raise wrong(str(error)) from None
         if (n_texts := len(prompts) * (body.n or 1)) > served.engine.n_most:
             raise wrong(
-                f"{n_texts} texts are asked for, and this server takes {served.engine.n_most}: ask for fewer", "n"
+                f"{n_texts} texts are asked for, and a client may have {served.engine.n_most} at a time: ask for fewer",
+                "n",
             )
         job = Job(served, body, prompts)
         request.state.account = job.account
@@ -169,6 +172,31 @@ def _no_such_model(name: str, served: Served) -> ApiError:
     return wrong(f"there is no model {name[:100]!r} here: ask for {served.name!r}", "model", 404, "model_not_found")
 
 
+Heard = asyncio.Queue[tuple[int, Event]]
+"""What is new of the texts of one request, with their numbers."""
+
+
+def hand_in(served: Served, requests: Sequence[engine.Request], heard: Heard) -> list[Ticket]:
+    """Hand one client's requests to the engine, whose events come to the queue. Raises `ApiError` if it takes none."""
+    loop = asyncio.get_running_loop()
+
+    def listener(number: int) -> Callable[[Event], None]:
+        return lambda event: _tell(loop, heard, (number, event))
+
+    try:
+        return served.engine.submit_all(requests, [listener(number) for number in range(len(requests))])
+    except Busy as error:
+        raise ApiError(429, f"{error}: try again soon", "rate_limit_error", "busy") from None
+    except Closing:
+        raise ApiError(503, "the server is ending: try again soon", "server_error", "closing") from None
+    except RunFailed as error:
+        raise ApiError(503, str(error), "server_error", "failed") from None
+
+
+def _tell(loop: asyncio.AbstractEventLoop, heard: Heard, news: tuple[int, Event]) -> None:
+    loop.call_soon_threadsafe(heard.put_nowait, news)
+
+
 class Job:
     """One request on its way: its texts, numbered as its choices."""
 
@@ -179,27 +207,19 @@ class Job:
         texts = [served.tokenizer.decode(prompt) for prompt in prompts]
         self.account = Account(n_prompt_tokens=sum(map(len, prompts)), prompts=texts)
         self.tickets: list[Ticket] = []
-        self._heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._heard: Heard = asyncio.Queue()
         self._only_prompt = body.max_tokens == 0
         self._likely = [LogprobsWriter(served.tokenizer) for _ in range(self.n * len(prompts))]
         self._begun = [False] * len(self._likely)
 
     def submit(self, samplings: Sequence[SamplingConfig], request: Request) -> None:
         """Hand every text to the engine. Raises `ApiError` if it takes none."""
-        loop = asyncio.get_running_loop()
-
-        def listener(index: int) -> Callable[[Event], None]:
-            def hear(event: Event) -> None:
-                loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
-
-            return hear
-
-        client = f"{request.state.client}/{self.body.user or ''}"
         wanted = [
             engine.Request(
                 prompt,
                 sampling,
-                client,
+                request.state.client,
+                f"api/{self.body.user or ''}",
                 self.served.timeout_s,
                 self.body.logprobs,
                 prompt_likelihoods=bool(self.body.echo) and self.body.logprobs is not None,
@@ -207,14 +227,7 @@ class Job:
             for prompt in self.prompts
             for sampling in samplings
         ]
-        try:
-            self.tickets = self.served.engine.submit_all(wanted, [listener(i) for i in range(len(wanted))])
-        except Busy:
-            raise ApiError(429, "as many requests wait as may: try again soon", "rate_limit_error", "busy") from None
-        except Closing:
-            raise ApiError(503, "the server is ending: try again soon", "server_error", "closing") from None
-        except RunFailed as error:
-            raise ApiError(503, str(error), "server_error", "failed") from None
+        self.tickets = hand_in(self.served, wanted, self._heard)
 
     def cancel(self) -> None:
         """Leave the engine nothing to do for this request."""
@@ -268,7 +281,14 @@ class Job:
         return as_text and prompt == [self.served.tokenizer.end_of_text_id]
 
     async def whole(self) -> Completion:
-        """The answer, when all texts have ended."""
+        """The answer, when all texts have ended. Raises `ApiError`, also if the engine is heard of no more."""
+        try:
+            async with asyncio.timeout(self.served.timeout_s + READING_S):
+                return await self._gathered()
+        except TimeoutError:
+            raise _ended_early("failed", self.served.timeout_s) from None
+
+    async def _gathered(self) -> Completion:
         choices: dict[int, Choice] = {}
         async for piece in self.choices():
             whole = choices.setdefault(piece.index, Choice(index=piece.index, text="", logprobs=None))
