@@ -21,7 +21,7 @@ HEADER_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 512
 """Half of the 1,024 files that a process may have open by default on Linux (getrlimit(2))."""
 MAX_PER_ADDRESS = 64
-"""A visitor's page holds two or three: a class of twenty behind one router. Eight addresses fill a server."""
+"""A visitor's page holds two or three, six while it loads: a class behind one router. Eight addresses fill a server."""
 
 N_SPARE = 16
 """Connections above the total that may still ask how the server is."""
@@ -91,7 +91,7 @@ class Protocol(H11Protocol):
 
     async def _when_full(self, scope: Scope, receive: Receive, send: Send) -> None:
         """In the application's place, for one request."""
-        self.cycle.keep_alive = False
+        scope["headers"].append((b"connection", b"close"))  # as if the client had wanted no more
         await (self.config.loaded_app if scope["path"] in WATCHED else FULL.response())(scope, receive, send)
 
     def _answer_and_close(self, error: ApiError) -> None:
