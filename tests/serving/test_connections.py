@@ -133,6 +133,16 @@ def test_however_a_connection_dies_its_place_is_free(
         eventually(lambda: idle(server))
 
 
+def test_who_reads_nothing_is_gone_too(serve: Serve, held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though what is written for it can be neither sent nor, by closing, forgotten."""
+    monkeypatch.setattr(connections, "UNREAD_TIMEOUT_S", 0.2)
+    with serve(max_connections_per_address=1) as server:
+        connection = held.enter_context(connect(server, OTHER))
+        with pytest.raises(ConnectionError):  # the answers are more than the system's buffers hold
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 100_000)
+        eventually(lambda: raw(server, HEALTH, source=OTHER).startswith(b"HTTP/1.1 200 "))
+
+
 def test_a_flood_is_told_and_leaves_nothing(serve: Serve, held: ExitStack) -> None:
     with serve(max_connections=20, max_connections_per_address=10) as server:
         many = [held.enter_context(connect(server, OTHER)) for _ in range(200)]

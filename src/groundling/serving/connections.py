@@ -1,7 +1,7 @@
-"""Connections: how many there may be, how long they may say nothing, and what those hear that are turned away.
+"""Connections: how many there may be, how long they may say or read nothing, and what those hear that are turned away.
 
-Invariant: an open connection is counted where the server keeps it and nowhere else, so none is counted that is gone;
-one that is turned away holds nothing of the server after its answer.
+Invariant: an open connection is counted where the server keeps it and nowhere else, so none is counted that is gone,
+and none stays that has gone silent; one that is turned away holds nothing of the server after its answer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from groundling.serving.openai_api import ApiError, wrong
 
 HEADER_TIMEOUT_S = 10.0
+UNREAD_TIMEOUT_S = 30.0
+"""How long a client may leave what was sent to it unread. A pass writes a few hundred bytes, a page's file 64 KiB."""
 MAX_CONNECTIONS = 512
 """Half of the 1,024 files that a process may have open by default on Linux (getrlimit(2))."""
 MAX_PER_ADDRESS = 64
@@ -39,12 +41,13 @@ TOO_MANY = ApiError(
 
 
 class Protocol(H11Protocol):
-    """Turns away connections past the caps, and closes one that does not bring a request's headers in time.
+    """Turns away connections past the caps, and ends one that does not bring a request's headers, or does not read.
 
-    Be it its first request or a later one.
+    Its first request or a later one.
     """
 
     _headers_due: asyncio.TimerHandle | None = None
+    _reading_due: asyncio.TimerHandle | None = None
 
     def __init__(self, *, max_connections: int, max_per_address: int, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
@@ -52,6 +55,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` is called for whatever is not read
         n_open = len(self.connections)  # this one is among them
         if 0 < self._max_per_address < self._n_of_address():
             self._turn_away(TOO_MANY)
@@ -70,8 +74,18 @@ class Protocol(H11Protocol):
         else:
             self._stop_waiting()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Not closed: that would wait for the reader.
+        self._reading_due = self.loop.call_later(UNREAD_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting_for_reader()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -111,6 +125,11 @@ class Protocol(H11Protocol):
     def _await_headers(self, timeout_s: float) -> None:
         if self._headers_due is None:
             self._headers_due = self.loop.call_later(timeout_s, self.transport.close)
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+            self._reading_due = None
 
     def _stop_waiting(self) -> None:
         if self._headers_due is not None:
