@@ -30,6 +30,11 @@ def select(name: str) -> None:
     _backend = BACKENDS[name]
 
 
+def backend_name() -> str:
+    """The name of the backend that answers."""
+    return next(name for name, backend in BACKENDS.items() if backend is _backend)
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
     """Softmax attention in which a query sees the keys up to its own position; see `reference.py`."""
     return _backend.causal_attention(query, key, value, visible)  # type: ignore[no-any-return]

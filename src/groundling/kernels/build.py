@@ -19,6 +19,9 @@ from groundling import machine, runtime
 
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 """Products and sums are fused where the source says so and nowhere else: else equal sums could differ in last bits."""
+OPTIONS = {"adamw": ("-fopenmp",)}
+"""Flags that a library does without where the compiler fails with them. OpenMP's threads are then PyTorch's own:
+libgomp is in its wheel, under the name by which gcc links it."""
 TIMEOUT_S = 300
 
 
@@ -35,8 +38,18 @@ def library(name: str) -> ctypes.CDLL:
     compiler = runtime.cpp_compiler()
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++ or clang++)")
+    options = OPTIONS.get(name, ())
+    try:
+        return _library(name, compiler, options)
+    except BuildError:
+        if not options:
+            raise
+        return _library(name, compiler, ())
+
+
+def _library(name: str, compiler: str, options: tuple[str, ...]) -> ctypes.CDLL:
     source = Path(__file__).with_name(f"{name}.cpp")
-    flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    flags = [*FLAGS, *options, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     sources = [source, *sorted(source.parent.glob("*.h"))]
     made_of = [
         *(path.read_text(encoding="utf-8") for path in sources),
@@ -51,7 +64,7 @@ def library(name: str) -> ctypes.CDLL:
             _compile([compiler, *flags, str(source)], path)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"the decoding kernel {path} cannot be made or loaded ({error})") from None
+        raise BuildError(f"the kernel {path} cannot be made or loaded ({error})") from None
 
 
 def _version(compiler: str) -> str:
