@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from groundling.kernels.build import library
+from groundling.kernels.weight_copies import weight_copy
 
 CHUNK_BYTES = 128 << 20
 """Logits at a time. Each further chunk adds its product to the weight's gradient, 154 MB for GPT-2, once more."""
@@ -41,7 +42,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         with torch.autocast("cpu", enabled=False):
-            sweep = Sweep(hidden.to(kind), weight.to(kind), targets.contiguous(), n_last)
+            factor = weight_copy(weight) if kind is torch.bfloat16 else weight
+            sweep = Sweep(hidden.to(kind), factor, targets.contiguous(), n_last)
             losses = sweep.run(with_gradient)
         if with_gradient:
             ctx.gradients = sweep.d_hidden.to(hidden.dtype), sweep.d_weight  # type: ignore[attr-defined]

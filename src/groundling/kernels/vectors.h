@@ -30,6 +30,7 @@ constexpr int kLanes = 4, kTileRows = 4;
 constexpr int kLanes = 4, kTileRows = 2;
 #endif
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
@@ -70,6 +71,19 @@ inline void in_register(Vec& value) {
 
 inline Vec splat(float value) { return value - Vec{}; }
 
+inline Vec square_root(Vec value) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX__)
+  return (Vec)_mm256_sqrt_ps((__m256)value);
+#elif defined(__aarch64__)
+  return (Vec)vsqrtq_f32((float32x4_t)value);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = std::sqrt(value[lane]);
+  return value;
+#endif
+}
+
 // The sum of the lanes, upper half onto lower half until one is left.
 inline float sum(Vec value) {
 #if defined(__AVX__)
@@ -88,6 +102,20 @@ inline float sum(Vec value) {
   for (int half = kLanes / 2; half; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
+#endif
+}
+
+// The lower (0) or upper (1) half of the lanes, in double.
+template <int kHalf>
+inline Doubles widened(Vec value) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_cvtps_pd((__m256)_mm512_extractf64x4_pd((__m512d)value, kHalf));
+#elif defined(__AVX__)
+  return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)value, kHalf));
+#else
+  Doubles wide;
+  for (int lane = 0; lane < kLanes / 2; ++lane) wide[lane] = value[kHalf * kLanes / 2 + lane];
+  return wide;
 #endif
 }
 
