@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,14 @@ seeds = st.integers(0, 99)
 @pytest.fixture
 def native_backend() -> None:
     kernels.select("native")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiles_of_any_length() -> Iterator[None]:
+    """Attention's own backward pass also where PyTorch's is faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "TILED_FP32", 1)
+        yield
 
 
 def randoms(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from groundling.kernels import reference
 from groundling.kernels.build import library
 from groundling.kernels.head import linear_cross_entropy
 from groundling.kernels.reference import causal_attention
@@ -34,6 +35,8 @@ TILE_QUERIES = 128
 """Queries whose scores are made again together: the keys after the last of them are left out."""
 TILE_SCORES = 1 << 20
 """Scores made again together, so that they stay in the caches from one product through the sweep to the next."""
+TILED_FP32 = 256
+"""Shortest windows in fp32 for which tiles are faster than PyTorch's own backward pass (LOG.md, "Blocks")."""
 
 
 def load() -> None:
@@ -59,6 +62,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def self_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal attention of whole windows to themselves; see `reference.py`."""
+    if qkv.dtype is torch.float32 and qkv.size(1) < TILED_FP32:
+        return reference.self_attention(qkv, n_head)
     return SelfAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -172,36 +177,39 @@ class SelfAttention(torch.autograd.Function):
         (B, T, C), n_head = d.shape, log_sums.size(1)
         heads = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, -1)
         d_mixed = d.view(B, T, n_head, -1).transpose(1, 2).reshape(B * n_head, T, -1)
-        log_sums, d_heads = log_sums.reshape(B * n_head, T), torch.zeros_like(heads)
-        n_heads = max(1, TILE_SCORES // (min(T, TILE_QUERIES) * T))
-        for first_head in range(0, B * n_head, n_heads):
-            some = slice(first_head, first_head + n_heads)
-            for first in range(0, T, TILE_QUERIES):
-                queries = slice(first, min(first + TILE_QUERIES, T))
-                _attention_backward(heads[:, some], d_heads[:, some], d_mixed[some], log_sums[some], queries)
+        log_sums, d_heads = log_sums.reshape(B * n_head, T), torch.empty_like(heads)
+        n_queries = min(T, TILE_QUERIES)
+        n_heads = min(B * n_head, max(1, TILE_SCORES // (n_queries * T)))
+        tile = heads.new_empty(2, n_heads * n_queries * T)
+        for first in range(0, B * n_head, n_heads):
+            some = slice(first, first + n_heads)
+            for end in range(T, 0, -n_queries):  # the last queries see all keys, whose gradients they begin
+                queries = slice(max(0, end - n_queries), end)
+                _attention_backward(heads[:, some], d_heads[:, some], d_mixed[some], log_sums[some], queries, tile)
         return d_heads.view(3, B, n_head, T, -1).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C), None
 
 
-def _attention_backward(heads: Tensor, d_heads: Tensor, d_mixed: Tensor, log_sums: Tensor, queries: slice) -> None:
-    """Adds to d_heads (3, N, T, D) what the gradient of these queries' outputs gives: d_mixed (N, T, D)."""
+def _attention_backward(
+    heads: Tensor, d_heads: Tensor, d_mixed: Tensor, log_sums: Tensor, queries: slice, tile: Tensor
+) -> None:
+    """What the gradient of these queries' outputs, of d_mixed (N, T, D), adds to d_heads (3, N, T, D)."""
     seen = slice(queries.stop)
     query, key, value = (part[:, at].contiguous() for part, at in zip(heads, (queries, seen, seen), strict=True))
     d_query, d_key, d_value = d_heads
     d_mixed = d_mixed[:, queries].contiguous()
-    scores = query.bmm(key.mT)
-    d_scores = d_mixed.bmm(value.mT)
-    _sweep(
-        "causal_softmax_backward",
-        *scores.shape,
-        _bf16(scores),
-        ctypes.c_float(1 / math.sqrt(query.size(2))),
-        scores,
-        log_sums[:, queries].contiguous(),
-        d_scores,
-    )  # scores are the probabilities now, and d_scores the gradient of the scores, no longer of the probabilities
+    shape = len(query), query.size(1), key.size(1)
+    scores, d_scores = tile[:, : math.prod(shape)].view(2, *shape)
+    torch.bmm(query, key.mT, out=scores)
+    torch.bmm(d_mixed, value.mT, out=d_scores)  # the gradient of the probabilities, so far
+    scale = ctypes.c_float(1 / math.sqrt(query.size(2)))
+    logarithms = log_sums[:, queries].contiguous()
+    _sweep("causal_softmax_backward", *shape, _bf16(scores), scale, scores, logarithms, d_scores)
     d_query[:, queries] = d_scores.bmm(key)
-    d_key[:, seen] += d_scores.mT.bmm(query)
-    d_value[:, seen] += scores.mT.bmm(d_mixed)
+    for total, gradient in ((d_key, d_scores.mT.bmm(query)), (d_value, scores.mT.bmm(d_mixed))):
+        if seen.stop == total.size(1):
+            total.copy_(gradient)
+        else:
+            total[:, seen] += gradient
 
 
 def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
