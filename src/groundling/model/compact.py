@@ -42,7 +42,7 @@ class CompactGPT2(GPT2):
         """
         n_vocab, n_seen = full.config.n_vocab, len(seen)
         if n_seen == n_vocab:
-            raise ConfigError(f"head_vocabulary is seen, but the text has all {n_vocab:,} ids: use full")
+            raise ConfigError(f"head_vocabulary is seen, but the text has all {n_vocab:,} ids: leave it out")
         with torch.device("meta"):  # its weights are those of `full`: nothing is drawn
             super().__init__(replace(full.config, n_vocab=n_seen + 1))
         places = torch.full((n_vocab,), n_seen)
