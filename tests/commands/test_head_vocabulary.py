@@ -78,12 +78,13 @@ def test_it_is_no_way_to_go_on_from_a_model(seen_run: Path, tmp_path: Path, caps
     assert not (tmp_path / "on").exists()
 
 
-def test_a_text_that_has_all_ids_is_refused(seen_run: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_has_all_ids_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A token file, because `<|endoftext|>` stands in no text."""
     np.arange(300, dtype=np.uint16).tofile("all.bin")
-    out = seen_run.with_name("all")
-    assert seen(out, "--corpus", "all.bin", "--tokenizer", str(run / "tokenizer.json")) == 2
-    assert "the text has all 300 ids" in capsys.readouterr().err
+    out, tokenizer = run.with_name("all"), str(run / "tokenizer.json")
+    arguments = ["train", *SMALL[2:], "--corpus", "all.bin", "--tokenizer", tokenizer, "--out", str(out)]
+    assert main([*arguments, "--head-vocabulary", "seen"]) == 2
+    assert "--head-vocabulary is seen, but the text has all 300 ids: leave it out" in capsys.readouterr().err
     assert not out.exists()
 
 
