@@ -20,6 +20,7 @@ from groundling.corpus.windows import WindowConfig
 from groundling.errors import ConfigError
 from groundling.evaluation.corpus_loss import EvaluationConfig
 from groundling.generation.sampling import SamplingConfig
+from groundling.model.compact import HeadVocabulary
 from groundling.model.gpt2 import GPTConfig
 from groundling.optim.adamw import AdamWConfig
 from groundling.optim.schedule import ScheduleConfig
@@ -46,6 +47,9 @@ class RunConfig:
     init: str = ""
     """Model to begin with instead of random weights: a run, or whatever `groundling import` reads. Its size and its
     tokenizer come with it."""
+    head_vocabulary: HeadVocabulary = "full"
+    """seen: the ids that do not occur in the training text share one row of the embedding, which is quicker and leaves
+    them indistinguishable. full: each id has its own. Losses are over the full vocabulary either way."""
     text: CorpusConfig = field(default_factory=CorpusConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -65,6 +69,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}: give 0 or more, below 2**63")
+        if self.init and self.head_vocabulary == "seen":
+            raise ConfigError(
+                f"head_vocabulary is seen, which would put one row in place of those that {self.init} has learned for"
+                " the ids that the text lacks: use full, or leave out init"
+            )
         if not self.init:  # whose position table is known when it is read
             self.check_window()
 
@@ -88,6 +97,7 @@ class RunConfig:
             self.stopping,
             self.checkpoint,
             self.objective,
+            self.head_vocabulary,
         )
 
     def as_dict(self) -> dict[str, Any]:

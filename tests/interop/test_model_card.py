@@ -138,6 +138,14 @@ def test_goldfish_loss_is_told(trained: Trained) -> None:
     assert "goldfish" not in model_card.render(trained, "fp32")
 
 
+def test_ids_that_share_a_row_are_told(trained: Trained) -> None:
+    n_sharing = trained.model.config.n_vocab - 30
+    card = model_card.render(replace(trained, record=RECORD | {"n_seen": 30}), "fp32")
+    assert f"{n_sharing:,} of its token ids do not occur in its training text" in card
+    assert "share one row" not in model_card.render(trained, "fp32")
+    assert "share one row" not in model_card.render(replace(trained, record=RECORD | {"n_seen": None}), "fp32")
+
+
 def test_it_tells_text_machine_command_and_samples(trained: Trained) -> None:
     card = model_card.render(trained, "bf16")
     for fact in (

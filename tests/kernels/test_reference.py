@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from groundling import kernels, runtime
 from groundling.errors import ConfigError
@@ -30,6 +32,26 @@ def test_cross_entropy_is_a_sum_over_the_targets_that_count() -> None:
     log_probabilities = (hidden.double() @ weight.double().T).log_softmax(-1)
     expected = -sum(log_probabilities[row, target] for row, target in enumerate(targets) if target >= 0)
     assert float(kernels.linear_cross_entropy(hidden, weight, targets)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_rows=st.integers(1, 9), n_last=st.integers(1, 50), n_tokens=st.integers(1, 8), seed=st.integers(0, 2**20))
+def test_the_last_row_counts_as_often_as_it_is_told(n_rows: int, n_last: int, n_tokens: int, seed: int) -> None:
+    """Loss and gradients are those of the rows written out; the last row's gradient is the sum of theirs."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(n_tokens, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(n_rows, 3, dtype=torch.float64, requires_grad=True)
+    written_out = torch.cat([weight.detach(), weight.detach()[-1:].expand(n_last - 1, 3)]).requires_grad_()
+    targets = torch.randint(n_rows, (n_tokens,))
+    targets[torch.rand(n_tokens) < 0.2] = IGNORED_TARGET
+    loss = kernels.linear_cross_entropy(hidden, weight, targets, n_last)
+    expected = kernels.linear_cross_entropy(hidden, written_out, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    own = torch.autograd.grad(loss, [hidden, weight])
+    theirs = torch.autograd.grad(expected, [hidden, written_out])
+    torch.testing.assert_close(own[0], theirs[0])
+    summed = torch.cat([theirs[1][: n_rows - 1], theirs[1][n_rows - 1 :].sum(0, keepdim=True)])
+    torch.testing.assert_close(own[1], summed)
 
 
 def test_an_unknown_backend_is_refused() -> None:

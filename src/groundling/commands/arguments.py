@@ -33,6 +33,7 @@ SHORTCUTS = {
     "heldout-fraction": "text.heldout_fraction",
     "tokenizer": "text.tokenizer",
     "loss": "objective.loss",
+    "head-vocabulary": "head_vocabulary",
     "max-steps": "stopping.max_steps",
     "max-minutes": "stopping.max_minutes",
     "save-every": "checkpoint.save_every",

@@ -24,11 +24,12 @@ from groundling.corpus.load import Corpus, load_corpus
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError
+from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
 from groundling.training.estimate import measure
 from groundling.training.progress import clock, progress_bar
-from groundling.training.run_folder import INITIAL, RunFolder
+from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, RunFolder
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
@@ -66,12 +67,13 @@ class Prepared:
             "architecture": asdict(self.config.model),
             "loss": str(self.config.objective),
             INITIAL: self.initial_sha256,
+            HEAD_VOCABULARY: self.config.head_vocabulary,
         }
 
     def trainer(self, checkpoints: Path) -> Trainer:
         """A trainer at its first step. Raises `ConfigError` if the settings do not fit the text."""
         heldout = self.corpus.heldout
-        return Trainer(
+        trainer = Trainer(
             self.config.recipe,
             self.corpus.train.tokens,
             None if heldout is None else heldout.tokens,
@@ -81,6 +83,9 @@ class Prepared:
             self.ceiling_flops,
             self.initial,
         )
+        if isinstance(trainer.model, CompactGPT2):
+            say(head_line(trainer.model, self.config))
+        return trainer
 
 
 def say(message: str) -> None:
@@ -204,6 +209,15 @@ def objective_lines(config: RunConfig, corpus: Corpus) -> list[str]:
     return [f"loss: {objective}: {100 * share:.1f} % dropped; the run ends with its schedule, at any loss{target}"]
 
 
+def head_line(model: CompactGPT2, config: RunConfig) -> str:
+    """What a head over the seen ids is over, and what it saves, in a sentence."""
+    computed, full = (flops_per_token(size, config.windows.length) for size in (model.config, config.model))
+    return (
+        f"head: {model.n_seen:,} ids occur in the text, the other {model.n_unseen:,} share one row:"
+        f" {100 * (1 - computed / full):.0f} % fewer FLOP a token in matrix products, losses over all ids"
+    )
+
+
 def new_run_path(config: RunConfig, corpus_name: str) -> Path:
     """The folder of a run for which none was named: runs/PRESET, with the text's name if it is not the preset's."""
     own_text = config.text == load_preset(config.preset).text
@@ -255,7 +269,7 @@ def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
     estimate = measure(trainer, config.evaluation.final)
     lines = [estimate.sentence()]
     if estimate.total_s > LONG_RUN_S:
-        achieved_flops = estimate.tokens_per_s * flops_per_token(config.model, config.windows.length)
+        achieved_flops = estimate.tokens_per_s * flops_per_token(trainer.model.config, config.windows.length)
         sooner = []
         for name in preset_names():
             preset = load_preset(name)

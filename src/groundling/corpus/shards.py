@@ -131,6 +131,14 @@ class TokenFile:
         return replace(self, tokens=self.tokens[:cut]), replace(self, tokens=self.tokens[cut:])
 
 
+def occurring_ids(tokens: Tokens, n_vocab: int) -> NDArray[np.int64]:
+    """The ids that occur in the tokens, ascending."""
+    occurs = np.zeros(n_vocab, dtype=np.bool_)
+    for begin in range(0, len(tokens), SCAN_TOKENS):
+        occurs[tokens[begin : begin + SCAN_TOKENS]] = True
+    return np.flatnonzero(occurs)
+
+
 def token_dtype(n_vocab: int) -> TokenType:
     """The smallest type for that many ids: uint16 up to 65,536 of them, else uint32."""
     return np.dtype("<u2") if n_vocab <= 1 << 16 else np.dtype("<u4")

@@ -158,6 +158,7 @@ def _facts(trained: Trained, precision: str) -> dict[str, Any]:
         "losses": losses,
         "memorised": memorised(losses),
         "goldfish": _goldfish(record),
+        "n_sharing": config.n_vocab - record["n_seen"] if record.get("n_seen") else 0,
         "training": _training(record),
         "command": _command(record["command"]) if "command" in record else None,
         "curve": bool(folder and record and folder.curve.is_file()),

@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("steps", "tokens_seen", "seed", "parameters", "window"), (int,)),
     **dict.fromkeys(("passes", "wall_s", "evaluation_s", "tokens_per_s", "train_loss"), NUMBER),
     **dict.fromkeys(("corpus_loss", "corpus_loss_offset", "heldout_loss", "mfu", "goldfish_dropped"), (*NUMBER, NONE)),
+    "n_seen": (int, NONE),
     **dict.fromkeys(("command", "device", "dtype", "weights_sha256", "corpus_sha256", "tokenizer_sha256"), TEXT),
     **dict.fromkeys(("stop_reason", "loss"), (str, NONE)),
     **dict.fromkeys(("config", "machine", "versions"), (dict, NONE)),

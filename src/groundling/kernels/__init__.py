@@ -72,6 +72,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
     return _backend.causal_attention(query, key, value, visible)  # type: ignore[no-any-return]
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int = 1) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against the targets; see `reference.py`."""
-    return _backend.linear_cross_entropy(hidden, weight, targets)  # type: ignore[no-any-return]
+    return _backend.linear_cross_entropy(hidden, weight, targets, n_last)  # type: ignore[no-any-return]

@@ -5,6 +5,8 @@ Invariant: short enough to be checked by reading; a faster backend is right when
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,11 +61,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over all targets of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int = 1) -> Tensor:
+    """Sum over all targets of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar (fp64 of fp64).
 
     hidden (N, C), weight (n_vocab, C), targets (N,) of ids or `IGNORED_TARGET`. A sum, not a mean, so
     that micro-batches and windows of different lengths add up to the loss of the whole.
+
+    The last row of `weight` stands for `n_last` equal rows: the softmax is over n_vocab - 1 + n_last logits, and a
+    target that is the last id means any one of them. The gradient of that row is the sum of theirs.
     """
     logits = F.linear(hidden, weight)  # (N, n_vocab)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if n_last == 1:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    # n equal terms of the sum under the logarithm are n exp(z) = exp(z + ln n); one of them as a target is z alone.
+    logits[:, -1] += math.log(n_last)
+    n_targets_last = (targets == len(weight) - 1).sum(dtype=logits.dtype)
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    return loss + math.log(n_last) * n_targets_last

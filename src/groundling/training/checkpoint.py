@@ -33,6 +33,7 @@ from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.files import atomic_directory, sha256_of, write_json
 from groundling.json_files import read_object, regular_file
 from groundling.model import weights
+from groundling.model.compact import CompactGPT2, expanded
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.model.weights import MAX_LAYERS
 
@@ -89,10 +90,11 @@ def save(
     path = root / NAME.format(n_steps)
     try:
         with atomic_directory(path) as directory:
-            weights.save(model, directory / "model.safetensors")
+            full = expanded(model)
+            weights.save(full, directory / "model.safetensors")
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
-            write_json(directory / "model.json", {**asdict(model.config), "window": window})
+            write_json(directory / "model.json", {**asdict(full.config), "window": window})
             tokenizer.save(directory / "tokenizer.json")
             write_json(directory / "state.json", dict(state))
             sums = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
@@ -170,7 +172,10 @@ def restore(path: Path, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
 
     Raises `CheckpointError` if the files are damaged or belong to another network.
     """
-    weights.load(model, path / "model.safetensors")
+    full = expanded(model)
+    weights.load(full, path / "model.safetensors")
+    if isinstance(model, CompactGPT2):
+        model.take(full)
     try:
         tensors = load_file(path / "optimizer.safetensors")
     except (SafetensorError, OSError) as error:

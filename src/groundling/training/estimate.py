@@ -124,7 +124,7 @@ def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> i
     peak_bytes = machine.peak_memory_bytes(trainer.runtime.device)
     if peak_bytes is None or before_bytes is None:
         return None
-    kept_bytes = GRADIENT_AND_MOMENTS_BYTES * trainer.recipe.model.n_parameters()  # whatever the batch
+    kept_bytes = GRADIENT_AND_MOMENTS_BYTES * trainer.model.config.n_parameters()  # whatever the batch
     of_batch_bytes = max(0, peak_bytes - before_bytes - kept_bytes)
     return round(peak_bytes + of_batch_bytes * (scale - 1))
 

@@ -15,6 +15,7 @@ from typing import Any
 from groundling import machine
 from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
+from groundling.model.compact import CompactGPT2
 from groundling.training import checkpoint
 from groundling.training.metrics import read_lines
 from groundling.training.run_folder import INITIAL
@@ -46,6 +47,8 @@ def make_record(
     """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds.
 
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
+    `n_seen` is the number of ids that have a row of their own in the head, if the others share one; `mfu` counts the
+    matrix products that were computed then, `parameters` those of the full model that was saved.
     """
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
@@ -54,7 +57,7 @@ def make_record(
     ceiling_flops = max(trainer.ceiling_flops, reached_flops)
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
-        "parameters": trainer.model.config.n_parameters(),
+        "parameters": trainer.recipe.model.n_parameters(),
         "corpus_sha256": identity["text"],
         "weights_sha256": sha256_of(weights_path),
         "tokenizer_sha256": identity["tokenizer"],
@@ -63,6 +66,8 @@ def make_record(
         "steps": state.n_steps,
         "loss": str(objective),
         "goldfish_dropped": dropped_share(trainer.train_tokens, objective) if objective.loss == "goldfish" else None,
+        "head_vocabulary": trainer.recipe.head_vocabulary,
+        "n_seen": trainer.model.n_seen if isinstance(trainer.model, CompactGPT2) else None,
         "tokens_seen": state.tokens_seen,
         "passes": state.tokens_seen / (len(trainer.train_tokens) - 1),
         "wall_s": state.wall_s,

@@ -5,7 +5,8 @@ with. A folder that could not begin its run does not stay behind.
 
     runs/gpt2/
         config.yaml      the whole configuration, resolved
-        identity.json    what must not change: text, held-out text, tokenizer, architecture, loss, initial model
+        identity.json    what must not change: text, held-out text, tokenizer, architecture, loss, initial
+                         model, head vocabulary
         origin.json      the text's name and size, and what the run began to compute on
         places.json      the names of the text's documents, in order
         tokenizer.json   Hugging Face tokenizers
@@ -49,7 +50,10 @@ MAX_CONFIG_YAML_BYTES = 1 << 16
 INITIAL = "initial model"
 """SHA-256 of the weights that a run began with, if they were not drawn (`model.weights.sha256_of_weights`)."""
 
-UNSAID = {"loss": "plain", INITIAL: None}
+HEAD_VOCABULARY = "head vocabulary"
+"""Whether ids that the text lacks share a row: the name in identities."""
+
+UNSAID = {"loss": "plain", INITIAL: None, HEAD_VOCABULARY: "full"}
 """What identities leave out that were written before there was a choice."""
 
 
@@ -162,7 +166,7 @@ class RunFolder:
         if isinstance(before, dict) and isinstance(now, dict):
             changed = [name for name in before if before[name] != now.get(name)]
             return f" ({', '.join(f'{name} {before[name]}, now {now.get(name)}' for name in changed)})"
-        if what == "loss":
+        if what in ("loss", HEAD_VOCABULARY):
             return f" ({before}, now {now})"
         known = self._origin().get(what)
         return f" ({known})" if isinstance(known, str) else ""

@@ -14,11 +14,12 @@ import torch
 
 from groundling import machine
 from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
-from groundling.corpus.shards import Tokens
+from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import WindowConfig, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator, LossSum
+from groundling.model.compact import CompactGPT2, HeadVocabulary
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.adamw import AdamWConfig, make_adamw
 from groundling.optim.schedule import ScheduleConfig, learning_rate
@@ -49,6 +50,7 @@ class Recipe:
     stopping: StoppingConfig
     checkpoint: CheckpointConfig
     objective: ObjectiveConfig = PLAIN
+    head_vocabulary: HeadVocabulary = "full"
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Trainer:
         self.windows = Windows(train, recipe.windows, recipe.seed, recipe.objective)
         self.total_steps = recipe.schedule.steps(self.windows.steps_per_pass())
         assert initial is None or initial.config == recipe.model, "the recipe is of another network"
+        assert initial is None or recipe.head_vocabulary == "full", "its rows would be lost"
         self.model = (initial or self._new_model()).train().to(runtime.device)
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
@@ -309,7 +312,10 @@ class Trainer:
 
     def _new_model(self) -> GPT2:
         torch.manual_seed(self.recipe.seed)
-        return GPT2(self.recipe.model)
+        full = GPT2(self.recipe.model)
+        if self.recipe.head_vocabulary == "full":
+            return full
+        return CompactGPT2(full, torch.from_numpy(occurring_ids(self.train_tokens, full.config.n_vocab)))
 
     def _new_stop_rule(self) -> StopRule:
         has_heldout = self.heldout_tokens is not None
