@@ -353,5 +353,5 @@ def _caller(request: gradio.Request) -> dict[str, str]:
 
 
 def _client(request: gradio.Request) -> str:
-    """The name by which a visitor takes turns: that of the API's clients at the same address, on a page."""
-    return f"{request.client.host if request.client else ''}/page"
+    """The address by which a visitor takes turns, as the API's clients do."""
+    return request.client.host if request.client else ""

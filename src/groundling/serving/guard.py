@@ -1,4 +1,4 @@
-"""What stands before every route: limits, the key, request ids, the access log and the metrics.
+"""What stands before every route: limits, hosts, the key, request ids, the access log and the metrics.
 
 Invariant: no body longer than `max_body_bytes` is read and none for longer than `body_timeout_s`; keys are written
 nowhere, and prompts only if that was asked for.
@@ -12,12 +12,14 @@ import hmac
 import re
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundling.serving.access_log import AccessLog
+from groundling.serving.hosts import check_host
 from groundling.serving.openai_api import ApiError, wrong
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -36,8 +38,10 @@ class Limits:
 class Guard:
     """An ASGI application around another."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, access_log: AccessLog) -> None:
-        self.app, self.limits, self.access_log = app, limits, access_log
+    def __init__(
+        self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: Collection[str] | None, access_log: AccessLog
+    ) -> None:
+        self.app, self.limits, self.hosts, self.access_log = app, limits, hosts, access_log
         self._key = None if api_key is None else digest(encoded(api_key))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +71,8 @@ class Guard:
                     raise wrong("the headers are too large: send less", status=431, code="too_large")
                 if "transfer-encoding" in headers and "content-length" in headers:  # two lengths (RFC 9112, 6.1)
                     raise wrong("the request has two lengths: send one", status=400, code="two_lengths")
+                if self.hosts is not None:
+                    check_host(headers.get("host", ""), self.hosts)
                 self._authorise(scope["path"], headers)
                 receive = await self._body(scope["method"], headers, receive)
             except ApiError as error:
