@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.open import open_decoder
+from groundling.kernels import build
 from groundling.kernels.build import BuildError, library
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
 from groundling.model.gpt2 import GPT2, GPTConfig
@@ -72,6 +74,20 @@ def test_however_it_is_read_it_is_the_fresh_pass(decoder_of: Opener, plan: list[
                 torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=[0, 4, 16])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Vectors as this CPU has them (0), and in plain C++ as long as other CPUs have them."""
+    if request.param:
+        if platform.machine() != "x86_64":
+            pytest.skip("only x86-64's intrinsics can be turned off")
+        flags = ("-O1", "-mno-avx", f"-DGROUNDLING_LANES={request.param}")
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("form", WEIGHT_FORMATS)
 def test_native_logits_do_not_depend_on_company_to_the_last_bit(form: WeightFormat) -> None:
     """Alone, token by token, in one piece, among others, with any number of threads: the same bits."""
@@ -92,6 +108,7 @@ def test_native_logits_do_not_depend_on_company_to_the_last_bit(form: WeightForm
                     decoder.rewind(slot, 0)
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize(("form", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.02)])
 @pytest.mark.parametrize("sizes", [{}, {"n_head": 1, "n_embd": 5}, {"n_head": 2, "n_embd": 128, "n_vocab": 300}])
 def test_native_formats_are_the_rounded_network(form: WeightFormat, tolerance: float, sizes: dict[str, int]) -> None:

@@ -20,7 +20,9 @@ namespace groundling {
 
 // Lanes of a vector, and the tile of outputs (weight rows x tokens) whose sums stay in registers beside the
 // operands: there are 16 with AVX2, 32 with AVX-512 and NEON.
-#if defined(__AVX512F__)
+#if defined(GROUNDLING_LANES)  // the tests' way to other CPUs' lanes, in plain C++: with -mno-avx
+constexpr int kLanes = GROUNDLING_LANES, kTileRows = 4;
+#elif defined(__AVX512F__)
 constexpr int kLanes = 16, kTileRows = 4;
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kTileRows = 2;
