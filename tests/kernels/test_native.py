@@ -172,6 +172,20 @@ def test_the_same_bits_each_time_and_with_any_number_of_threads(name: str, dtype
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", SWEEPS)
+def test_inputs_and_gradients_may_lie_anyhow(name: str) -> None:
+    """A sum's gradient is one number spread over all, and a transposed input has its rows apart."""
+    inputs, arguments = randoms(0, *SWEEPS[name]), (2,) if name == "self_attention" else ()
+    results = []
+    for first in (inputs[0], inputs[0].mT.contiguous().mT):
+        leaves = [tensor.clone().requires_grad_() for tensor in (first, *inputs[1:])]
+        outputs = getattr(native, name)(*leaves, *arguments)
+        sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for plain, strided in zip(*results, strict=True):
+        torch.testing.assert_close(plain, strided)
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     """The products are overwritten by the first: better no gradient than a wrong one."""
     x, weight, bias = (tensor.requires_grad_() for tensor in randoms(0, (4, 5), (6, 5), (6,)))
