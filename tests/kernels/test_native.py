@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groundling import kernels
+from groundling import kernels, runtime
 from groundling.generation.decoder import Chunk, TorchDecoder
 from groundling.kernels import native, reference
+from groundling.kernels.build import library
 from groundling.model.gpt2 import GPT2, GPTConfig
 
 ERRORS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
@@ -240,3 +242,17 @@ def test_another_threads_call_has_the_same_bits() -> None:
     thread.start()
     thread.join()
     assert torch.equal(results[0], native.linear_gelu(*inputs))
+
+
+def test_a_compiler_without_openmp_makes_kernels_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {runtime.cpp_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path))
+    library.cache_clear()
+    try:
+        assert_agrees("linear_gelu", randoms(0, *SWEEPS["linear_gelu"]), torch.float32)
+    finally:
+        library.cache_clear()
+    assert list(tmp_path.glob("kernels/blocks-*.so"))
