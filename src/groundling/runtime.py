@@ -69,10 +69,8 @@ class Runtime:
 
     def without_native(self, why: str) -> Runtime:
         """The same with the reference kernels, uncompiled, and a warning that says why."""
-        reasons = tuple(
-            ("kernels", "reference", why) if what == "kernels" else (what, choice, because)
-            for what, choice, because in self.reasons
-        )
+        now = {"kernels": ("kernels", "reference", why), "compile": ("compile", "off", why)}
+        reasons = tuple(now.get(reason[0], reason) for reason in self.reasons)
         warnings = (*self.warnings, f"native kernels are off because {why}: training will be slower")
         return replace(self, kernels="reference", reasons=reasons, warnings=warnings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groundling import kernels
+from groundling import kernels, runtime
 from groundling.generation.decoder import Chunk, TorchDecoder
 from groundling.kernels import native, reference
+from groundling.kernels.build import library
 from groundling.model.gpt2 import GPT2, GPTConfig
 
 ERRORS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
@@ -172,6 +174,20 @@ def test_the_same_bits_each_time_and_with_any_number_of_threads(name: str, dtype
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", SWEEPS)
+def test_inputs_and_gradients_may_lie_anyhow(name: str) -> None:
+    """A sum's gradient is one number spread over all, and a transposed input has its rows apart."""
+    inputs, arguments = randoms(0, *SWEEPS[name]), (2,) if name == "self_attention" else ()
+    results = []
+    for first in (inputs[0], inputs[0].mT.contiguous().mT):
+        leaves = [tensor.clone().requires_grad_() for tensor in (first, *inputs[1:])]
+        outputs = getattr(native, name)(*leaves, *arguments)
+        sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for plain, strided in zip(*results, strict=True):
+        torch.testing.assert_close(plain, strided)
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     """The products are overwritten by the first: better no gradient than a wrong one."""
     x, weight, bias = (tensor.requires_grad_() for tensor in randoms(0, (4, 5), (6, 5), (6,)))
@@ -226,3 +242,17 @@ def test_another_threads_call_has_the_same_bits() -> None:
     thread.start()
     thread.join()
     assert torch.equal(results[0], native.linear_gelu(*inputs))
+
+
+def test_a_compiler_without_openmp_makes_kernels_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {runtime.cpp_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path))
+    library.cache_clear()
+    try:
+        assert_agrees("linear_gelu", randoms(0, *SWEEPS["linear_gelu"]), torch.float32)
+    finally:
+        library.cache_clear()
+    assert list(tmp_path.glob("kernels/blocks-*.so"))

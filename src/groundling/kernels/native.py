@@ -126,7 +126,7 @@ class Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix = ctx.saved_tensors
-        d_rows = d.reshape(-1, len(matrix))
+        d_rows = d.reshape(-1, len(matrix)).contiguous()
         d_bias = rows.new_empty(len(matrix), dtype=torch.float32)
         _sweep("sum_rows", *_rows(d_rows), _bf16(d_rows), d_rows, d_bias)
         d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
@@ -163,6 +163,7 @@ class SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+        qkv = qkv.contiguous()
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         query, key, value = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         # What scaled_dot_product_attention calls on a CPU; it also gives the logarithms of the softmax's denominators.
@@ -176,7 +177,7 @@ class SelfAttention(torch.autograd.Function):
         qkv, log_sums = ctx.saved_tensors
         (B, T, C), n_head = d.shape, log_sums.size(1)
         heads = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, -1)
-        d_mixed = d.view(B, T, n_head, -1).transpose(1, 2).reshape(B * n_head, T, -1)
+        d_mixed = d.reshape(B, T, n_head, -1).transpose(1, 2).reshape(B * n_head, T, -1)
         log_sums, d_heads = log_sums.reshape(B * n_head, T), torch.empty_like(heads)
         n_queries = min(T, TILE_QUERIES)
         n_heads = min(B * n_head, max(1, TILE_SCORES // (n_queries * T)))
