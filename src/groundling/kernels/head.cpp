@@ -58,9 +58,9 @@ struct Row {
 };
 
 template <class Format>
-void cross_entropy(typename Format::Element* logits, int64_t n_rows, int64_t n_vocab, const int64_t* targets,
+void cross_entropy(int n_threads, typename Format::Element* logits, int64_t n_rows, int64_t n_vocab, const int64_t* targets,
                    float log_n_last, bool with_gradient, float* losses) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t i = 0; i < n_rows; ++i) {
     typename Format::Element* row = logits + i * n_vocab;
     const int64_t target = targets[i];
@@ -86,18 +86,20 @@ extern "C" {
 
 // logits (n_rows, n_vocab), fp32 or, with `bf16`, bf16; targets (n_rows,), of which negative ones are ignored; the last
 // logit of a row counts e^log_n_last times. Writes losses (n_rows,) and, if asked, the gradient over the logits.
-void groundling_cross_entropy(int bf16, void* logits, int64_t n_rows, int64_t n_vocab, const int64_t* targets,
-                              float log_n_last, int with_gradient, float* losses) {
+void groundling_cross_entropy(int n_threads, int bf16, void* logits, int64_t n_rows, int64_t n_vocab,
+                              const int64_t* targets, float log_n_last, int with_gradient, float* losses) {
   if (bf16)
-    cross_entropy<Bf16>(static_cast<uint16_t*>(logits), n_rows, n_vocab, targets, log_n_last, with_gradient, losses);
+    cross_entropy<Bf16>(n_threads, static_cast<uint16_t*>(logits), n_rows, n_vocab, targets, log_n_last, with_gradient,
+                        losses);
   else
-    cross_entropy<Fp32>(static_cast<float*>(logits), n_rows, n_vocab, targets, log_n_last, with_gradient, losses);
+    cross_entropy<Fp32>(n_threads, static_cast<float*>(logits), n_rows, n_vocab, targets, log_n_last, with_gradient,
+                        losses);
 }
 
 // sums (n, m) += products (m, n) transposed, bf16; or = with `first`.
-void groundling_add_transposed(const uint16_t* products, int64_t n, int64_t m, int first, float* sums) {
+void groundling_add_transposed(int n_threads, const uint16_t* products, int64_t n, int64_t m, int first, float* sums) {
   constexpr int64_t kTile = 64;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t row = 0; row < n; row += kTile) {
     const int64_t n_rows = std::min(kTile, n - row);
     for (int64_t column = 0; column < m; column += kTile) {
