@@ -1,7 +1,7 @@
 """One training step of GPT-2, ours and others', in one run on one machine: same weights, same batches, same shapes.
 
     python benchmarks/train_step.py --nanogpt nanoGPT --llmc llm.c/train_gpt2 > benchmarks/results/train_step.jsonl
-    python benchmarks/train_step.py --sweep > benchmarks/results/train_step_sweep.jsonl
+    python benchmarks/train_step.py --sweep --rounds 1 > benchmarks/results/train_step_sweep.jsonl
     python benchmarks/train_step.py --cold > benchmarks/results/train_step_cold.jsonl
 
 The contestants take turns, round by round, so that a slow minute of the machine falls on all. A turn is a process of
@@ -45,7 +45,8 @@ from groundling.training.step import flops_per_token
 
 SWEEP_WINDOWS = (128, 256, 512, 1024)
 SWEEP_TOKENS = (1024, 2048, 4096, 8192, 16384)
-SWEEP_SIZES = ("124M", "355M")
+SWEEP_SIZES = (("124M", 3), ("124M", 6), ("124M", 0), ("355M", 12), ("355M", 0))
+"""Released sizes, and some of their blocks."""
 SWEEP_BASE = 4096
 """Tokens in a step where something else is varied."""
 
@@ -187,17 +188,20 @@ def sweep(options: argparse.Namespace, base: Task, dtype: str) -> None:
     tasks = [
         *(("window", replace(base, window=window)) for window in SWEEP_WINDOWS),
         *(("tokens", replace(base, tokens=tokens)) for tokens in SWEEP_TOKENS),
-        *(("size", replace(base, size=size)) for size in SWEEP_SIZES),
+        *(("size", replace(base, size=size, layers=layers)) for size, layers in SWEEP_SIZES),
     ]
     for threads in sorted({1, base.threads}):
         bandwidth = machine.read_bandwidth_bytes_per_s(threads)
+        found: dict[Task, dict[str, Any]] = {}  # a step that lies on several of the lines is measured once
         for what, task in tasks:
             task = replace(task, threads=threads)
-            contestant = Contestant("groundling", "ours", {"words": " ".join(options.ours)}, keeps_memory=True)
-            ceilings = measure(task, [contestant], options.rounds)
-            if contestant.turns:
-                found = line(task, contestant, ceilings, dtype, options.warmup)
-                print(json.dumps({"sweep": what, "read_bandwidth_bytes_per_s": bandwidth, **found}), flush=True)
+            if task not in found:
+                contestant = Contestant("groundling", "ours", {"words": " ".join(options.ours)}, keeps_memory=True)
+                ceilings = measure(task, [contestant], options.rounds)
+                if not contestant.turns:
+                    continue
+                found[task] = line(task, contestant, ceilings, dtype, options.warmup)
+            print(json.dumps({"sweep": what, "read_bandwidth_bytes_per_s": bandwidth, **found[task]}), flush=True)
 
 
 def cold(options: argparse.Namespace) -> None:
