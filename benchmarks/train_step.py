@@ -130,6 +130,7 @@ def measure(task: Task, entered: list[Contestant], rounds: int) -> list[float]:
         for contestant in entered:
             say(f"round {number + 1} of {rounds}: {contestant.name}")
             contestant.take_turn(task)
+        check_losses(entered)
     return ceilings
 
 
@@ -281,7 +282,6 @@ def main() -> None:
     if options.only:
         entered = [contestant for contestant in entered if any(word in contestant.name for word in options.only)]
     ceilings = measure(task, entered, options.rounds)
-    check_losses(entered)
     for contestant in entered:
         if contestant.turns:
             print(json.dumps(line(task, contestant, ceilings, resolved.dtype_name, options.warmup)))

@@ -22,7 +22,8 @@ unset = pytest.mark.skipif(allocator.why_not() is not None, reason=f"no restart 
 
 def groundling(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "groundling", *words]
-    return subprocess.run(command, cwd=folder, input=TEXT, capture_output=True, text=True, env=os.environ | settings)
+    environment = os.environ | settings
+    return subprocess.run(command, cwd=folder, input=TEXT, capture_output=True, text=True, env=environment, timeout=300)
 
 
 @unset
