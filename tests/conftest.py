@@ -13,10 +13,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from groundling import kernels
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
 
 from .interop.hub_server import TOKEN, HubServer
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels() -> Iterator[None]:
+    """Whatever backend a command has selected in this process, the next test begins with the reference."""
+    yield
+    kernels.select("reference")
 
 
 @pytest.fixture

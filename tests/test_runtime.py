@@ -13,7 +13,7 @@ from groundling.runtime import RuntimeConfig
 
 def test_every_choice_has_a_reason() -> None:
     resolved = runtime.resolve(RuntimeConfig())
-    assert [what for what, _, _ in resolved.reasons] == ["device", "dtype", "threads", "compile"]
+    assert [what for what, _, _ in resolved.reasons] == ["device", "dtype", "threads", "kernels", "compile"]
     assert all(why for _, _, why in resolved.reasons)
 
 
@@ -30,9 +30,24 @@ def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("CXX", raising=False)
     resolved = runtime.resolve(RuntimeConfig(device="cpu"))
     assert not resolved.compile
-    assert "compiler" in resolved.warnings[0]
+    assert resolved.kernels == resolved.facts()["kernels"] == "reference"
+    assert [warning for warning in resolved.warnings if "compiler" in warning] == [*resolved.warnings][:1]
+    with pytest.raises(ConfigError, match="install"):
+        runtime.resolve(RuntimeConfig(device="cpu", kernels="native"))
     with pytest.raises(ConfigError, match="install"):
         runtime.resolve(RuntimeConfig(device="cpu", compile="on"))
+
+
+def test_native_kernels_leave_nothing_to_compile() -> None:
+    resolved = runtime.resolve(RuntimeConfig(device="cpu"))
+    assert resolved.kernels == resolved.facts()["kernels"] == "native"
+    assert not resolved.compile
+    assert not resolved.warnings
+    compiled = runtime.resolve(RuntimeConfig(device="cpu", compile="on"))
+    assert (compiled.kernels, compiled.compile) == ("reference", True)
+    assert runtime.resolve(RuntimeConfig(device="cpu", kernels="reference")).compile
+    with pytest.raises(ConfigError, match="not both"):
+        runtime.resolve(RuntimeConfig(device="cpu", kernels="native", compile="on"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu", "cuda:x", ""])

@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, number format, threads, compilation.
+"""Where and how a run computes: device, number format, threads, kernels, compilation.
 
 Invariant: this is the only module that reads the environment (but for allocator.py, which must do so before PyTorch
 is loaded), and it does so when called, never when imported. Every choice it makes comes with the reason for it, which
@@ -12,7 +12,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Device, number format, threads and compilation."""
+    """Device, number format, threads, kernels and compilation."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the fastest that is there."""
@@ -37,10 +37,10 @@ class RuntimeConfig:
     """Number format of the matrix products, bf16 where the hardware has it; weights and optimizer stay in fp32."""
     threads: int = 0
     """CPU threads; 0 means one per core that this process may use."""
-    kernels: Literal["reference"] = "reference"
-    """Backend of the operations that have several (groundling.kernels)."""
+    kernels: Literal["auto", "reference", "native"] = "auto"
+    """What computes the network: native is C++ for CPUs, reference is plain PyTorch; auto takes native where it can."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto compiles where a compiler exists and warns where none does."""
+    """torch.compile of the reference kernels: auto compiles where a compiler exists and warns where none does."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -56,8 +56,9 @@ class Runtime:
     threads: int
     compile: bool
     reasons: tuple[tuple[str, str, str], ...]
-    """(what, the choice, why), one for each of the four choices."""
+    """(what, the choice, why), one for each of the five choices."""
     warnings: tuple[str, ...] = ()
+    kernels: str = "reference"
 
     def facts(self) -> dict[str, str]:
         """The choices by name: what must be the same for two runs to agree bit for bit."""
@@ -66,6 +67,15 @@ class Runtime:
     @property
     def dtype_name(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
+    def without_native(self, why: str) -> Runtime:
+        """The same with the reference kernels, uncompiled, and a warning that says why."""
+        reasons = tuple(
+            ("kernels", "reference", why) if what == "kernels" else (what, choice, because)
+            for what, choice, because in self.reasons
+        )
+        warnings = (*self.warnings, f"native kernels are off because {why}: training will be slower")
+        return replace(self, kernels="reference", reasons=reasons, warnings=warnings)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Run matrix products in `dtype`, everything that needs precision in fp32."""
@@ -95,14 +105,16 @@ def resolve(config: RuntimeConfig) -> Runtime:
         # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # decides nothing here
-    compiled, compile_why, warnings = _compile(config.compile, device)
+    kernels, kernels_why, slower = _kernels(config, device)
+    compiled, compile_why, uncompiled = _compile(config.compile, device, kernels)
     reasons = (
         ("device", str(device), device_why),
         ("dtype", "fp32" if dtype is torch.float32 else "bf16", dtype_why),
         ("threads", str(threads), "asked for" if config.threads else "one per core that this process may use"),
+        ("kernels", kernels, kernels_why),
         ("compile", "on" if compiled else "off", compile_why),
     )
-    return Runtime(device, dtype, threads, compiled, reasons, warnings)
+    return Runtime(device, dtype, threads, compiled, reasons, slower or uncompiled, kernels)
 
 
 def _device(name: str) -> tuple[torch.device, str]:
@@ -148,9 +160,32 @@ def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
 
 
-def _compile(choice: str, device: torch.device) -> tuple[bool, str, tuple[str, ...]]:
+def _kernels(config: RuntimeConfig, device: torch.device) -> tuple[str, str, tuple[str, ...]]:
+    missing = None if cpp_compiler() else "a C++ compiler (g++ or clang++) is missing"
+    if config.kernels == "reference":
+        return "reference", "asked for", ()
+    if config.kernels == "native":
+        if device.type != "cpu":
+            raise ConfigError(f"runtime.kernels is 'native', but the device is {device}: use --device cpu")
+        if config.compile == "on":
+            raise ConfigError("runtime.kernels is 'native' and runtime.compile is 'on': give one of them, not both")
+        if missing:
+            raise ConfigError(f"runtime.kernels is 'native', but {missing}: install it or leave that setting out")
+        return "native", "asked for", ()
+    if device.type != "cpu":
+        return "reference", "the native ones are for CPUs", ()
+    if config.compile == "on":
+        return "reference", "torch.compile was asked for", ()
+    if missing:
+        return "reference", missing, (f"native kernels are off because {missing}: training will be slower",)
+    return "native", "the device is a CPU, and a C++ compiler is there", ()
+
+
+def _compile(choice: str, device: torch.device, kernels: str) -> tuple[bool, str, tuple[str, ...]]:
     if choice == "off":
         return False, "asked for", ()
+    if kernels == "native":
+        return False, "native kernels leave nothing to compile", ()
     if device.type == "cuda":
         tool, name = importlib.util.find_spec("triton") is not None, "Triton"
     elif device.type == "mps":

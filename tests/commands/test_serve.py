@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -76,6 +76,45 @@ def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path
         assert answer.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("arguments", "answered", "refused"),
+    [
+        ([], ["localhost", "127.0.0.1:8000"], ["evil.example", "example.org"]),
+        (
+            ["--allowed-host", "example.org", "--allowed-host", "B.example"],
+            ["example.org", "b.example", "[::1]"],
+            ["evil"],
+        ),
+        (["--host", "0.0.0.0"], ["localhost", "anything.example"], []),
+        (["--host", "0.0.0.0", "--allowed-host", "example.org"], ["localhost", "example.org"], ["evil.example"]),
+    ],
+)
+def test_it_answers_to_its_own_names(arguments: list[str], answered: list[str], refused: list[str], run: Path) -> None:
+    with served(str(run), "--no-page", *arguments) as (address, _):
+        for status, names in ((200, answered), (421, refused)):
+            for name in names:
+                assert httpx.get(f"{address}/v1/models", headers={"Host": name}).status_code == status, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bound"),
+    [
+        ([], None),
+        (["--host", "0.0.0.0"], 64),
+        (["--host", "0.0.0.0", "--max-connections-per-address", "0"], None),
+        (["--max-connections-per-address", "3"], 3),
+    ],
+)
+def test_connections_of_an_address_are_bounded_where_others_reach_it(
+    arguments: list[str], bound: int | None, run: Path
+) -> None:
+    with served(str(run), "--no-page", *arguments) as (address, _), ExitStack() as held:
+        port = int(address.rpartition(":")[2])
+        for _ in range(bound or 70):
+            held.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert httpx.get(f"{address}/health").status_code == (429 if bound else 200)
+
+
 def test_without_gradio_it_says_so_and_serves_the_api(run: Path, tmp_path: Path) -> None:
     (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(name=__name__)")
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -96,11 +135,14 @@ def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.Capture
         (["--max-concurrency", "0"], "--max-concurrency is 0"),
         (["--timeout", "0"], "--timeout is 0"),
         (["--api-key", " "], "the API key is empty"),
+        (["--max-connections-per-address", "-1"], "--max-connections-per-address is -1"),
+        (["--port", "0", "--allowed-host", "https://a.example"], "--allowed-host is 'https://a.example': give a name"),
+        (["--port", "0", "--allowed-host", "a.example:443"], "without scheme or port"),
     ):
         assert main(["serve", str(run), *arguments]) == 2
         message = capsys.readouterr().err
         assert words in message
         assert message.count("\n") == 1
     taken.close()
-    assert main(["serve", "no/such/run"]) == 2
+    assert main(["serve", "no/such/run", "--port", "0"]) == 2
     assert "no/such/run" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,42 @@ def test_wrong_input_to_other_commands(
 ) -> None:
     assert main([str(run) if word == "RUN" else word for word in command]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-3]
+
+
+def short(content: bytes) -> bytes:
+    return content[:8]
+
+
+def no_header(content: bytes) -> bytes:
+    return bytes(4) + content[4:]
+
+
+def strange_ids(content: bytes) -> bytes:
+    return content[:-8] + b"\xff" * 8
+
+
+@pytest.mark.parametrize("damage", [cut, short, no_header, strange_ids])
+@pytest.mark.parametrize("command", [["evaluate"], ["sample", "--drafts", "text"], ["export", "--format", "hf"]])
+def test_a_damaged_text_gets_one_sentence(
+    run: Path,
+    tmp_path: Path,
+    command: list[str],
+    damage: Callable[[bytes], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged, ignore=shutil.ignore_patterns(".lock"))
+    (damaged / "train.bin").write_bytes(damage((damaged / "train.bin").read_bytes()))
+    out = ["--out", str(tmp_path / "exported")] if "export" in command else []
+    assert main([command[0], str(damaged), *command[1:], *out]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("groundling: ")
+    assert "train.bin" in message
+    assert list(tmp_path.iterdir()) == [damaged]
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from groundling import kernels
+from groundling import kernels, runtime
 from groundling.errors import ConfigError
+from groundling.kernels.build import library
 from groundling.kernels.reference import IGNORED_TARGET
+from groundling.runtime import RuntimeConfig
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (7, 7), (1, 9), (4, 9)])
@@ -33,3 +36,19 @@ def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="reference"):
         kernels.select("tpu")
     kernels.select("reference")
+
+
+def test_kernels_that_cannot_be_compiled_cost_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'out of order' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    library.cache_clear()
+    used = kernels.select_for(runtime.resolve(RuntimeConfig(device="cpu")))
+    library.cache_clear()
+    assert used.kernels == used.facts()["kernels"] == "reference"
+    assert len(used.warnings) == 1
+    assert "out of order" in used.warnings[0]
+    assert not used.compile
+    hidden = torch.randn(1, 1, 4, dtype=torch.float64)
+    assert kernels.linear(hidden, torch.eye(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)).equal(hidden)

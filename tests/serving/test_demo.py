@@ -25,8 +25,7 @@ from groundling.serving.copy_meter import CopyMeter
 from groundling.serving.demo import SHAKESPEARE, Example, Subject
 
 from ..browser import open_browser
-from .conftest import N_CTX, Running, Serve
-from .test_guard import eventually, idle, raw
+from .conftest import N_CTX, Running, Serve, eventually, held_up, idle, raw, streaming
 
 HOSTILE = "<img src=x>${1}{{#if}}"
 """Few enough tokens for the small window: an element, and both kinds of Gradio's templates."""
@@ -267,6 +266,17 @@ def test_who_asks_and_does_not_listen_is_left(demo: Running, monkeypatch: pytest
     assert demo.client.post("/gradio_api/queue/join", json=asked).status_code == 200
     eventually(lambda: demo.engine.counts.endings.get("cancelled", 0) == before + 4)
     eventually(lambda: idle(demo))
+
+
+def test_visitors_have_the_room_of_their_address(serve: Serve, subject: Subject) -> None:
+    """Which is that of the API's clients there, whatever these call themselves."""
+    with serve(subject=subject, n_slots=1, max_queue=2) as server, held_up(server):
+        [write] = [each for each in server.client.get("/config").json()["dependencies"] if len(each["inputs"]) == 8]
+        asked = {"fn_index": write["id"], "session_hash": "one", "data": ["ten", 10, 1, 0, 1, 1, 1, 7]}
+        with streaming(server, "a"), streaming(server, "page"):
+            assert server.client.post("/gradio_api/queue/join", json=asked).status_code == 200
+            answer = server.client.get("/gradio_api/queue/data", params={"session_hash": "one"})
+    assert "As many requests of this client wait as may" in answer.text
 
 
 @pytest.mark.parametrize(

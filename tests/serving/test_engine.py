@@ -138,15 +138,47 @@ def test_the_queue_is_bounded_and_takes_all_or_none(network: GPT2, tokenizer: To
         while engine.n_running < N_SLOTS:  # those that came after the first pass had begun join at the next
             engine.decoder.leave.release()  # type: ignore[attr-defined]
             engine.decoder.asking.acquire(timeout=30)  # type: ignore[attr-defined]
-        three = [Request([1], LONG)] * 3
+        two = [Request([1], LONG)] * 2
         with pytest.raises(Busy):
-            engine.submit_all(three, [Listener()] * 3)
+            engine.submit_all(two, [Listener()] * 2)
         assert engine.n_waiting == 0
-        engine.submit_all(three[:2], [Listener()] * 2)
+        submit(engine, [1], LONG)
+        submit(engine, [1], LONG, client="other")
         assert engine.n_waiting == 2
-        with pytest.raises(Busy):
-            submit(engine, [1], LONG)
+        with pytest.raises(Busy, match="as many requests wait as may"):
+            submit(engine, [1], LONG, client="third")
         assert len(running) == N_SLOTS
+
+
+@pytest.mark.parametrize("max_queue", [0, 1, 2, 7, 64])
+def test_no_client_locks_the_others_out(network: GPT2, tokenizer: Tokenizer, max_queue: int) -> None:
+    """Whoever comes gets places as long as it holds fewer than are free, under however many names its texts come."""
+    gate = Gate(network, 1)
+    with opened(gate, tokenizer, max_queue) as engine:
+        submit(engine, [1], LONG)
+        gate.asking.acquire(timeout=30)  # it is being written, and none of the queue's
+        n_free, shares = max_queue, []
+        for client in "abcdefgh":
+            n_held = 0
+            try:
+                while True:
+                    submit(engine, [1], LONG, client=client, user=str(n_held))
+                    n_held, n_free = n_held + 1, n_free - 1
+                    assert n_held <= n_free + 1
+            except Busy:
+                assert n_held >= n_free
+            shares.append(n_held)
+        assert shares[0] == engine.n_most - 1 == (max_queue + 1) // 2
+        assert max_queue < 2 or shares[1]
+
+
+def test_alone_a_client_may_hand_in_so_many_together_and_no_more(network: GPT2, tokenizer: Tokenizer) -> None:
+    with opened(Gate(network, N_SLOTS), tokenizer, max_queue=5) as engine:
+        assert engine.n_most == N_SLOTS + 3
+        many = [Request([1], LONG)] * (engine.n_most + 1)
+        with pytest.raises(Busy, match="of this client"):
+            engine.submit_all(many, [Listener()] * len(many))
+        engine.submit_all(many[1:], [Listener()] * len(many[1:]))
 
 
 def test_clients_take_turns(network: GPT2, tokenizer: Tokenizer) -> None:
@@ -161,6 +193,20 @@ def test_clients_take_turns(network: GPT2, tokenizer: Tokenizer) -> None:
         gate.open()
         order = [done.get(timeout=30) for _ in range(7)]
     assert order == ["a1", "a2", "b1", "c1", "a3", "b2", "a4"]
+
+
+def test_a_clients_users_take_its_turns_and_no_others(network: GPT2, tokenizer: Tokenizer) -> None:
+    gate, done = Gate(network, 1), queue.Queue[str]()
+    one = SamplingConfig(max_tokens=1)
+    with opened(gate, tokenizer) as engine:
+        for name in ("a/x 1", "a/x 2", "a/x 3", "a/y 1", "a/z 1", "b/x 1", "b/x 2", "b/x 3"):
+            client, user = name[0], name[2]
+            engine.submit(Request([1], one, client, user), lambda event, name=name: done.put(name))  # type: ignore[misc]
+            if name == "a/x 1":
+                gate.asking.acquire(timeout=30)  # it is being served; the rest will wait
+        gate.open()
+        order = [done.get(timeout=30) for _ in range(8)]
+    assert order == ["a/x 1", "a/x 2", "b/x 1", "a/y 1", "b/x 2", "a/z 1", "b/x 3", "a/x 3"]
 
 
 @pytest.mark.parametrize("waiting", [False, True])

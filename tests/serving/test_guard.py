@@ -6,46 +6,16 @@ import asyncio
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable
 
 import httpx
+import openai
 import pytest
 
-from groundling.serving import server as server_module
 from groundling.serving.guard import Limits
 
-from .conftest import Running, Serve
+from .conftest import HEAD, Running, Serve, connect, eventually, held_up, idle, raw, streaming
 
 KEY = "sk-secret-of-this-test"
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for another thread to come to something; fails after ten seconds."""
-    due = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < due
-        time.sleep(0.005)
-
-
-def idle(server: Running) -> bool:
-    return server.engine.n_running == 0 and server.engine.n_waiting == 0
-
-
-def raw(server: Running, *parts: bytes, timeout: float = 10) -> bytes:
-    """What the server answers to these bytes."""
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout) as connection:
-        answer = b""
-        try:
-            for part in parts:
-                connection.sendall(part)
-            while block := connection.recv(65536):
-                answer += block
-        except (ConnectionResetError, BrokenPipeError):
-            pass
-    return answer
 
 
 def test_a_long_body_is_refused_whether_or_not_it_says_so(serve: Serve) -> None:
@@ -74,32 +44,6 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve) -> None:
         assert b" 408 " in raw(server, request).split(b"\r\n")[0]
 
 
-def test_a_connection_that_says_nothing_is_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_S", 0.2)
-    with serve() as server:
-        assert raw(server) == b""
-        assert raw(server, b"GET /health HTTP/1.1\r\nHost: a\r\nX: ") == b""
-
-
-def test_a_later_request_has_no_more_time_than_the_first(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_S", 0.2)
-    with serve() as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=5) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
-            answer = b""
-            while not answer.endswith(b"}"):
-                answer += connection.recv(65536)
-            connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
-            assert connection.recv(1) == b""
-
-
-def test_a_slow_answer_is_not_taken_for_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_S", 0.05)
-    with serve() as server:
-        assert server.complete(max_tokens=300).status_code == 200
-
-
 def test_no_header_says_who_a_client_is(serve: Serve) -> None:
     with serve() as server:
         server.client.get("/health", headers={"X-Forwarded-For": "203.0.113.9"})
@@ -115,11 +59,12 @@ def test_only_whole_completions_have_a_latency(serve: Serve) -> None:
         assert "groundling_completion_seconds_count 1.0" in server.client.get("/metrics").text
 
 
-def test_long_headers_are_refused(running: Running) -> None:
-    request = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"
-    assert raw(running, request)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
-    unfinished = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000
-    assert raw(running, unfinished)[:12] in (b"HTTP/1.1 400", b"")
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b""])
+def test_long_headers_are_refused(running: Running, end: bytes) -> None:
+    said = raw(running, b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + end)
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(body)["error"]["code"] == "too_large"
 
 
 def test_the_key_locks_the_api_and_is_logged_nowhere(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
@@ -157,18 +102,20 @@ def test_the_log_has_no_prompts_unless_they_are_asked_for(serve: Serve) -> None:
 
 
 def test_a_full_queue_says_so_at_once(serve: Serve) -> None:
-    with serve(n_slots=1, max_queue=1) as server:
-        threads = [threading.Thread(target=server.complete, kwargs={"max_tokens": 4000}) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: server.engine.n_running == 1 and server.engine.n_waiting == 1)
+    with serve(n_slots=1, max_queue=1) as server, held_up(server), streaming(server, "a"), streaming(server, "b"):
         answer = server.complete()
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "rate_limit_error"
-        server.engine.close()
-        for thread in threads:
-            thread.join()
+
+
+def test_no_name_gives_a_client_more_room(serve: Serve) -> None:
+    with serve(n_slots=1, max_queue=2) as server, held_up(server), streaming(server, "a"), streaming(server, "b"):
+        answer = server.complete(user="c")
+        assert answer.status_code == 429
+        assert "of this client" in answer.json()["error"]["message"]
+        with streaming(server, "a", "127.0.0.2"):
+            assert server.engine.n_waiting == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -182,6 +129,25 @@ def test_time_is_bounded(serve: Serve, stream: bool) -> None:
             assert done == "data: [DONE]"
         else:
             assert answer.status_code == 408
+            eventually(lambda: len(server.log) == 1)
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+            with pytest.raises(openai.APIStatusError, match="ask for fewer tokens"):  # and it does not ask again
+                client.completions.create(model="bottles", prompt="ten", max_tokens=4000)
+            eventually(lambda: len(server.log) > 1)
+            assert len(server.log) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_says_nothing_is_not_waited_for(
+    serve: Serve, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groundling.serving.openai_api.READING_S", 0.1)
+    with serve(timeout_s=0.1) as server, held_up(server):
+        if stream:
+            with pytest.raises(httpx.RemoteProtocolError):
+                server.complete(stream=True)
+        else:
+            assert server.complete().status_code == 503
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -189,8 +155,7 @@ def test_a_client_that_leaves_frees_its_slot(serve: Serve, stream: bool) -> None
     body = json.dumps({"model": "bottles", "max_tokens": 4000, "n": 3, "stream": stream}).encode()
     head = HEAD % len(body)
     with serve(n_slots=2) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)))
+        connection = connect(server)
         connection.sendall(head + body)
         eventually(lambda: server.engine.n_running == 2)
         connection.close()
@@ -235,7 +200,7 @@ def test_two_hundred_streams_at_once(serve: Serve) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             return await asyncio.gather(*(one(client, number) for number in range(200)))
 
-    with serve(n_slots=8, max_queue=300) as server:
+    with serve(n_slots=8, max_queue=400) as server:
         before = server.complete(seed=1).json()["choices"]
         assert asyncio.run(all_of_them(server.url)) == [200] * 200
         eventually(lambda: idle(server))

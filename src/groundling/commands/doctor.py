@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     print(f"versions    {', '.join(f'{name} {version}' for name, version in machine.versions().items())}")
     print("\nwhat a run uses:")
     for what, choice, why in resolved.reasons:
-        print(f"  {what:8} {choice:6} {why}")
+        print(f"  {what:8} {choice:9} {why}")
     print("\nmatrix ceiling, measured:")
     for name, dtype in DTYPES.items():
         used = "  <- used" if dtype is resolved.dtype else ""

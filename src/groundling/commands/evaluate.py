@@ -89,7 +89,7 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
     if train is None:
         raise CheckpointError(f"{folder.path} lacks train.bin, the tokens of its text: give the folder of the run")
     say(f"text: {_name_of(folder)}, {train.n_tokens:,} tokens, {heldout.n_tokens if heldout else 0:,} held out")
-    runtime = resolve_runtime(options, options.dtype)
+    runtime = resolve_runtime(options, options.dtype, "auto")
     model, _, window = load_model(checkpoint, runtime.device)
     n_readings = 1 if options.weights == "fp32" else 2
     n_tokens = (1 + N_OFFSETS) * train.n_tokens + (heldout.n_tokens if heldout else 0)
@@ -117,7 +117,7 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
 def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """The same over a text that the options name, in the run's tokens; it is not kept."""
     checkpoint = find_checkpoint(run)
-    runtime = resolve_runtime(options, options.dtype)
+    runtime = resolve_runtime(options, options.dtype, "auto")
     model, tokenizer, window = load_model(checkpoint, runtime.device)
     sources = CorpusConfig(sources=tuple(options.corpus))
     with progress_bar("encoding the text") as advance:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from groundling import runtime
+from groundling import kernels, runtime
 from groundling.commands.arguments import Parser
 from groundling.commands.session import say
 from groundling.commands.tracing import Tracer
@@ -60,11 +60,17 @@ def add_decoding_options(parser: Parser) -> None:
     )
 
 
-def resolve_runtime(options: argparse.Namespace, dtype: Literal["auto", "fp32", "bf16"]) -> Runtime:
-    """The runtime these options mean, uncompiled: a single use does not repay compilation."""
-    resolved = runtime.resolve(
-        RuntimeConfig(device=options.device, dtype=dtype, threads=options.threads, compile="off")
-    )
+def resolve_runtime(
+    options: argparse.Namespace,
+    dtype: Literal["auto", "fp32", "bf16"],
+    network: Literal["auto", "reference"] = "reference",
+) -> Runtime:
+    """The runtime these options mean, uncompiled: a single use does not repay compilation.
+
+    `network` are the kernels of the network itself, which decoding on a CPU does without.
+    """
+    config = RuntimeConfig(options.device, dtype, options.threads, network, compile="off")
+    resolved = kernels.select_for(runtime.resolve(config))
     for warning in resolved.warnings:
         say(f"warning: {warning}")
     return resolved

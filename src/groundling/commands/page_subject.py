@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groundling.commands.model_options import OpenRun
+from groundling.commands.session import say
 from groundling.corpus.plays import play_names, play_title
 from groundling.corpus.sources import packaged_names
 from groundling.errors import CheckpointError, CorpusError
@@ -42,8 +43,10 @@ def subject_of(run: OpenRun, name: str) -> Subject:
     try:
         tracer = run.tracer
         meter = CopyMeter(tracer.array, tracer.places, tracer.tokenizer)
-    except (CheckpointError, CorpusError):
-        no_meter = "There is no copy meter here: the training text is not beside these weights."
+    except (CheckpointError, CorpusError) as error:
+        if run.folder.exists():
+            say(f"note: no copy meter: {error}")
+        no_meter = "There is no copy meter here: the training text is damaged, or not beside these weights."
     run_part = run_html(run.folder, find_checkpoint(run.path)) if run.folder.exists() else f"<p>{NOT_A_RUN}</p>"
     examples = _examples(sources, [*_beginning(run), *prompts])
     return Subject(name, sentence, examples, meter, no_meter, run_part)

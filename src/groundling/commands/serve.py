@@ -22,10 +22,14 @@ EXAMPLES = """examples:
   groundling serve gpt2-shakespeare                  an exported Hugging Face folder, or a name on the hub
 """
 
+HOST_HELP = "name that it answers to, as behind a proxy; may be given several times"
+CONNECTIONS_HELP = "connections that one address may have open, 0 for any number; 64 if other machines reach it"
+
 BOUNDS = {
     "port": (0, 65535),
     "max_concurrency": (1, 256),
     "max_queue": (0, 100_000),
+    "max_connections_per_address": (0, 512),
     "timeout": (1, 86_400),
     "drain": (0, 3600),
 }
@@ -41,6 +45,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--name", type=str, help="the model's name in the API; that of RUN if not given")
     parser.add_argument("--max-concurrency", type=int, default=16, help="texts written at a time")
     parser.add_argument("--max-queue", type=int, default=64, help="texts that may wait; more are told to come back")
+    parser.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
+    parser.add_argument("--max-connections-per-address", type=int, metavar="N", help=CONNECTIONS_HELP)
     parser.add_argument("--timeout", type=int, default=120, help="seconds after which an answer is given up")
     parser.add_argument("--drain", type=int, default=30, help="seconds that answers may take after SIGTERM")
     parser.add_argument("--no-page", action="store_true", help="serve the API alone")
@@ -48,7 +54,7 @@ def main(arguments: list[str]) -> int:
     add_decoding_options(parser)
     options = parser.parse_args(arguments)
     for name, (least, most) in BOUNDS.items():
-        if not least <= options[name] <= most:
+        if options[name] is not None and not least <= options[name] <= most:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {options[name]}: give a number from {least} to {most:,}")
     key = options.api_key if options.api_key is not None else runtime.api_key()
@@ -59,22 +65,24 @@ def main(arguments: list[str]) -> int:
     except ImportError as error:
         raise ConfigError(f"serving needs the package {error.name}: pip install 'groundling[serve]'") from None
     with _listening(options.host, options.port) as listener:
-        run = open_model(options)
-        served, config = _prepare(run, options, key)
         host, port = listener.getsockname()[:2]
+        alone = ipaddress.ip_address(host).is_loopback
+        config = _config(options, key, alone)
+        run = open_model(options)
+        served = _served(run, options)
         address = f"http://{_in_address(host)}:{port}"
         add_page = _page(run, served, key) if not options.no_page else None
         listener.listen()  # whoever reads the lines below may connect
         if add_page:
             say(f"the page: {address}/")
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
-        if key is None and not ipaddress.ip_address(host).is_loopback:
+        if key is None and not alone:
             say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
-        groundling.serving.server.serve(served, config, listener, add_page or (lambda app: None))
+        groundling.serving.server.serve(served, config, listener, add_page or (lambda app, access_log: None))
     return 0
 
 
-def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any], None] | None:
+def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any, Any], None] | None:
     """What puts the page on the application; None, and a line, if it cannot be there."""
     try:
         from groundling.serving import demo
@@ -82,7 +90,7 @@ def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any], None] |
         say(f"warning: no page, which needs the package {error.name}: pip install 'groundling[serve]', or --no-page")
         return None
     subject = subject_of(run, served.name)
-    return lambda app: demo.add_page(app, served, subject, key)
+    return lambda app, access_log: demo.add_page(app, access_log, served, subject, key)
 
 
 def _in_address(host: str) -> str:
@@ -102,15 +110,34 @@ def _listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _prepare(run: OpenRun, options: Any, key: str | None) -> tuple[Any, Any]:
-    """What is served, and how."""
+def _config(options: Any, key: str | None, alone: bool) -> Any:
+    """What the server allows; `alone` if no other machine reaches it."""
+    from groundling.serving.connections import MAX_PER_ADDRESS
+    from groundling.serving.hosts import host_of
+    from groundling.serving.server import ServerConfig
+
+    for name in options.allowed_host:
+        if host_of(f"//{name}") != name.lower():
+            raise ConfigError(f"--allowed-host is {name!r}: give a name alone, as example.org, without scheme or port")
+    hosts = frozenset(name.lower() for name in [options.host, *options.allowed_host])
+    per_address = options.max_connections_per_address
+    if per_address is None:
+        per_address = 0 if alone else MAX_PER_ADDRESS
+    return ServerConfig(
+        api_key=key,
+        drain_s=options.drain,
+        log_prompts=options.log_prompts,
+        hosts=hosts if alone or options.allowed_host else None,
+        max_connections_per_address=per_address,
+    )
+
+
+def _served(run: OpenRun, options: Any) -> Any:
+    """What is served."""
     from groundling.serving.engine import Engine
     from groundling.serving.openai_api import Served
-    from groundling.serving.server import ServerConfig
 
     name = options.name or re.sub(r"[^\w.-]+", "-", run.path.resolve().name) or "model"
     n_window = min(run.window, run.model.config.n_ctx)
     engine = Engine(run.decoder(options.max_concurrency), run.tokenizer, options.max_queue, run.drafter)
-    served = Served(engine, run.tokenizer, name, n_window, int(time.time()), options.timeout)
-    config = ServerConfig(api_key=key, drain_s=options.drain, log_prompts=options.log_prompts)
-    return served, config
+    return Served(engine, run.tokenizer, name, n_window, int(time.time()), options.timeout)

@@ -95,8 +95,7 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
 
     A resumed run whose text settings are still those of its folder reads the copy there.
     """
-    kernels.select(config.runtime.kernels)
-    resolved = runtime.resolve(config.runtime)
+    resolved = kernels.select_for(runtime.resolve(config.runtime))
     initial = open_initial(config, resumed)
     if initial and not resumed:  # a resumed run only compares it with the one that it began with
         config = with_initial(config, initial, typed)

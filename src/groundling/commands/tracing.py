@@ -22,7 +22,6 @@ from rich.text import Text
 from groundling import runtime
 from groundling.commands.session import say
 from groundling.corpus.places import Places
-from groundling.corpus.shards import TOKENS_SUM
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError
 from groundling.evaluation.memorisation import DEFAULT_MINIMUM, Copies, Span, find_copies
@@ -58,20 +57,17 @@ class Tracer:
     def of_run(cls, run: Path) -> Self:
         """The tracer of a run folder, or of a checkpoint in one; its index is kept in the cache folder.
 
-        Raises `CheckpointError` if the folder has no training text, or a damaged one.
+        Raises `CheckpointError` if the folder has no training text, `CorpusError` if it is damaged.
         """
         if not run.is_dir():
             raise CheckpointError(f"{run} is no run folder: give the folder that `groundling train` printed")
         folder = RunFolder(run.resolve().parent.parent if (run / MANIFEST).exists() else run)
         corpus = folder.text()
-        sha256 = corpus.train.sha256()
-        if corpus.train.header[TOKENS_SUM].hex() != sha256:
-            raise CheckpointError(f"{corpus.train.path} is damaged: restore it, or train again with another --out")
         places = Places(corpus.train.tokens, corpus.tokenizer, folder.document_names())
         if corpus.train.n_tokens >= SLOW_INDEX_TOKENS:
             say(f"opening the index of {corpus.train.n_tokens:,} tokens, which is made at its first use ...")
         warn = lambda message: say(f"warning: {message}")  # noqa: E731
-        array = SuffixArray.open_or_build(corpus.train.tokens, sha256, runtime.cache_dir(), warn)
+        array = SuffixArray.open_or_build(corpus.train.tokens, corpus.train.sha256(), runtime.cache_dir(), warn)
         return cls(array, places, corpus.tokenizer)
 
     def trace(self, tokens: Sequence[int] | TokenArray, n_prompt: int = 0, minimum: int = DEFAULT_MINIMUM) -> Trace:

@@ -64,6 +64,8 @@ class NativeDecoder:
     def rewind(self, slot: int, length: int) -> None:
         assert length <= self._lengths[slot]
         self._lengths[slot] = length
+        if not any(self._lengths):  # the rows of a large batch, or of a long prompt, are not kept for nobody
+            self._logits = torch.empty(1, self._n_vocab)
 
     def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         tokens, slots, positions, outputs = list[int](), list[int](), list[int](), list[int]()

@@ -12,9 +12,11 @@ from types import ModuleType
 from torch import Tensor
 
 from groundling.errors import ConfigError
-from groundling.kernels import reference
+from groundling.kernels import native, reference
+from groundling.kernels.build import BuildError
+from groundling.runtime import Runtime
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
 
 _backend: ModuleType = reference
 
@@ -22,12 +24,47 @@ _backend: ModuleType = reference
 def select(name: str) -> None:
     """Let the backend of this name answer from now on.
 
-    Raises `ConfigError` for a name that is not in `BACKENDS`.
+    Raises `ConfigError` for a name that is not in `BACKENDS`, and `BuildError` if it cannot be compiled here.
     """
     global _backend
     if name not in BACKENDS:
         raise ConfigError(f"there is no kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "native":
+        native.load()
     _backend = BACKENDS[name]
+
+
+def select_for(runtime: Runtime) -> Runtime:
+    """Let the backend that this runtime names answer; where it cannot be compiled, the reference, and say so.
+
+    Returns the runtime as it is then.
+    """
+    try:
+        select(runtime.kernels)
+    except BuildError as error:
+        select("reference")
+        return runtime.without_native(str(error))
+    return runtime
+
+
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + update`, and the LayerNorm of that; see `reference.py`."""
+    return _backend.add_layer_norm(x, update, weight, bias)  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x @ weight.T + bias`; see `reference.py`."""
+    return _backend.linear(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of `x @ weight.T + bias`; see `reference.py`."""
+    return _backend.linear_gelu(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def self_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention of whole windows to themselves, heads split and merged; see `reference.py`."""
+    return _backend.self_attention(qkv, n_head)  # type: ignore[no-any-return]
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -19,6 +19,9 @@ from groundling import machine, runtime
 
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 """Products and sums are fused where the source says so and nowhere else: else equal sums could differ in last bits."""
+OPENMP = ("adamw", "blocks", "head")
+"""Libraries that share PyTorch's threads, with -fopenmp: GNU's libgomp is loaded once. Where the compiler has no OpenMP
+they have one thread."""
 TIMEOUT_S = 300
 
 
@@ -35,23 +38,29 @@ def library(name: str) -> ctypes.CDLL:
     compiler = runtime.cpp_compiler()
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++ or clang++)")
-    source = Path(__file__).with_name(f"{name}.cpp")
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-    sources = [source, *sorted(source.parent.glob("*.h"))]
+    source = Path(__file__).with_name(f"{name}.cpp")
+    if name in OPENMP:
+        with contextlib.suppress(BuildError):
+            return _load(compiler, [*flags, "-fopenmp"], source)
+    return _load(compiler, flags, source)
+
+
+def _load(compiler: str, flags: list[str], source: Path) -> ctypes.CDLL:
     made_of = [
-        *(path.read_text(encoding="utf-8") for path in sources),
+        *(path.read_text(encoding="utf-8") for path in [source, *sorted(source.parent.glob("*.h"))]),
         *flags,
         _version(compiler),
         *sorted(machine.cpu_flags()),
     ]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
-    path = runtime.cache_dir() / "kernels" / f"{name}-{key[:24]}.so"
+    path = runtime.cache_dir() / "kernels" / f"{source.stem}-{key[:24]}.so"
     try:
         if not path.exists():
             _compile([compiler, *flags, str(source)], path)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"the decoding kernel {path} cannot be made or loaded ({error})") from None
+        raise BuildError(f"the kernel {path} cannot be made or loaded ({error})") from None
 
 
 def _version(compiler: str) -> str:

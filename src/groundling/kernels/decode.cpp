@@ -140,7 +140,7 @@ struct Network {
     if (format == 0)
       static_cast<float*>(cache.get())[at] = value;
     else
-      static_cast<uint16_t*>(cache.get())[at] = Bf16::write(value);
+      static_cast<uint16_t*>(cache.get())[at] = Bf16::element(value);
   }
 
   // Outputs n .. n + kRows, of one panel, for kTokens rows from `row` on.

@@ -13,6 +13,33 @@ IGNORED_TARGET = -100
 """Target that no loss counts (PyTorch's own default): the filling after the end of a short window."""
 
 
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + update`, and its LayerNorm over the last dimension, scaled by `weight` and shifted by `bias`.
+
+    x (..., C), in fp32 also where products are bf16; update (..., C) or what spreads to it; weight and bias (C,).
+    Source: Ba et al. 2016, section 3; epsilon 1e-5 as in GPT-2's released code.
+    """
+    x = x + update
+    return x, F.layer_norm(x, weight.shape, weight, bias, 1e-5)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x @ weight.T + bias`: x (..., C), weight (n_out, C), bias (n_out,). Returns (..., n_out)."""
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of `linear`, in its form with tanh. Source: Hendrycks and Gimpel 2016, section 2."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def self_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """`causal_attention` of whole windows: queries, keys and values (B, T, 3C) side by side. Returns (B, T, C)."""
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    query, key, value = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    return causal_attention(query, key, value).transpose(1, 2).reshape(B, T, C)
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
     """Softmax attention, scaled by 1/sqrt(D), in which a query sees the keys up to its own position.
 

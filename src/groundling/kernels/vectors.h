@@ -30,6 +30,7 @@ constexpr int kLanes = 4, kTileRows = 4;
 constexpr int kLanes = 4, kTileRows = 2;
 #endif
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
@@ -70,6 +71,19 @@ inline void in_register(Vec& value) {
 
 inline Vec splat(float value) { return value - Vec{}; }
 
+inline Vec square_root(Vec value) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX__)
+  return (Vec)_mm256_sqrt_ps((__m256)value);
+#elif defined(__aarch64__)
+  return (Vec)vsqrtq_f32((float32x4_t)value);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = std::sqrt(value[lane]);
+  return value;
+#endif
+}
+
 // The sum of the lanes, upper half onto lower half until one is left.
 inline float sum(Vec value) {
 #if defined(__AVX__)
@@ -91,6 +105,20 @@ inline float sum(Vec value) {
 #endif
 }
 
+// The lower (0) or upper (1) half of the lanes, in double.
+template <int kHalf>
+inline Doubles widened(Vec value) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_cvtps_pd((__m256)_mm512_extractf64x4_pd((__m512d)value, kHalf));
+#elif defined(__AVX__)
+  return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)value, kHalf));
+#else
+  Doubles wide;
+  for (int lane = 0; lane < kLanes / 2; ++lane) wide[lane] = value[kHalf * kLanes / 2 + lane];
+  return wide;
+#endif
+}
+
 constexpr int kPad = 32;  // inputs are filled with zeros to a multiple of this
 
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -106,6 +134,9 @@ struct Fp32 {
   static Vec vector(const float* unit, int) { return read(unit); }
   static float at(const float* unit, int64_t i) { return unit[i]; }
   static Vec read(const float* from) { return load<Vec>(from); }
+  static float value(float element) { return element; }
+  static float element(float value) { return value; }
+  static void write(float* to, Vec value) { store(to, value); }
 };
 
 struct Bf16 {  // the upper half of an fp32
@@ -118,12 +149,7 @@ struct Bf16 {  // the upper half of an fp32
     return which ? (Vec)(words & 0xffff0000u) : (Vec)(words << 16);
   }
   static int64_t place(int64_t i) { return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1; }  // little-endian
-  static float at(const uint16_t* unit, int64_t i) {
-    const uint32_t bits = uint32_t{unit[place(i)]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
+  static float at(const uint16_t* unit, int64_t i) { return value(unit[place(i)]); }
   static Vec read(const uint16_t* from) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
@@ -133,10 +159,21 @@ struct Bf16 {  // the upper half of an fp32
     return (Vec)(__builtin_convertvector(load<Halves>(from), Words) << 16);
 #endif
   }
-  static uint16_t write(float value) {  // to the nearest, ties to even
+  static float value(uint16_t element) {
+    const uint32_t bits = uint32_t{element} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  static uint16_t element(float value) {  // the nearest, of two the even one
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  }
+  static void write(uint16_t* to, Vec value) {  // the same, of each lane
+    const Words bits = (Words)value;
+    const Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
   }
 };
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundling import kernels
@@ -65,48 +64,65 @@ SIZES: dict[str, GPTConfig] = {
 """The four released sizes, by the parameter counts of their model cards."""
 
 
+class Linear(nn.Linear):
+    """x (..., C) to (..., n_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """Adds to the residual stream; returns it, and its LayerNorm, (B, T, C) each."""
+
+    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return kernels.add_layer_norm(x, update, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, past: LayerReading | None) -> Tensor:
-        B, T, C = x.shape
-        query, key, value = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
-        visible = None
-        if past is not None:
-            key, value = past.append(key, value)  # (B, H, S, D), S positions so far
-            visible = past.visible
-        mixed = kernels.causal_attention(query, key, value, visible)  # (B, H, T, D)
-        return self.c_proj(mixed.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        mixed = kernels.self_attention(qkv, self.n_head) if past is None else self._attend(qkv, past)
+        return self.c_proj(mixed)  # type: ignore[no-any-return]
+
+    def _attend(self, qkv: Tensor, past: LayerReading) -> Tensor:
+        """The same (B, T, C) where earlier positions are in a cache."""
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        query, key, value = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        key, value = past.append(key, value)  # (B, H, S, D), S positions so far
+        mixed = kernels.causal_attention(query, key, value, past.visible)  # (B, H, T, D)
+        return mixed.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.c_proj(kernels.linear_gelu(x, self.c_fc.weight, self.c_fc.bias))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
+    """Takes and returns the residual stream and what is to be added to it next, which costs less with the LayerNorm."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = AddLayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = AddLayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, past: LayerReading | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), past)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, update: Tensor, past: LayerReading | None = None) -> tuple[Tensor, Tensor]:
+        x, normed = self.ln_1(x, update)
+        x, normed = self.ln_2(x, self.attn(normed, past))
+        return x, self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -117,14 +133,14 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.n_vocab, config.n_embd)
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = AddLayerNorm(config.n_embd)
 
     def forward(self, tokens: Tensor, reading: Reading | None) -> Tensor:
         positions = torch.arange(tokens.size(1), device=tokens.device) if reading is None else reading.positions
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x, update = self.wte(tokens), self.wpe(positions)  # (B, T, C), and (T, C) or (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, None if reading is None else reading.layers[layer])
-        return self.ln_f(x)  # type: ignore[no-any-return]
+            x, update = block(x, update, None if reading is None else reading.layers[layer])
+        return self.ln_f(x, update)[1]  # type: ignore[no-any-return]
 
 
 class GPT2(nn.Module):

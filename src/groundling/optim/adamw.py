@@ -1,4 +1,4 @@
-"""AdamW over groups of parameters: which of them decay, and PyTorch's fused update.
+"""AdamW over groups of parameters: which of them decay, and who computes the update.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 """
@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from groundling.errors import ConfigError
+from groundling.optim.fused import FusedAdamW
+from groundling.optim.native import NativeAdamW
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,17 @@ class AdamWConfig:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give 0 or more")
 
 
-def make_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW over the model's parameters; the learning rate is set at each step."""
+def make_adamw(model: nn.Module, config: AdamWConfig, native: bool = False) -> FusedAdamW:
+    """AdamW over the model's parameters, PyTorch's or our own for CPUs; the learning rate is set at each step.
+
+    Raises `BuildError` if ours is asked for and cannot be compiled.
+    """
     everything = config.decayed == "all"
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if everything or p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if not everything and p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    kind = NativeAdamW if native else FusedAdamW
+    return kind(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from groundling.generation.sampling import PRESETS, SamplingConfig
 from groundling.serving import page_html, visitors
+from groundling.serving.access_log import AccessLog
 from groundling.serving.copy_meter import CopyMeter, Measured
 from groundling.serving.openai_api import Served
 from groundling.serving.page_routes import Locked, OwnOrigin, PageMount
@@ -85,9 +86,9 @@ class Subject:
     run_html: str
 
 
-def add_page(app: FastAPI, served: Served, subject: Subject, api_key: str | None) -> None:
+def add_page(app: FastAPI, access_log: AccessLog, served: Served, subject: Subject, api_key: str | None) -> None:
     """Put the page at / behind all routes that the application has."""
-    blocks = Page(served, subject).blocks()
+    blocks = Page(served, subject, access_log).blocks()
     blocks.queue(max_size=MAX_EVENTS, default_concurrency_limit=None)
     blocks.state_session_capacity = MAX_SESSIONS
     css = resources.files("groundling.serving").joinpath("page.css").read_text(encoding="utf-8")
@@ -126,14 +127,14 @@ def add_page(app: FastAPI, served: Served, subject: Subject, api_key: str | None
 class Page:
     """The page's parts and what they do."""
 
-    def __init__(self, served: Served, subject: Subject) -> None:
-        self.served, self.subject, self.tokenizer = served, subject, served.tokenizer
+    def __init__(self, served: Served, subject: Subject, access_log: AccessLog) -> None:
+        self.served, self.subject, self.access_log, self.tokenizer = served, subject, access_log, served.tokenizer
         self._blocks: Any = None
         self._visits: dict[str, Visit] = {}  # by session: the texts that a visitor's page is showing
 
-    async def write(self, session: str, client: str, asked: dict[str, Any]) -> AsyncIterator[tuple[str, Any]]:
+    async def write(self, request: gradio.Request, asked: dict[str, Any]) -> AsyncIterator[tuple[str, Any]]:
         """The texts as HTML and as tokens, as they grow. Raises `Refused`."""
-        visit = Visit(self.served, asked, client)
+        visit, session, began_s = Visit(self.served, asked, _client(request)), _session(request), time.monotonic()
         self.stop(session)
         self._visits[session] = visit
         measured: list[Measured | None] = [None] * len(visit.texts)
@@ -157,6 +158,9 @@ class Page:
             visit.stop()
             if self._visits.get(session) is visit:
                 del self._visits[session]
+            # Beside the line of Gradio's route, which has answered before the first token.
+            seconds = time.monotonic() - began_s
+            self.access_log.note(_caller(request), {"page": "write"}, seconds, visit.account)
 
     def stop(self, session: str) -> None:
         """End the texts of a visitor as they are."""
@@ -248,7 +252,7 @@ class Page:
             asked |= {"top_k": int(top_k), "top_p": top_p, "repetition_penalty": repetition_penalty}
             asked |= {"n": int(n), "seed": int(seed or 0)}
             try:
-                async for state in self.write(_session(request), _client(request), asked):
+                async for state in self.write(request, asked):
                     yield state
             except Refused as error:
                 raise gradio.Error(str(error), print_exception=False, title="Not written") from None
@@ -341,6 +345,13 @@ def _session(request: gradio.Request) -> str:
     return str(request.session_hash or "")
 
 
+def _caller(request: gradio.Request) -> dict[str, str]:
+    """What the guard has noted of the press of the button: its request's id and its address."""
+    assert request.request is not None  # it came over HTTP
+    caller: dict[str, str] = request.request.scope["state"]
+    return caller
+
+
 def _client(request: gradio.Request) -> str:
-    """The name by which a visitor takes turns: that of the API's clients at the same address, on a page."""
-    return f"{request.client.host if request.client else ''}/page"
+    """The address by which a visitor takes turns, as the API's clients do."""
+    return request.client.host if request.client else ""

@@ -2,9 +2,11 @@
 
 Invariant: what a request gets depends on its prompt, settings and seed alone, not on who else is there (exactly so on a
 CPU, where the kernel is batch-invariant). The queue is bounded, clients in it take turns, and a request that was
-cancelled or has run out of time takes part in no pass after the one under way.
+cancelled or has run out of time takes part in no pass after the one under way. No client that waits holds more of the
+queue than it leaves free.
 
-Source of the scheduling: Yu et al. 2022, "Orca", section 3.1 (iteration-level scheduling).
+Source of the scheduling: Yu et al. 2022, "Orca", section 3.1 (iteration-level scheduling); of the share of the queue:
+Choudhury and Hahne 1998, "Dynamic queue length thresholds for shared-memory packet switches" (with their alpha at 1).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Ending = Literal["stop", "length", "cancelled", "deadline", "failed"]
 
 
 class Busy(Exception):
-    """The queue is full."""
+    """The queue has no room, or none for this client."""
 
 
 class Closing(Exception):
@@ -48,7 +50,9 @@ class Request:
     """At least one token, and no more than the window holds."""
     sampling: SamplingConfig
     client: str = ""
-    """Those who wait take turns by this name."""
+    """Those who wait take turns by this name, and it has its share of the queue."""
+    user: str = ""
+    """A client's own users take its turns in turn."""
     timeout_s: float | None = None
     """Counted from the moment it is handed in."""
     n_likeliest: int | None = None
@@ -135,8 +139,8 @@ class Engine:
 
     @property
     def n_most(self) -> int:
-        """Texts that it may have at a time, being written and waiting."""
-        return self.max_queue + self.decoder.n_slots
+        """Texts of one client that there may be at a time, being written and waiting, when it is alone."""
+        return self.decoder.n_slots + (self.max_queue + 1) // 2
 
     @property
     def n_waiting(self) -> int:
@@ -151,9 +155,10 @@ class Engine:
         return self.submit_all([request], [sink])[0]
 
     def submit_all(self, requests: Sequence[Request], sinks: Sequence[Callable[[Event], None]]) -> list[Ticket]:
-        """Hand in requests, all or none.
+        """Hand in requests of one client, all or none.
 
-        Raises `Busy` if the queue cannot hold them, `Closing` after `close`, `RunFailed` if the engine has failed.
+        Raises `Busy` if the queue cannot hold them, or holds enough of this client's, `Closing` after `close`,
+        `RunFailed` if the engine has failed.
         """
         tickets = [self._ticket(request, sink) for request, sink in zip(requests, sinks, strict=True)]
         with self._changed:
@@ -161,8 +166,7 @@ class Engine:
                 raise RunFailed(f"decoding has failed ({self.failure}): start the server again")
             if self._closing:
                 raise Closing
-            if len(self._queue) + len(tickets) > self.max_queue + self._batch.n_free:
-                raise Busy
+            self._look_for_room(requests[0].client, len(tickets))
             for ticket in tickets:
                 self._queue.put(ticket)
             self._changed.notify()
@@ -179,6 +183,15 @@ class Engine:
                 ticket.cancel()
             self._changed.notify()
         self._thread.join()
+
+    def _look_for_room(self, client: str, n_new: int) -> None:
+        """Raises `Busy` unless so many more texts of a client may wait: each while it holds fewer than are free."""
+        n_free = self._batch.n_free  # places in the batch, for which nobody waits
+        n_waiting = max(0, len(self._queue) + n_new - n_free)
+        if n_waiting > self.max_queue:
+            raise Busy("as many requests wait as may")
+        if max(0, self._queue.n_of(client) + n_new - n_free) > self.max_queue - n_waiting + 1:
+            raise Busy("as many requests of this client wait as may, and the rest of the queue is for others")
 
     def _ticket(self, request: Request, sink: Callable[[Event], None]) -> Ticket:
         stream = Stream(
@@ -291,34 +304,44 @@ class Engine:
 
 
 class FairQueue:
-    """Tickets of several clients: each client's in order, the clients in turn."""
+    """Tickets of several clients: the clients in turn, each client's users in turn, each user's tickets in order."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[Ticket]] = {}  # in the order of their turns
+        self._waiting: dict[str, dict[str, deque[Ticket]]] = {}  # both in the order of their turns
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(self.n_of, self._waiting))
 
     def __iter__(self) -> Iterator[Ticket]:
-        return (ticket for tickets in self._waiting.values() for ticket in tickets)
+        return (ticket for users in self._waiting.values() for tickets in users.values() for ticket in tickets)
+
+    def n_of(self, client: str) -> int:
+        """Tickets of one client."""
+        return sum(map(len, self._waiting.get(client, {}).values()))
 
     def put(self, ticket: Ticket) -> None:
-        self._waiting.setdefault(ticket.request.client, deque()).append(ticket)
+        users = self._waiting.setdefault(ticket.request.client, {})
+        users.setdefault(ticket.request.user, deque()).append(ticket)
 
     def get(self) -> Ticket:
-        """The next ticket; its client's turn comes again after all others'."""
-        client, tickets = next(iter(self._waiting.items()))
-        del self._waiting[client]
+        """The next ticket; its client's turn comes again after all others', and so within it its user's."""
+        client, users = next(iter(self._waiting.items()))
+        user, tickets = next(iter(users.items()))
         ticket = tickets.popleft()
+        del self._waiting[client], users[user]
         if tickets:
-            self._waiting[client] = tickets
+            users[user] = tickets
+        if users:
+            self._waiting[client] = users
         return ticket
 
     def remove(self, ticket: Ticket) -> None:
-        tickets = self._waiting[ticket.request.client]
-        tickets.remove(ticket)
-        if not tickets:
-            del self._waiting[ticket.request.client]
+        client, user = ticket.request.client, ticket.request.user
+        self._waiting[client][user].remove(ticket)
+        if not self._waiting[client][user]:
+            del self._waiting[client][user]
+        if not self._waiting[client]:
+            del self._waiting[client]
 
     def drain(self) -> list[Ticket]:
         """All that wait, which then wait no more."""

@@ -1,4 +1,4 @@
-"""What stands before every route: limits, the key, request ids, the access log and the metrics.
+"""What stands before every route: limits, hosts, the key, request ids, the access log and the metrics.
 
 Invariant: no body longer than `max_body_bytes` is read and none for longer than `body_timeout_s`; keys are written
 nowhere, and prompts only if that was asked for.
@@ -9,24 +9,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from groundling.serving.openai_api import Account, ApiError, wrong
+from groundling.serving.access_log import AccessLog
+from groundling.serving.hosts import check_host
+from groundling.serving.openai_api import ApiError, wrong
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A client's own id is kept if it is this plain."""
-
-BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 @dataclass(frozen=True)
@@ -38,36 +35,13 @@ class Limits:
     max_header_bytes: int = 1 << 14
 
 
-class Metrics:
-    """Counters of requests; those of tokens and texts are the engine's."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "groundling_requests", "Answers by route and status.", ["route", "status"], registry=self.registry
-        )
-        self.latency = Histogram(
-            "groundling_completion_seconds", "Whole completions.", buckets=BUCKETS_S, registry=self.registry
-        )
-        self.first_token = Histogram(
-            "groundling_first_token_seconds", "From request to first token.", buckets=BUCKETS_S, registry=self.registry
-        )
-
-
 class Guard:
     """An ASGI application around another."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        limits: Limits,
-        api_key: str | None,
-        metrics: Metrics,
-        log: Callable[[str], None],
-        log_prompts: bool,
+        self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: Collection[str] | None, access_log: AccessLog
     ) -> None:
-        self.app, self.limits, self.metrics = app, limits, metrics
-        self.log, self.log_prompts = log, log_prompts
+        self.app, self.limits, self.hosts, self.access_log = app, limits, hosts, access_log
         self._key = None if api_key is None else digest(encoded(api_key))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +53,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
-        state["client"] = (scope.get("client") or ("",))[0]
+        state |= {"client": (scope.get("client") or ("",))[0], "request_id": request_id}
         status = 499  # no answer was begun
 
         async def answer(message: Message) -> None:
@@ -97,6 +71,8 @@ class Guard:
                     raise wrong("the headers are too large: send less", status=431, code="too_large")
                 if "transfer-encoding" in headers and "content-length" in headers:  # two lengths (RFC 9112, 6.1)
                     raise wrong("the request has two lengths: send one", status=400, code="two_lengths")
+                if self.hosts is not None:
+                    check_host(headers.get("host", ""), self.hosts)
                 self._authorise(scope["path"], headers)
                 receive = await self._body(scope["method"], headers, receive)
             except ApiError as error:
@@ -107,7 +83,7 @@ class Guard:
             status = 500
             raise
         finally:
-            self._note(scope, request_id, status, time.monotonic() - started, state.get("account"))
+            self._note(scope, status, time.monotonic() - started)
 
     def _authorise(self, path: str, headers: Headers) -> None:
         """Raises `ApiError` if the API is locked and the key is not the one."""
@@ -147,29 +123,13 @@ class Guard:
 
         return replay
 
-    def _note(self, scope: Scope, request_id: str, status: int, seconds: float, account: Account | None) -> None:
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
         """One line of JSON, and the metrics."""
-        route = scope.get("route")
-        self.metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
-        facts: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "request_id": request_id,
-            "client": scope["state"]["client"],
-            "method": scope["method"],
-            "path": scope["path"][:200],
-            "status": status,
-            "seconds": round(seconds, 4),
-        }
-        if account is not None:
-            facts |= {"prompt_tokens": account.n_prompt_tokens, "tokens": account.n_tokens}
-            if account.first_token_s is not None:
-                facts["first_token_s"] = round(account.first_token_s, 4)
-                self.metrics.first_token.observe(account.first_token_s)
-            if account.ending is not None:
-                self.metrics.latency.observe(seconds)
-            if self.log_prompts:
-                facts["prompts"] = account.prompts
-        self.log(json.dumps(facts, ensure_ascii=True))
+        path = getattr(scope.get("route"), "path", "other")
+        self.access_log.metrics.requests.labels(path, str(status)).inc()
+        facts = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+        state = scope["state"]
+        self.access_log.note(state, facts, seconds, state.get("account"))
 
 
 def digest(key: bytes) -> bytes:

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,6 +24,7 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError, RunFailed
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
+from groundling.serving.access_log import Account
 from groundling.serving.completions import (
     Choice,
     Completion,
@@ -39,7 +40,7 @@ from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
 from groundling.serving.mailbox import Mailbox
 
 READING_S = 10.0
-"""How long a client may go on reading after the time that its texts may take."""
+"""How long an answer may go on after the time that its texts may take."""
 RETRY_AFTER_S = 1
 """Told to clients that find the queue full."""
 
@@ -56,6 +57,8 @@ class ApiError(Exception):
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:
+            headers["X-Should-Retry"] = "false"  # OpenAI's client would ask for the same twice more, and wait as long
         if self.status in (408, 413, 431) or self.detail.code == "two_lengths":
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(ErrorAnswer(error=self.detail).model_dump(), self.status, headers)
@@ -76,18 +79,8 @@ class Served:
     n_window: int
     created: int
     timeout_s: float
-
-
-@dataclass
-class Account:
-    """What the access log says of a completion; hung on the request."""
-
-    n_prompt_tokens: int = 0
-    n_tokens: int = 0
-    first_token_s: float | None = None
-    ending: str | None = None
-    """Set when all of its texts have come to their end."""
-    prompts: list[str] | None = None
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    """By which the engine's thread tells the server's event loop what is new."""
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -111,7 +104,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 def make_api(served: Served) -> APIRouter:
     """The routes under /v1."""
-    router, mailbox = APIRouter(prefix="/v1", responses=ERRORS), Mailbox()
+    router = APIRouter(prefix="/v1", responses=ERRORS)
     model = Model(id=served.name, created=served.created, max_model_len=served.n_window)
 
     @router.get("/models")
@@ -137,9 +130,10 @@ def make_api(served: Served) -> APIRouter:
             raise wrong(str(error)) from None
         if (n_texts := len(prompts) * (body.n or 1)) > served.engine.n_most:
             raise wrong(
-                f"{n_texts} texts are asked for, and this server takes {served.engine.n_most}: ask for fewer", "n"
+                f"{n_texts} texts are asked for, and a client may have {served.engine.n_most} at a time: ask for fewer",
+                "n",
             )
-        job = Job(served, body, prompts, mailbox)
+        job = Job(served, body, prompts)
         request.state.account = job.account
         job.submit([replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n or 1)], request)
         if body.stream:
@@ -170,34 +164,49 @@ def _no_such_model(name: str, served: Served) -> ApiError:
     return wrong(f"there is no model {name[:100]!r} here: ask for {served.name!r}", "model", 404, "model_not_found")
 
 
+Heard = asyncio.Queue[tuple[int, Event]]
+"""What is new of the texts of one request, with their numbers."""
+
+
+def hand_in(served: Served, requests: Sequence[engine.Request], heard: Heard) -> list[Ticket]:
+    """Hand one client's requests to the engine, whose events come to the queue. Raises `ApiError` if it takes none."""
+    loop = asyncio.get_running_loop()
+
+    def listener(number: int) -> Callable[[Event], None]:
+        return lambda event: served.mailbox.post(loop, heard.put_nowait, (number, event))
+
+    try:
+        return served.engine.submit_all(requests, [listener(number) for number in range(len(requests))])
+    except Busy as error:
+        raise ApiError(429, f"{error}: try again soon", "rate_limit_error", "busy") from None
+    except Closing:
+        raise ApiError(503, "the server is ending: try again soon", "server_error", "closing") from None
+    except RunFailed as error:
+        raise ApiError(503, str(error), "server_error", "failed") from None
+
+
 class Job:
     """One request on its way: its texts, numbered as its choices."""
 
-    def __init__(self, served: Served, body: CompletionRequest, prompts: list[list[int]], mailbox: Mailbox) -> None:
-        self.served, self.body, self.prompts, self._mailbox = served, body, prompts, mailbox
+    def __init__(self, served: Served, body: CompletionRequest, prompts: list[list[int]]) -> None:
+        self.served, self.body, self.prompts = served, body, prompts
         self.n = body.n or 1
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         texts = [served.tokenizer.decode(prompt) for prompt in prompts]
-        self.account = Account(n_prompt_tokens=sum(map(len, prompts)), prompts=texts)
-        self.tickets: list[Ticket] = []
-        self._heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.account = Account(texts, sum(map(len, prompts)))
+        self._heard: Heard = asyncio.Queue()
         self._only_prompt = body.max_tokens == 0
         self._likely = [LogprobsWriter(served.tokenizer) for _ in range(self.n * len(prompts))]
         self._begun = [False] * len(self._likely)
 
     def submit(self, samplings: Sequence[SamplingConfig], request: Request) -> None:
         """Hand every text to the engine. Raises `ApiError` if it takes none."""
-        loop = asyncio.get_running_loop()
-
-        def listener(index: int) -> Callable[[Event], None]:
-            return lambda event: self._mailbox.post(loop, self._heard.put_nowait, (index, event))
-
-        client = f"{request.state.client}/{self.body.user or ''}"
         wanted = [
             engine.Request(
                 prompt,
                 sampling,
-                client,
+                request.state.client,
+                f"api/{self.body.user or ''}",
                 self.served.timeout_s,
                 self.body.logprobs,
                 prompt_likelihoods=bool(self.body.echo) and self.body.logprobs is not None,
@@ -205,18 +214,11 @@ class Job:
             for prompt in self.prompts
             for sampling in samplings
         ]
-        try:
-            self.tickets = self.served.engine.submit_all(wanted, [listener(i) for i in range(len(wanted))])
-        except Busy:
-            raise ApiError(429, "as many requests wait as may: try again soon", "rate_limit_error", "busy") from None
-        except Closing:
-            raise ApiError(503, "the server is ending: try again soon", "server_error", "closing") from None
-        except RunFailed as error:
-            raise ApiError(503, str(error), "server_error", "failed") from None
+        self.account.tickets = hand_in(self.served, wanted, self._heard)
 
     def cancel(self) -> None:
         """Leave the engine nothing to do for this request."""
-        for ticket in self.tickets:
+        for ticket in self.account.tickets:
             ticket.cancel()
 
     async def choices(self) -> AsyncGenerator[Choice]:
@@ -231,11 +233,8 @@ class Job:
                 raise _ended_early(event.ending, self.served.timeout_s)
             if not self._only_prompt:
                 self.account.n_tokens += len(event.tokens)
-            if self.account.first_token_s is None:
-                self.account.first_token_s = self.tickets[index].first_token_s
             n_left -= event.ending is not None
             yield self._choice(index, event)
-        self.account.ending = "done"
 
     def _choice(self, index: int, event: Event) -> Choice:
         text, writer = "" if self._only_prompt else event.text, self._likely[index]
@@ -253,7 +252,7 @@ class Job:
 
     def _echo(self, index: int) -> str:
         """The prompt's text; its likelihoods are told to the writer."""
-        stream, prompt = self.tickets[index].stream, self.prompts[index // self.n]
+        stream, prompt = self.account.tickets[index].stream, self.prompts[index // self.n]
         shown = not self._stands_for_nothing(prompt)
         if stream.prompt_likelihoods is not None:
             self._likely[index].add_prompt(prompt, stream.prompt_likelihoods, shown)
@@ -266,7 +265,14 @@ class Job:
         return as_text and prompt == [self.served.tokenizer.end_of_text_id]
 
     async def whole(self) -> Completion:
-        """The answer, when all texts have ended."""
+        """The answer, when all texts have ended. Raises `ApiError`, also if the engine is heard of no more."""
+        try:
+            async with asyncio.timeout(self.served.timeout_s + READING_S):
+                return await self._gathered()
+        except TimeoutError:
+            raise _ended_early("failed", self.served.timeout_s) from None
+
+    async def _gathered(self) -> Completion:
         choices: dict[int, Choice] = {}
         async for piece in self.choices():
             whole = choices.setdefault(piece.index, Choice(index=piece.index, text="", logprobs=None))

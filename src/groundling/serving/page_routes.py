@@ -10,13 +10,14 @@ import base64
 import binascii
 import hmac
 import re
-from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from groundling.serving.guard import digest, encoded
+from groundling.serving.hosts import host_of
 
 READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
@@ -45,33 +46,22 @@ class OwnOrigin:
     """An application for its own pages: others' may not send to it, and get no CORS header, which Gradio would give.
 
     Over plain HTTP browsers do not say where a request comes from but by its Origin (Fetch Metadata, section 2), whose
-    host must then be the one that was asked.
+    host must then be the one that was asked. Without its port: a proxy may have another than this server.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
-        own = _host(b"//" + headers.get(b"host", b""))
-        foreign = origin is not None and (own is None or _host(origin) != own)
-        if scope["method"] == "POST" and (site == b"cross-site" or (site is None and foreign)):
+        headers = Headers(scope=scope)
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        own = host_of(f"//{headers.get('host', '')}")
+        foreign = origin is not None and (own is None or host_of(origin) != own)
+        if scope["method"] == "POST" and (site == "cross-site" or (site is None and foreign)):
             await PlainTextResponse("Pages of other sites may not use this one.", 403)(scope, receive, send)
             return
         kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
         await self.app({**scope, "headers": kept}, receive, send)
-
-
-def _host(address: bytes) -> str | None:
-    """The host's name, None if there is none.
-
-    Without its port: a proxy may have another than this server, and its pages are of the same site.
-    """
-    try:
-        return urlsplit(address.decode("latin-1")).hostname
-    except ValueError:
-        return None
 
 
 class Locked:

@@ -1,7 +1,6 @@
 """The one process: API, health, metrics and page before one engine.
 
-Invariant: SIGTERM and SIGINT let answers that have begun come to their end, for `drain_s` at most; connections that
-send nothing, or too much, are closed.
+Invariant: SIGTERM and SIGINT let answers that have begun come to their end, for `drain_s` at most.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,16 +20,17 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from groundling import __version__
+from groundling.serving.access_log import AccessLog
+from groundling.serving.connections import MAX_CONNECTIONS, Protocol
 from groundling.serving.engine import Engine
-from groundling.serving.guard import Guard, Limits, Metrics
+from groundling.serving.guard import Guard, Limits
 from groundling.serving.openai_api import ApiError, Served, make_api, wrong
 
-HEADER_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 15
-MAX_CONNECTIONS = 512
+BACKLOG = 256
+"""Connections taken at a time: with `MAX_CONNECTIONS`, fewer than the files that a process may have open."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,25 @@ class ServerConfig:
     api_key: str | None = None
     drain_s: int = 30
     log_prompts: bool = False
+    hosts: frozenset[str] | None = None
+    """Names that it answers to, beside this machine's own for itself; None for any."""
+    max_connections: int = MAX_CONNECTIONS
+    max_connections_per_address: int = 0
+    """0 for any number."""
     limits: Limits = field(default_factory=Limits)
+
+
+AddPage = Callable[[FastAPI, AccessLog], None]
+"""Puts a page behind an application's routes, which notes its visitors' texts in the log."""
 
 
 def make_app(
     served: Served,
     config: ServerConfig,
     log: Callable[[str], None],
-    add_page: Callable[[FastAPI], None] = lambda app: None,
+    add_page: AddPage = lambda app, access_log: None,
 ) -> FastAPI:
-    """The application; `add_page` puts a page behind its routes. The engine is closed when the application ends."""
+    """The application; the engine is closed when it ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -65,11 +74,10 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # to an address made of the client's Host header
     )
-    metrics = Metrics()
-    metrics.registry.register(EngineCollector(served.engine))
-    app.add_middleware(
-        Guard, limits=config.limits, api_key=config.api_key, metrics=metrics, log=log, log_prompts=config.log_prompts
-    )
+    access_log = AccessLog(log, config.log_prompts)
+    registry = access_log.metrics.registry
+    registry.register(EngineCollector(served.engine))
+    app.add_middleware(Guard, limits=config.limits, api_key=config.api_key, hosts=config.hosts, access_log=access_log)
     app.include_router(make_api(served))
 
     @app.get("/health", responses={503: {"description": "Decoding has failed."}})
@@ -82,7 +90,7 @@ def make_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters in Prometheus' text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -102,7 +110,7 @@ def make_app(
         answer.headers.update(error.headers or {})
         return answer
 
-    add_page(app)
+    add_page(app, access_log)
     return app
 
 
@@ -140,47 +148,6 @@ class EngineCollector:
         ]
 
 
-class Protocol(H11Protocol):
-    """Closes a connection that does not bring a request's headers in time, be it its first request or a later one."""
-
-    _headers_due: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._await_headers()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)  # which ends uvicorn's own wait, at the first byte
-        if self.cycle is None or self.cycle.response_complete:
-            self._await_headers()
-        else:
-            self._stop_waiting()
-
-    def _await_headers(self) -> None:
-        if self._headers_due is None:
-            self._headers_due = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
-
-    def _stop_waiting(self) -> None:
-        if self._headers_due is not None:
-            self._headers_due.cancel()
-            self._headers_due = None
-
-    def send_400_response(self, msg: str) -> None:
-        """As every other answer that is not a success, where uvicorn says it in plain text."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer was begun
-            self.transport.close()
-            return
-        body = bytes(wrong("this is no valid HTTP request").response().body)
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body)):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-
 class Server(uvicorn.Server):
     """Ends what would never end by itself before it waits for what will."""
 
@@ -190,7 +157,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: Callable[[FastAPI], None]) -> None:
+def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: AddPage) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
     server = make_server(make_app(served, config, lambda line: print(line, flush=True), add_page), config)
     server.run([listener])
@@ -198,16 +165,19 @@ def serve(served: Served, config: ServerConfig, listener: socket.socket, add_pag
 
 def make_server(app: FastAPI, config: ServerConfig) -> Server:
     """A server for the application, not yet running."""
+    protocol: Any = partial(
+        Protocol, max_connections=config.max_connections, max_per_address=config.max_connections_per_address
+    )
     return Server(
         uvicorn.Config(
             app,
-            http=Protocol,
+            http=protocol,
             ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anyone can write X-Forwarded-For, and clients take turns by address
-            limit_concurrency=MAX_CONNECTIONS,
+            backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=config.drain_s,
             h11_max_incomplete_event_size=config.limits.max_header_bytes,

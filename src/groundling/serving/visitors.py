@@ -7,24 +7,27 @@ Whatever ends a visit, the engine is not left working for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from groundling.errors import ConfigError, RunFailed
+from groundling.errors import ConfigError
 from groundling.generation.decode import Likelihood
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
+from groundling.serving.access_log import Account
 from groundling.serving.completions import SEEDS, CompletionRequest
-from groundling.serving.engine import Busy, Closing, Ending, Event, Ticket
-from groundling.serving.openai_api import Served
+from groundling.serving.engine import Ending, Ticket
+from groundling.serving.openai_api import ApiError, Heard, Served, hand_in
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_TOKENS = 400
 MAX_SAMPLES = 4
 N_LIKELIEST = 10
+USER = "page"
+"""All visitors at one address; no name that the API's clients give themselves, which begin with `api/`."""
 
 REDRAW_S = 0.06
 """Between two states of growing texts: more often than a reader can see, and a page is sent each time."""
@@ -67,21 +70,21 @@ class Visit:
         seeds = [(sampling.seed + number) % SEEDS for number in range(body.n or 1)]
         self.texts = [Written(shown, seed) for seed in seeds]
         self._requests = [
-            engine.Request(prompt, replace(sampling, seed=seed), client, served.timeout_s) for seed in seeds
+            engine.Request(prompt, replace(sampling, seed=seed), client, USER, served.timeout_s) for seed in seeds
         ]
-        self._tickets: list[Ticket] = []
+        self.account = Account([served.tokenizer.decode(prompt)], len(prompt))
         self._stopped = False
 
     def stop(self) -> None:
         """End the texts as they are."""
         self._stopped = True
-        for ticket in self._tickets:
+        for ticket in self.account.tickets:
             ticket.cancel()
 
     async def grow(self) -> AsyncIterator[list[Written]]:
         """The texts, again and again until all have ended. Raises `Refused` if the engine takes them not."""
-        heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._tickets = _submit(self.served, self._requests, heard)
+        heard: Heard = asyncio.Queue()
+        self.account.tickets = _submit(self.served, self._requests, heard)
         n_left, end_of_text = len(self.texts), self.served.tokenizer.end_of_text_id
         try:
             if self._stopped:  # before it began
@@ -91,6 +94,7 @@ class Visit:
                 while not heard.empty():
                     events.append(heard.get_nowait())
                 for number, event in events:
+                    self.account.n_tokens += len(event.tokens)
                     self.texts[number].tokens += [token for token in event.tokens if token != end_of_text]
                     self.texts[number].ending = event.ending
                     n_left -= event.ending is not None
@@ -115,10 +119,9 @@ class Looked:
 async def look(served: Served, tokens: Sequence[int], client: str) -> Looked:
     """The likelihoods of a text's tokens and of what could follow, by one reading. Raises `Refused`."""
     ids = list(tokens)[-served.n_window :] or [served.tokenizer.end_of_text_id]
-    request = engine.Request(
-        ids, SamplingConfig(max_tokens=1, temperature=0), client, served.timeout_s, N_LIKELIEST, prompt_likelihoods=True
-    )
-    heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    greedy = SamplingConfig(max_tokens=1, temperature=0)
+    request = engine.Request(ids, greedy, client, USER, served.timeout_s, N_LIKELIEST, prompt_likelihoods=True)
+    heard: Heard = asyncio.Queue()
     [ticket] = _submit(served, [request], heard)
     try:
         while True:
@@ -137,23 +140,8 @@ def read_prompt(served: Served, prompt: str) -> list[int]:
     return visit.texts[0].prompt
 
 
-def _submit(
-    served: Served, requests: Sequence[engine.Request], heard: asyncio.Queue[tuple[int, Event]]
-) -> list[Ticket]:
-    loop = asyncio.get_running_loop()
-
-    def listener(number: int) -> Callable[[Event], None]:
-        return lambda event: _tell(loop, heard, (number, event))
-
+def _submit(served: Served, requests: Sequence[engine.Request], heard: Heard) -> list[Ticket]:
     try:
-        return served.engine.submit_all(requests, [listener(number) for number in range(len(requests))])
-    except Busy:
-        raise Refused("As many texts wait as may: try again soon.") from None
-    except Closing:
-        raise Refused("The server is ending: try again soon.") from None
-    except RunFailed:
-        raise Refused("Decoding has failed: the server must be started again.") from None
-
-
-def _tell(loop: asyncio.AbstractEventLoop, heard: asyncio.Queue[tuple[int, Event]], news: tuple[int, Event]) -> None:
-    loop.call_soon_threadsafe(heard.put_nowait, news)
+        return hand_in(served, requests, heard)
+    except ApiError as error:
+        raise Refused(f"{str(error)[0].upper()}{str(error)[1:]}.") from None

@@ -30,9 +30,9 @@ import yaml
 
 from groundling.corpus.load import Corpus
 from groundling.corpus.places import packaged_documents
-from groundling.corpus.shards import TokenFile, make_header
+from groundling.corpus.shards import TOKENS_SUM, TokenFile, make_header
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import CheckpointError
+from groundling.errors import CheckpointError, CorpusError
 from groundling.files import atomic_file, locked, write_json, write_text
 from groundling.json_files import read_bounded, read_object
 from groundling.training import checkpoint
@@ -207,7 +207,7 @@ class RunFolder:
         return packaged_documents(sources) or (", ".join(sources),)
 
     def text(self) -> Corpus:
-        """The text that `keep_text` kept. Raises `CheckpointError` if it is missing."""
+        """The text that `keep_text` kept. Raises `CheckpointError` if it is missing, `CorpusError` if it is damaged."""
         train = self.tokens("train")
         if train is None and self.imported.exists():
             raise CheckpointError(f"{self.path} was imported, so it has no training text: give a run that was trained")
@@ -251,9 +251,14 @@ class RunFolder:
         return read_object(self.origin)["runtime"]  # type: ignore[no-any-return]
 
     def tokens(self, name: str) -> TokenFile | None:
-        """The tokens kept under this name (train, heldout), or None."""
+        """The tokens kept under this name (train, heldout), or None. Raises `CorpusError` if they are damaged."""
         path = self.path / f"{name}.bin"
-        return TokenFile.open(path) if path.exists() else None
+        if not path.exists():
+            return None
+        file = TokenFile.open(path)
+        if file.header[TOKENS_SUM].hex() != file.sha256():  # an id that is none would be the first to be noticed
+            raise CorpusError(f"{path} is damaged: restore it, or train again with another --out")
+        return file
 
 
 def find_checkpoint(path: Path) -> Path:

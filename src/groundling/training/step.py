@@ -15,7 +15,11 @@ import torch
 from groundling.corpus.windows import Batch
 from groundling.evaluation.corpus_loss import LossSum
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.optim.fused import FusedAdamW
 from groundling.runtime import Runtime
+
+CLIP_EPS = 1e-6
+"""Added to the norm that a gradient is divided by, as in PyTorch's clip_grad_norm_."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class StepResult:
 def training_step(
     model: GPT2,
     loss_sum: LossSum,
-    optimizer: torch.optim.Optimizer,
+    optimizer: FusedAdamW,
     batch: Batch,
     learning_rate: float,
     micro_batch_size: int,
@@ -51,17 +55,18 @@ def training_step(
     total = torch.zeros((), device=runtime.device)
     for inputs, targets in batch.split(micro_batch_size):
         with runtime.autocast():
-            loss = loss_sum(inputs, targets) / batch.n_targets
+            loss = loss_sum(inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    loss_value, norm_value = total.item(), norm.item()
-    if math.isfinite(loss_value) and math.isfinite(norm_value):
+    # Gradients are of the sum; the optimizer divides and clips them where it reads them.
+    share = 1 / batch.n_targets if batch.n_targets else math.nan
+    loss_value, norm = total.item() * share, optimizer.gradient_norm() * share
+    if math.isfinite(loss_value) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()
+        optimizer.step(scale=share * min(1.0, clip / (norm + CLIP_EPS)) if clip else share)
     runtime.synchronize()
-    return StepResult(loss_value, norm_value, time.perf_counter() - start)
+    return StepResult(loss_value, norm, time.perf_counter() - start)
 
 
 def flops_per_token(config: GPTConfig, window: int) -> float:

@@ -87,7 +87,7 @@ class Trainer:
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
             self.loss_sum = CompiledLoss(self.model.loss_sum, warn=lambda message: self.sinks.note(message))
-        self.optimizer = make_adamw(self.model, recipe.optim)
+        self.optimizer = make_adamw(self.model, recipe.optim, native=runtime.kernels == "native")
         self.signals = StopSignals()
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
         self.state, self.stop_rule = RunState(), self._new_stop_rule()

@@ -1,0 +1,295 @@
+// What lies between the matrix products of a GPT-2 block, forward and backward, a sweep over memory each.
+//
+// Invariant: the same bits whatever the number of threads: a row's results depend on nothing but the row, and sums over
+// rows go in blocks of fixed size. Matrices are contiguous, fp32 or bf16 where a flag says so; all arithmetic is fp32.
+// `kernels/native.py` says what each sweep is for.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace {
+
+using namespace groundling;
+
+constexpr int64_t kBlockRows = 32;  // rows summed one after the other; blocks are then summed in their order
+constexpr float kEpsilon = 1e-5f;   // LayerNorm's, as in GPT-2's released code
+
+// Runs of columns are whole vectors, whose length is known when compiling, and a rest of fewer lanes.
+using Whole = std::integral_constant<int, kLanes>;
+
+template <class Body>
+inline void each_run(int64_t n_columns, Body body) {
+  int64_t c = 0;
+  for (; c + kLanes <= n_columns; c += kLanes) body(c, Whole{});
+  if (c < n_columns) body(c, static_cast<int>(n_columns - c));
+}
+
+// The first n lanes; the others are 0.
+template <class Format, class N>
+inline Vec read(const typename Format::Element* from, N n) {
+  if constexpr (std::is_same_v<N, Whole>) {
+    return Format::read(from);
+  } else {
+    typename Format::Element lanes[kLanes] = {};
+    std::copy_n(from, n, lanes);
+    return Format::read(lanes);
+  }
+}
+
+template <class Format, class N>
+inline void write(typename Format::Element* to, Vec value, N n) {
+  if constexpr (std::is_same_v<N, Whole>) {
+    Format::write(to, value);
+  } else {
+    typename Format::Element lanes[kLanes];
+    Format::write(lanes, value);
+    std::copy_n(lanes, n, to);
+  }
+}
+
+// The value, with 0 in all lanes but the first n.
+template <class N>
+inline Vec first_lanes(Vec value, N n) {
+  if constexpr (!std::is_same_v<N, Whole>)
+    for (int lane = n; lane < kLanes; ++lane) value[lane] = 0;
+  return value;
+}
+
+template <class Function>
+void with_format(int bf16, Function function) {
+  if (bf16)
+    function(Bf16{});
+  else
+    function(Fp32{});
+}
+
+template <class Format, class Pointer>
+auto elements(Pointer* pointer) {
+  using Element = typename Format::Element;
+  return static_cast<std::conditional_t<std::is_const_v<Pointer>, const Element*, Element*>>(pointer);
+}
+
+// Calls sweep(row, sums) for every row; `totals` becomes the sum of what it adds to `sums`, of n_sums floats.
+template <class Sweep>
+void sum_rows(int n_threads, int64_t n_rows, int64_t n_sums, float* totals, Sweep sweep) {
+  const int64_t n_blocks = (n_rows + kBlockRows - 1) / kBlockRows;
+  const std::unique_ptr<float[]> partial(new float[n_blocks * n_sums]);
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+  for (int64_t block = 0; block < n_blocks; ++block) {
+    float* sums = partial.get() + block * n_sums;
+    std::fill_n(sums, n_sums, 0.f);
+    const int64_t end = std::min(n_rows, (block + 1) * kBlockRows);
+    for (int64_t row = block * kBlockRows; row < end; ++row) sweep(row, sums);
+  }
+  const int64_t n_vectors = (n_sums + kLanes - 1) / kLanes;
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+  for (int64_t i = 0; i < n_vectors; ++i) {
+    Vec total{};
+    const int64_t c = i * kLanes;
+    each_run(std::min<int64_t>(kLanes, n_sums - c), [&](int64_t, auto n) {
+      for (int64_t block = 0; block < n_blocks; ++block) total += read<Fp32>(partial.get() + block * n_sums + c, n);
+      write<Fp32>(totals + c, total, n);
+    });
+  }
+}
+
+template <class N>
+inline void add_to(float* sums, Vec value, N n) {
+  write<Fp32>(sums, read<Fp32>(sums, n) + value, n);
+}
+
+template <class Update, class Normed>
+void add_layer_norm(int n_threads, int64_t n_rows, int64_t width, const float* x, const typename Update::Element* update,
+                    const float* weight, const float* bias, float* sums, typename Normed::Element* normed,
+                    float* statistics) {
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const int64_t at = row * width;
+    Vec total{}, squares{};
+    each_run(width, [&](int64_t c, auto n) {
+      const Vec value = read<Fp32>(x + at + c, n) + read<Update>(update + at + c, n);
+      write<Fp32>(sums + at + c, value, n);
+      total += value;
+    });
+    const float mean = sum(total) / width;
+    each_run(width, [&](int64_t c, auto n) {
+      const Vec centred = first_lanes(read<Fp32>(sums + at + c, n) - mean, n);
+      squares = multiply_add(centred, centred, squares);
+    });
+    const float scale = 1 / std::sqrt(sum(squares) / width + kEpsilon);
+    each_run(width, [&](int64_t c, auto n) {
+      const Vec value = (read<Fp32>(sums + at + c, n) - mean) * scale;
+      write<Normed>(normed + at + c, multiply_add(value, read<Fp32>(weight + c, n), read<Fp32>(bias + c, n)), n);
+    });
+    statistics[2 * row] = mean;
+    statistics[2 * row + 1] = scale;
+  }
+}
+
+template <class Update, class Normed>
+void add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t width, const float* sums, const float* statistics,
+                             const float* weight, const float* d_sums, const typename Normed::Element* d_normed,
+                             float* d_x, typename Update::Element* d_update, float* d_parameters) {
+  sum_rows(n_threads, n_rows, 2 * width, d_parameters, [=](int64_t row, float* totals) {
+    const int64_t at = row * width;
+    const float mean = statistics[2 * row], scale = statistics[2 * row + 1];
+    Vec along_one{}, along_value{};
+    each_run(width, [&](int64_t c, auto n) {
+      const Vec d = read<Normed>(d_normed + at + c, n);
+      const Vec value = (read<Fp32>(sums + at + c, n) - mean) * scale;
+      add_to(totals + c, d * value, n);
+      add_to(totals + width + c, d, n);
+      const Vec d_value = d * read<Fp32>(weight + c, n);  // 0 in lanes that are none
+      along_one += d_value;
+      along_value = multiply_add(d_value, value, along_value);
+    });
+    const float mean_one = sum(along_one) / width, mean_value = sum(along_value) / width;
+    each_run(width, [&](int64_t c, auto n) {
+      const Vec value = (read<Fp32>(sums + at + c, n) - mean) * scale;
+      const Vec d_value = read<Normed>(d_normed + at + c, n) * read<Fp32>(weight + c, n);
+      Vec d = (d_value - mean_one - value * mean_value) * scale;
+      if (d_sums) d += read<Fp32>(d_sums + at + c, n);
+      write<Fp32>(d_x + at + c, d, n);
+      if (d_update) write<Update>(d_update + at + c, d, n);
+    });
+  });
+}
+
+// gelu(x) = x s(2u), with the logistic function s and u = sqrt(2 / pi) (x + 0.044715 x^3); see gelu in vectors.h.
+inline Vec gelu_slope(Vec x) {
+  const Vec x2 = x * x;
+  const Vec twice_u = 1.59576912f * x * multiply_add(x2, splat(0.044715f), splat(1.f));
+  const Vec twice_u_slope = 1.59576912f * multiply_add(x2, splat(3 * 0.044715f), splat(1.f));
+  const Vec s = 1.f / (1.f + exponential(-twice_u));
+  return s * multiply_add(x * (1.f - s), twice_u_slope, splat(1.f));
+}
+
+template <class Format>
+void softmax_backward(int n_threads, int64_t n_rows, int64_t n_queries, int64_t n_keys, float scale,
+                      typename Format::Element* scores, const float* log_sums,
+                      typename Format::Element* d_probabilities) {
+#pragma omp parallel num_threads(n_threads)
+  {
+    const std::unique_ptr<float[]> probabilities(new float[n_keys]);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n_rows; ++i) {
+      auto *row = scores + i * n_keys, *d_row = d_probabilities + i * n_keys;
+      const int64_t n_seen = n_keys - n_queries + i % n_queries + 1;
+      Vec products{};
+      each_run(n_seen, [&](int64_t c, auto n) {
+        const Vec probability = exponential(read<Format>(row + c, n) * scale - log_sums[i]);
+        write<Fp32>(probabilities.get() + c, probability, n);
+        products = multiply_add(probability, read<Format>(d_row + c, n), products);  // 0 in lanes that are none
+      });
+      const float mean = sum(products);
+      each_run(n_seen, [&](int64_t c, auto n) {
+        const Vec probability = read<Fp32>(probabilities.get() + c, n);
+        write<Format>(row + c, probability, n);
+        write<Format>(d_row + c, probability * (read<Format>(d_row + c, n) - mean) * scale, n);
+      });
+      std::fill(row + n_seen, row + n_keys, typename Format::Element{});
+      std::fill(d_row + n_seen, d_row + n_keys, typename Format::Element{});
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// sums = x + update and normed = layer_norm(sums), all (n_rows, width); statistics (n_rows, 2) are each row's mean and
+// the inverse of its standard deviation.
+void groundling_add_layer_norm(int n_threads, int64_t n_rows, int64_t width, const float* x, int update_bf16,
+                               const void* update, const float* weight, const float* bias, float* sums,
+                               int normed_bf16, void* normed, float* statistics) {
+  with_format(update_bf16, [=](auto update_format) {
+    with_format(normed_bf16, [=](auto normed_format) {
+      using Update = decltype(update_format);
+      using Normed = decltype(normed_format);
+      add_layer_norm<Update, Normed>(n_threads, n_rows, width, x, elements<Update>(update), weight, bias, sums,
+                                     elements<Normed>(normed), statistics);
+    });
+  });
+}
+
+// d_x from d_sums (null: zeros) and d_normed; d_update is d_x in another format (null: not wanted); d_parameters
+// (2, width) are those of weight and bias.
+void groundling_add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t width, const float* sums,
+                                        const float* statistics, const float* weight, const float* d_sums,
+                                        int normed_bf16, const void* d_normed, float* d_x, int update_bf16,
+                                        void* d_update, float* d_parameters) {
+  with_format(update_bf16, [=](auto update_format) {
+    with_format(normed_bf16, [=](auto normed_format) {
+      using Update = decltype(update_format);
+      using Normed = decltype(normed_format);
+      add_layer_norm_backward<Update, Normed>(n_threads, n_rows, width, sums, statistics, weight, d_sums,
+                                              elements<Normed>(d_normed), d_x, elements<Update>(d_update),
+                                              d_parameters);
+    });
+  });
+}
+
+// activated = gelu(products + bias), (n_rows, width).
+void groundling_bias_gelu(int n_threads, int64_t n_rows, int64_t width, int bf16, const void* products,
+                          const float* bias, void* activated) {
+  with_format(bf16, [=](auto format) {
+    using Format = decltype(format);
+    const auto* from = elements<Format>(products);
+    auto* to = elements<Format>(activated);
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (int64_t row = 0; row < n_rows; ++row)
+      each_run(width, [&](int64_t c, auto n) {
+        const int64_t at = row * width + c;
+        write<Format>(to + at, gelu(read<Format>(from + at, n) + read<Fp32>(bias + c, n)), n);
+      });
+  });
+}
+
+// The gradient of the products, in their place, and that of the bias (width,).
+void groundling_bias_gelu_backward(int n_threads, int64_t n_rows, int64_t width, int bf16, void* products,
+                                   const float* bias, const void* d_activated, float* d_bias) {
+  with_format(bf16, [=](auto format) {
+    using Format = decltype(format);
+    auto* products_at = elements<Format>(products);
+    const auto* d_at = elements<Format>(d_activated);
+    sum_rows(n_threads, n_rows, width, d_bias, [=](int64_t row, float* totals) {
+      each_run(width, [&](int64_t c, auto n) {
+        const int64_t at = row * width + c;
+        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias + c, n);
+        const Vec d = read<Format>(d_at + at, n) * gelu_slope(x);
+        write<Format>(products_at + at, d, n);
+        add_to(totals + c, d, n);
+      });
+    });
+  });
+}
+
+// totals (width,): the sum of all rows.
+void groundling_sum_rows(int n_threads, int64_t n_rows, int64_t width, int bf16, const void* rows, float* totals) {
+  with_format(bf16, [=](auto format) {
+    using Format = decltype(format);
+    const auto* from = elements<Format>(rows);
+    sum_rows(n_threads, n_rows, width, totals, [=](int64_t row, float* sums) {
+      each_run(width, [&](int64_t c, auto n) { add_to(sums + c, read<Format>(from + row * width + c, n), n); });
+    });
+  });
+}
+
+// From scores (n_heads, n_queries, n_keys), the logarithms of the denominators of the softmax of scale * scores, and the
+// gradient of its probabilities: the probabilities in the scores' place, and in that of their gradient, the gradient of
+// the scores. The queries are the last of the keys' positions; each sees the keys up to its own.
+void groundling_causal_softmax_backward(int n_threads, int64_t n_heads, int64_t n_queries, int64_t n_keys, int bf16,
+                                        float scale, void* scores, const float* log_sums, void* d_probabilities) {
+  with_format(bf16, [=](auto format) {
+    using Format = decltype(format);
+    softmax_backward<Format>(n_threads, n_heads * n_queries, n_queries, n_keys, scale, elements<Format>(scores),
+                             log_sums, elements<Format>(d_probabilities));
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,110 @@
+"""The fused head against the formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from groundling.kernels import head
+from groundling.kernels.reference import IGNORED_TARGET
+
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Relative errors of sums of rounded products: a few times the format's own."""
+
+
+def formula(hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int) -> Tensor:
+    """The sum over targets of log(sum of e^logit, the last n_last times) - logit of the target."""
+    logits, counts = hidden @ weight.T, torch.zeros(len(weight), dtype=hidden.dtype)
+    counts[-1] = math.log(n_last)
+    counted = targets != IGNORED_TARGET
+    return ((logits + counts).logsumexp(1) - logits.gather(1, targets.clamp(min=0)[:, None])[:, 0])[counted].sum()
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """Of sums of terms around 0.1, which may cancel."""
+    return float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=0.1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_rows=st.integers(1, 70),
+    n_embd=st.integers(1, 70),
+    n_vocab=st.integers(1, 400),
+    n_last=st.sampled_from([1, 3, 40_000]),
+    dtype=st.sampled_from(list(ERRORS)),
+    rows_at_a_time=st.integers(1, 80),
+    seed=st.integers(0, 99),
+)
+def test_loss_and_gradients_are_the_formulas(
+    n_rows: int, n_embd: int, n_vocab: int, n_last: int, dtype: torch.dtype, rows_at_a_time: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n_rows, n_embd, generator=generator).to(dtype).float().requires_grad_()
+    weight = torch.randn(n_vocab, n_embd, generator=generator).mul(0.2).to(dtype).float().requires_grad_()
+    targets = torch.randint(0, n_vocab, (n_rows,), generator=generator)
+    targets[torch.rand(n_rows, generator=generator) < 0.2] = IGNORED_TARGET
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    (0.37 * formula(*exact, targets, n_last)).backward()
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        patch.setattr(head, "CHUNK_BYTES", rows_at_a_time * n_vocab * dtype.itemsize)
+        loss = head.linear_cross_entropy(hidden, weight, targets, n_last)
+    (0.37 * loss).backward()
+
+    assert loss.dtype is torch.float32
+    assert relative_error(loss, formula(*exact, targets, n_last)) < ERRORS[dtype]
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert ours.grad.dtype is torch.float32
+        assert relative_error(ours.grad, theirs.grad) < ERRORS[dtype]
+
+
+def test_the_gradient_is_exact_where_the_model_is_almost_sure() -> None:
+    """p - 1 from a rounded p would be off by as much as it is."""
+    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[6.0, 0.0], [0.0, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        head.linear_cross_entropy(hidden, weight, torch.tensor([0])).backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    assert float(hidden.grad[0, 0]) == pytest.approx(6 * (1 / (1 + math.exp(-6)) - 1), rel=1e-2)
+
+
+def test_without_gradients_the_loss_is_the_same() -> None:
+    hidden, weight = torch.randn(9, 6), torch.randn(11, 6, requires_grad=True)
+    targets = torch.arange(9)
+    with torch.no_grad():
+        loss = head.linear_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    assert loss == head.linear_cross_entropy(hidden, weight, targets)
+
+
+def test_rows_do_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(37, 1003), torch.randint(0, 1003, (37,))
+    results = []
+    n_threads = torch.get_num_threads()
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        gradient, losses = logits.clone(), torch.empty(37)
+        sweep = head.Sweep(torch.empty(37, 1), torch.empty(1003, 1), targets, 1)
+        sweep._cross_entropy(gradient, targets, True, losses)
+        results.append((gradient, losses))
+    torch.set_num_threads(n_threads)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows(value: float) -> None:
+    hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(40, 4)
+    weight[17, 0] = value
+    assert not math.isfinite(float(head.linear_cross_entropy(hidden, weight, torch.tensor([0, 17, 39])).detach()))
+
+
+def test_a_target_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(IndexError, match="7"):
+        head.linear_cross_entropy(torch.ones(1, 2), torch.ones(7, 2), torch.tensor([7]))

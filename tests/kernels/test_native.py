@@ -1,0 +1,228 @@
+"""The C++ kernels against the reference in float64, forward and backward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from groundling import kernels
+from groundling.generation.decoder import Chunk, TorchDecoder
+from groundling.kernels import native, reference
+from groundling.model.gpt2 import GPT2, GPTConfig
+
+ERRORS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+"""Relative errors of rounded products and sums: a few times the format's own."""
+
+formats = st.sampled_from(list(ERRORS))
+widths = st.integers(1, 100)
+seeds = st.integers(0, 99)
+
+
+@pytest.fixture
+def native_backend() -> None:
+    kernels.select("native")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiles_of_any_length() -> Iterator[None]:
+    """Attention's own backward pass also where PyTorch's is faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "TILED_FP32", 1)
+        yield
+
+
+def randoms(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def outputs_and_gradients(operation: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What it gives, and the gradients of its inputs under random gradients of what it gives."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        outputs = operation(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    gradients = [g.to(o.dtype) for o, g in zip(outputs, randoms(7, *(o.shape for o in outputs)), strict=True)]
+    torch.autograd.backward(outputs, gradients)
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.dtype is leaf.dtype
+    return [*outputs, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def assert_agrees(name: str, inputs: list[Tensor], dtype: torch.dtype, *arguments: int, factor: float = 1) -> None:
+    """Of each result, the error's norm is small beside its own, up to a factor where the operation amplifies errors."""
+    inputs = [tensor.to(dtype).float() for tensor in inputs]
+    theirs = outputs_and_gradients(
+        lambda *x: getattr(reference, name)(*x, *arguments), [tensor.double() for tensor in inputs], torch.float64
+    )
+    ours = outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype)
+    for our, exact in zip(ours, theirs, strict=True):
+        assert our.shape == exact.shape
+        error = (our.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=0.1)
+        assert float(error) < factor * ERRORS[dtype]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_rows=st.integers(1, 150), width=st.integers(4, 100), dtype=formats, seed=seeds)
+def test_add_layer_norm(n_rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    """Not of 2 or 3 columns, whose rows may be nearly constant: their gradient is all rounding."""
+    assert_agrees("add_layer_norm", randoms(seed, (n_rows, width), (n_rows, width), (width,), (width,)), dtype)
+
+
+def test_add_layer_norm_of_what_spreads() -> None:
+    assert_agrees("add_layer_norm", randoms(0, (3, 5, 24), (5, 24), (24,), (24,)), torch.float32)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_layer_norm_of_which_one_output_is_used(used: int) -> None:
+    inputs = randoms(0, (7, 24), (7, 24), (24,), (24,))
+    gradients = []
+    for backend, dtype in ((native, torch.float32), (reference, torch.float64)):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
+        backend.add_layer_norm(*leaves)[used].square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["linear", "linear_gelu"]),
+    shape=st.sampled_from([(1,), (77,), (3, 11), (2, 1)]),
+    width=widths,
+    n_out=widths,
+    dtype=formats,
+    seed=seeds,
+)
+def test_linear(name: str, shape: tuple[int, ...], width: int, n_out: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight, bias = randoms(seed, (*shape, width), (n_out, width), (n_out,))
+    assert_agrees(name, [x, weight / width**0.5, bias], dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_windows=st.integers(1, 3),
+    length=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 257, 300])),
+    n_head=st.integers(1, 4),
+    width=st.integers(1, 40),
+    dtype=formats,
+    seed=seeds,
+)
+def test_self_attention(n_windows: int, length: int, n_head: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    qkv = randoms(seed, (n_windows, length, 3 * n_head * width))
+    assert_agrees("self_attention", qkv, dtype, n_head)
+
+
+@pytest.mark.parametrize("tile_queries", [1, 5, 64])
+@pytest.mark.parametrize("tile_scores", [1, 500])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, tile_queries: int, tile_scores: int) -> None:
+    monkeypatch.setattr(native, "TILE_QUERIES", tile_queries)
+    monkeypatch.setattr(native, "TILE_SCORES", tile_scores)
+    assert_agrees("self_attention", randoms(0, (2, 33, 3 * 3 * 20)), torch.float32, 3)
+
+
+def test_self_attention_where_one_key_has_it_all() -> None:
+    """Scores in the hundreds, and their rounding with them: exponentials overflow unless the largest is subtracted."""
+    assert_agrees("self_attention", [8 * randoms(0, (2, 19, 48))[0]], torch.float32, 2, factor=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize("length", [256, 1023, 1024])
+def test_a_layer_of_the_124m_model(length: int, dtype: torch.dtype) -> None:
+    B, C = 2, 768
+    x, update, gain, bias = randoms(0, (B, length, C), (B, length, C), (C,), (C,))
+    assert_agrees("add_layer_norm", [x, update, gain, bias], dtype)
+    assert_agrees("self_attention", randoms(1, (B, length, 3 * C)), dtype, 12)
+    for name, n_in, n_out in (("linear", C, 3 * C), ("linear", 4 * C, C), ("linear_gelu", C, 4 * C)):
+        weight, bias = randoms(2, (n_out, n_in), (n_out,))
+        assert_agrees(name, [randoms(3, (B, length, n_in))[0], weight / n_in**0.5, bias], dtype)
+
+
+SWEEPS = {
+    "add_layer_norm": ((201, 50), (201, 50), (50,), (50,)),
+    "linear": ((201, 50), (70, 50), (70,)),
+    "linear_gelu": ((201, 50), (70, 50), (70,)),
+    "self_attention": ((3, 67, 3 * 32),),
+}
+
+
+@pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_same_bits_each_time_and_with_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
+    """The sweeps' sums go in blocks of rows; that PyTorch's products of this size do likewise is not our promise."""
+    inputs, arguments = randoms(0, *SWEEPS[name]), (2,) if name == "self_attention" else ()
+    results, before = [], torch.get_num_threads()
+    for n_threads in (1, 1, 2, 3):
+        torch.set_num_threads(n_threads)
+        results.append(outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The products are overwritten by the first: better no gradient than a wrong one."""
+    x, weight, bias = (tensor.requires_grad_() for tensor in randoms(0, (4, 5), (6, 5), (6,)))
+    loss = native.linear_gelu(x, weight, bias).sum()
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    with pytest.raises(AttributeError):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def curve(dtype: torch.dtype) -> list[float]:
+    """The losses of twenty steps of a tiny network."""
+    torch.manual_seed(0)
+    model = GPT2(GPTConfig(n_layer=2, n_head=3, n_embd=39, n_ctx=33, n_vocab=101))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = torch.randint(101, (4, 34), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = model.loss_sum(tokens[:, :-1], tokens[:, 1:]) / 132
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_training_is_the_references(native_backend: None, dtype: torch.dtype, bound: float) -> None:
+    ours = curve(dtype)
+    kernels.select("reference")
+    assert ours == pytest.approx(curve(torch.float32), abs=bound)
+    assert (ours[0], ours[-1]) == pytest.approx((4.61298, 2.56720), abs=max(bound, 1e-4))
+
+
+def test_evaluation_and_decoding_need_no_gradient(native_backend: None, model: GPT2) -> None:
+    tokens = torch.randint(31, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.logits(model.hidden(tokens))
+        with TorchDecoder(model, 16) as decoder:
+            (decoded,) = decoder.read([Chunk(0, tokens[0].tolist())])
+        kernels.select("reference")
+        expected = model.logits(model.hidden(tokens))
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(decoded, expected[0, -1:])
+
+
+def test_another_threads_call_has_the_same_bits() -> None:
+    """OpenMP counts threads anew in each thread that calls it."""
+    inputs = randoms(0, *SWEEPS["linear_gelu"])
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(native.linear_gelu(*inputs)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], native.linear_gelu(*inputs))

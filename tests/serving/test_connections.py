@@ -1,0 +1,154 @@
+"""Connections that are too many, or say nothing, by real sockets: all of 127.0.0.0/8 is this machine's to come from."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from groundling.serving import connections
+from groundling.serving import server as server_module
+from groundling.serving.guard import Limits
+
+from .conftest import HEAD, Serve, connect, eventually, heard, idle, raw
+
+
+def test_a_connection_that_says_nothing_is_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.2)
+    with serve() as server:
+        assert raw(server) == b""
+        assert raw(server, b"GET /health HTTP/1.1\r\nHost: a\r\nX: ") == b""
+
+
+def test_a_later_request_has_no_more_time_than_the_first(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.2)
+    with serve() as server, connect(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        assert connection.recv(1) == b""
+
+
+def test_a_slow_answer_is_not_taken_for_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.05)
+    with serve() as server:
+        assert server.complete(max_tokens=300).status_code == 200
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+MODELS = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+OTHER = "127.0.0.2"
+
+
+def refusal(said: bytes, status: int) -> dict[str, Any]:
+    """The error of an answer that is refused and closed."""
+    head, _, body = said.partition(b"\r\n\r\n")
+    lines = head.lower().split(b"\r\n")
+    assert lines[0].startswith(b"http/1.1 %d " % status)
+    assert {b"retry-after: 1", b"connection: close", b"content-type: application/json"} <= set(lines)
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    """Keeps connections until the test is over."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_a_full_server_says_so_and_how_it_is(serve: Serve, held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "N_SPARE", 1)
+    monkeypatch.setattr(connections, "SPARE_TIMEOUT_S", 0.2)
+    with serve(max_connections=3) as server:
+        kept = [held.enter_context(connect(server)) for _ in range(3)]
+        assert refusal(raw(server, MODELS), 503)["code"] == "full"
+        assert b'"status":"ok"' in raw(server, HEALTH.replace(b"Connection: close\r\n", b""))
+        assert b"groundling_running" in raw(server, HEALTH.replace(b"/health", b"/metrics"))
+        spare = held.enter_context(connect(server))
+        assert refusal(raw(server), 503)["code"] == "full"  # who says nothing hears it too
+        assert heard(spare) == b""  # before the time that others have
+        kept[0].sendall(HEALTH)
+        assert b'"status":"ok"' in heard(kept[0])  # who was there before is not harmed
+        assert raw(server, MODELS[:-2] + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_one_address_cannot_take_what_is_for_others(serve: Serve, held: ExitStack) -> None:
+    with serve(max_connections_per_address=2) as server:
+        for _ in range(2):
+            held.enter_context(connect(server, OTHER))
+        assert refusal(raw(server, source=OTHER), 429)["code"] == "too_many_connections"
+        assert refusal(raw(server, HEALTH, source=OTHER), 429)["type"] == "rate_limit_error"
+        assert server.complete().status_code == 200
+
+
+def test_without_a_bound_one_address_may_have_many(serve: Serve, held: ExitStack) -> None:
+    with serve() as server:
+        for _ in range(connections.MAX_PER_ADDRESS + 1):
+            held.enter_context(connect(server))
+        assert b"HTTP/1.1 200 " in raw(server, HEALTH)
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def half_close(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_WR)
+    heard(connection)
+    connection.close()
+
+
+def fall_silent(connection: socket.socket) -> None:
+    heard(connection)
+    connection.close()
+
+
+BODY = json.dumps({"model": "bottles", "max_tokens": 4000, "stream": True}).encode()
+STREAM = HEAD % len(BODY) + BODY
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /hea", HEALTH, STREAM[:-10], STREAM, b"nonsense\r\n\r\n"])
+@pytest.mark.parametrize("die", [socket.socket.close, reset, half_close, fall_silent])
+def test_however_a_connection_dies_its_place_is_free(
+    said: bytes, die: Callable[[socket.socket], None], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(server_module, "KEEP_ALIVE_S", 0.1)
+    with serve(max_connections_per_address=1, timeout_s=0.2, limits=Limits(body_timeout_s=0.1)) as server:
+        for _ in range(3):
+            connection = connect(server, OTHER)
+            connection.sendall(said)
+            die(connection)
+            eventually(lambda: raw(server, HEALTH, source=OTHER).startswith(b"HTTP/1.1 200 "))
+        eventually(lambda: idle(server))
+
+
+def test_who_reads_nothing_is_gone_too(serve: Serve, held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though what is written for it can be neither sent nor, by closing, forgotten."""
+    monkeypatch.setattr(connections, "UNREAD_TIMEOUT_S", 0.2)
+    with serve(max_connections_per_address=1) as server:
+        connection = held.enter_context(connect(server, OTHER))
+        # The answers are more than the system's buffers hold.
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
+        eventually(lambda: raw(server, HEALTH, source=OTHER).startswith(b"HTTP/1.1 200 "))
+
+
+def test_a_flood_is_told_and_leaves_nothing(serve: Serve, held: ExitStack) -> None:
+    with serve(max_connections=20, max_connections_per_address=10) as server:
+        many = [held.enter_context(connect(server, OTHER)) for _ in range(200)]
+        codes = [refusal(heard(connection), 429)["code"] for connection in many[10:]]
+        assert codes == ["too_many_connections"] * 190
+        assert server.complete().status_code == 200
+        for connection in many:
+            connection.close()
+        eventually(lambda: raw(server, HEALTH, source=OTHER).startswith(b"HTTP/1.1 200 "))
