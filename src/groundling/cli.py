@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from groundling import __version__
+from groundling import __version__, allocator
 from groundling.errors import ConfigError, Interrupted, RunFailed, UserError
 
 COMMANDS = {
@@ -61,7 +61,10 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code.
+
+    Without `arguments` it is the process's own command line, and the process may start again (`allocator`).
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(commands="\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())), end="")
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"groundling {__version__}")
         return 0
+    if arguments is None:  # this process is ours
+        allocator.restart(words)
     try:
         return _run(words[0], words[1:])
     except UserError as error:

@@ -1,7 +1,8 @@
 """Where and how a run computes: device, number format, threads, kernels, compilation.
 
-Invariant: this is the only module that reads the environment, and it does so when called, never when
-imported. Every choice it makes comes with the reason for it, which the commands print.
+Invariant: this is the only module that reads the environment (but for allocator.py, which must do so before PyTorch
+is loaded), and it does so when called, never when imported. Every choice it makes comes with the reason for it, which
+the commands print.
 """
 
 from __future__ import annotations

@@ -51,18 +51,46 @@ def test_compiled_steps_repeat_bit_for_bit_on_several_threads() -> None:
     assert sums[0] == sums[1] == sums[2]
 
 
+def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
+    """Its text is no multiple of its windows, its evaluations have short batches, and it goes on after a stop."""
+    eager, _ = make_trainer("unused")
+    compiled = replace(eager.runtime, compile=True)
+    heldout = eager.train_tokens[:70]
+    stopping = replace(eager.recipe.stopping, measure="heldout/loss", target=1e-9)
+    begun, _ = make_trainer("run", heldout, runtime=compiled, stopping=stopping)
+    begun.train()
+    assert {name: begun.take(name) > 0 for name in begun.final_reads()}
+    resumed, _ = make_trainer("run", heldout, runtime=compiled, stopping=replace(stopping, max_steps=14))
+    resumed.resume()
+    resumed.train()
+    resumed.take("corpus/loss_offset")
+    assert (begun.compiled, begun.recompilations) == (True, 0)
+    assert (resumed.compiled, resumed.recompilations) == (True, 0)
+
+
+def test_a_recompilation_is_counted() -> None:
+    torch.manual_seed(0)
+    model = GPT2(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8, n_vocab=16))
+    loss_sum = CompiledLoss(model.loss_sum, warn=pytest.fail)
+    for length in (8, 8, 4, 8):
+        loss_sum(torch.zeros(2, length, dtype=torch.int64), torch.ones(2, length, dtype=torch.int64))
+    assert loss_sum.n_recompilations == 1
+    with torch.no_grad():
+        loss_sum(torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
+    assert loss_sum.n_recompilations == 1
+
+
 def test_a_compiler_that_fails_costs_a_warning(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from torch._inductor import config
 
     torch.compiler.reset()
-    monkeypatch.setattr(config.cpp, "cxx", ("/bin/false",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     eager, eager_memory = make_trainer("eager")
     eager.train()
     broken, memory = make_trainer("broken", runtime=replace(eager.runtime, compile=True))
-    broken.train()
+    with config.patch({"cpp.cxx": ("/bin/false",), "force_disable_caches": True}):
+        broken.train()
     assert [note for note in memory.notes if "torch.compile failed" in note] == memory.notes[:1]
     assert memory.losses() == eager_memory.losses()

@@ -17,7 +17,7 @@ from groundling.model.gpt2 import GPT2
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import is_taken, measure
+from groundling.training.estimate import Estimate, FirstSteps, is_taken, measure
 from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
@@ -304,6 +304,27 @@ def test_measuring_changes_nothing(make_trainer: MakeTrainer) -> None:
     assert estimate.train_s == pytest.approx(10 * estimate.step_s)
     measured.train()
     assert memory.losses() == plain_memory.losses()
+
+
+def test_a_run_is_estimated_once_from_its_own_first_steps(make_trainer: MakeTrainer) -> None:
+    """The first two compile and allocate, so they do not count."""
+    trainer, _ = make_trainer()
+    told: list[Estimate] = []
+    sink = FirstSteps(trainer, "none", told.append)
+    for step, seconds in enumerate([30.0, 8.0, 0.6, 0.5, 0.7, 9.0, 9.0]):
+        sink.write(step, {"train/step_s": seconds})
+        sink.write(step, {"corpus/loss": 1.0})
+        assert len(told) == (step >= 3)
+    assert told[0].step_s == pytest.approx(0.55)
+    assert told[0].train_s == pytest.approx(10 * 0.55)
+    assert told[0].tokens_per_s == pytest.approx(64 / 0.55)
+
+
+def test_a_run_that_goes_on_has_no_first_steps(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer()
+    sink = FirstSteps(trainer, "none", lambda estimate: pytest.fail("told"))
+    for step in range(7, 20):
+        sink.write(step, {"train/step_s": 1.0})
 
 
 @pytest.mark.parametrize(

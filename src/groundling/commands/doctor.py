@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from groundling import machine, runtime
+from groundling import allocator, machine, runtime
 from groundling.commands.arguments import Parser
 from groundling.model.formats import read_bytes
 from groundling.model.gpt2 import GPT2, GPTConfig
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     print(f"disk here   {machine.free_disk_bytes(Path.cwd()) / 2**30:.1f} GiB free")
     print(f"GPU         {facts['gpu'] or 'none'}")
     print(f"compiler    {runtime.cpp_compiler() or 'none: install g++ or clang++ for a faster run'}")
+    print(f"allocator   {allocator_line()}")
     print(f"token cache {runtime.cache_dir()}")
     print(f"versions    {', '.join(f'{name} {version}' for name, version in machine.versions().items())}")
     print("\nwhat a run uses:")
@@ -53,6 +54,15 @@ def main(arguments: list[str]) -> int:
     if resolved.device.type == "cuda":
         print(f"\nGPU memory  {torch.cuda.get_device_properties(resolved.device).total_memory / 2**30:.1f} GiB")
     return 0
+
+
+def allocator_line() -> str:
+    """Which settings of the allocator the commands that compute for long begin with."""
+    if settings := allocator.in_use():
+        return f"{allocator.VARIABLE}={settings} (as set)"
+    if why := allocator.why_not():
+        return f"the system's own settings ({why})"
+    return f"{', '.join(allocator.COMMANDS)} start again with {allocator.VARIABLE}={allocator.SETTINGS}"
 
 
 SHAPES = machine.CEILING_SHAPES[:1]

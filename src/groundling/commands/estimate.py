@@ -7,6 +7,7 @@ from pathlib import Path
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.session import estimate_lines, prepare
 from groundling.config import preset_path
+from groundling.training.estimate import measure
 
 EXAMPLES = """examples:
   groundling estimate                             the main job
@@ -25,6 +26,7 @@ def _estimate(arguments: list[str]) -> int:
     early = before_parsing(arguments)
     parser = run_parser("estimate", __doc__ or "", EXAMPLES, early.preset and preset_path(early.preset))
     prepared = prepare(parse_run(parser, arguments), typed=arguments)
-    for line in estimate_lines(prepared.trainer(Path("unused")), prepared.config):
+    estimate = measure(prepared.trainer(Path("unused")), prepared.config.evaluation.final)
+    for line in estimate_lines(estimate, prepared.config):
         print(line)
     return 0

@@ -27,7 +27,7 @@ from groundling.errors import ConfigError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
-from groundling.training.estimate import measure
+from groundling.training.estimate import Estimate
 from groundling.training.progress import clock, progress_bar
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, RunFolder
 from groundling.training.step import flops_per_token
@@ -264,9 +264,8 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
     return lines
 
 
-def estimate_lines(trainer: Trainer, config: RunConfig) -> list[str]:
+def estimate_lines(estimate: Estimate, config: RunConfig) -> list[str]:
     """What this run will cost, and, if that is more than three hours, what would finish sooner."""
-    estimate = measure(trainer, config.evaluation.final)
     lines = [estimate.sentence()]
     if estimate.total_s > LONG_RUN_S:
         achieved_flops = estimate.tokens_per_s * flops_per_token(trainer.model.config, config.windows.length)

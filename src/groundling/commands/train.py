@@ -22,7 +22,7 @@ from groundling.generation.text import continue_text
 from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
-from groundling.training.estimate import evaluation_s, is_taken, remaining
+from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, remaining
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import judgement, make_record, median_of
@@ -144,20 +144,17 @@ def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
 def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
     config = prepared.config
     say(f"run folder: {folder.path}")
-    with _sinks(folder, trainer.expected_steps, config.logging.tensorboard) as trainer.sinks:
+    with _sinks(folder, trainer, config) as trainer.sinks:
         if resume:
             trainer.resume()
             write_text(folder.config, config.as_yaml())
         if prepared.initial:  # so that whatever comes, the run can go on without its source
             trainer.keep_beginning()
-        if trainer.state.n_steps:  # never measured here: that would drop the moments just restored
+        if trainer.state.n_steps:
             if step_s := median_of(folder.metrics, "train/step_s"):
                 trainer.sinks.note(remaining(trainer, step_s))
-        else:
-            compiling = ", compiling first" if prepared.runtime.compile else ""
-            trainer.sinks.note(f"measuring a few steps for an estimate{compiling} ...")
-            for line in estimate_lines(trainer, config):
-                trainer.sinks.note(line)
+        elif prepared.runtime.compile:
+            trainer.sinks.note("compiling in the first step ...")
         reason = trainer.train()
         why = reason_in_words(reason, config.stopping, config.schedule)
         trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {why}")
@@ -186,9 +183,14 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
 
 
 @contextmanager
-def _sinks(folder: RunFolder, expected_steps: int, tensorboard: bool) -> Iterator[Sinks]:
-    extra = [TensorBoard(folder.path / "tensorboard")] if tensorboard else []
-    sinks = Sinks(JsonLines(folder.metrics), Terminal(expected_steps), *extra)
+def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[Sinks]:
+    def tell(estimate: Estimate) -> None:
+        for line in estimate_lines(estimate, config):
+            trainer.sinks.note(line)
+
+    first_steps = FirstSteps(trainer, config.evaluation.final, tell)
+    extra = [TensorBoard(folder.path / "tensorboard")] if config.logging.tensorboard else []
+    sinks = Sinks(JsonLines(folder.metrics), Terminal(trainer.expected_steps), first_steps, *extra)
     try:
         yield sinks
     finally:

@@ -58,8 +58,8 @@ struct Row {
 };
 
 template <class Format>
-void cross_entropy(int n_threads, typename Format::Element* logits, int64_t n_rows, int64_t n_vocab, const int64_t* targets,
-                   float log_n_last, bool with_gradient, float* losses) {
+void cross_entropy(int n_threads, typename Format::Element* logits, int64_t n_rows, int64_t n_vocab,
+                   const int64_t* targets, float log_n_last, bool with_gradient, float* losses) {
 #pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t i = 0; i < n_rows; ++i) {
     typename Format::Element* row = logits + i * n_vocab;

@@ -1,4 +1,4 @@
-"""torch.compile, with a way back.
+"""torch.compile, with a way back, and a count of what it does.
 
 Invariant: a compiler that is there but does not work costs speed and one warning, never the run.
 """
@@ -9,19 +9,29 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from groundling.evaluation.corpus_loss import LossSum
 
 
 class CompiledLoss:
-    """A loss function, compiled at its first call, or as it was if that fails."""
+    """A loss function, compiled at its first call, or as it was if that fails.
+
+    Compiled once to be trained and once to be evaluated, which needs no gradient; whatever is compiled beyond that
+    counts as a recompilation.
+    """
 
     def __init__(self, loss_sum: LossSum, warn: Callable[[str], None]) -> None:
         self.eager, self.warn = loss_sum, warn
         self.function: LossSum = torch.compile(loss_sum, dynamic=False)
+        self.n_recompilations = 0
+        self._compiled_modes = set[bool]()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        # Imported here because it takes seconds, which a run that is not compiled need not wait.
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.utils import counters
+
+        before = counters["frames"]["total"]  # frames that PyTorch has taken apart in this process
         try:
             return self.function(inputs, targets)
         except TorchDynamoException as error:
@@ -31,3 +41,10 @@ class CompiledLoss:
             self.warn(f"warning: torch.compile failed ({first_line}): going on without it, more slowly")
             self.function = self.eager
             return self.eager(inputs, targets)
+        finally:
+            self._count(counters["frames"]["total"] - before, torch.is_grad_enabled())
+
+    def _count(self, n_frames: int, with_gradient: bool) -> None:
+        if with_gradient in self._compiled_modes:
+            self.n_recompilations += n_frames
+        self._compiled_modes.add(with_gradient)

@@ -1,16 +1,19 @@
-"""What a run will cost, from a few measured steps.
+"""What a run will cost, from a few measured steps: its own first ones, or, where none is to be trained, steps that
+change nothing.
 
-Invariant: measuring changes nothing that the run depends on: the steps are taken with a learning rate of
+Invariant: measuring changes nothing that the run depends on: steps that are no run's are taken with a learning rate of
 zero, and the moments they leave are dropped.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
+from groundling.training.metrics import Metrics
 from groundling.training.progress import clock
 from groundling.training.step import training_step
 from groundling.training.trainer import Trainer
@@ -57,8 +60,42 @@ class Estimate:
         )
 
 
+class FirstSteps:
+    """A sink that tells the estimate as soon as enough of the run's own first steps have been taken.
+
+    A run that goes on after others' steps has no first ones, and is told nothing.
+    """
+
+    def __init__(self, trainer: Trainer, final: str, tell: Callable[[Estimate], None]) -> None:
+        """`final` is `EvaluationConfig.final`."""
+        self.trainer, self.final, self.tell = trainer, final, tell
+        self.seconds: list[float] = []
+        self.told = False
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        if self.told or step != len(self.seconds) or "train/step_s" not in metrics:
+            return
+        self.seconds.append(metrics["train/step_s"])
+        if _enough(self.seconds):
+            self.told = True
+            memory_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
+            self.tell(_extrapolate(self.trainer, self.final, self.seconds, 1.0, memory_bytes))
+
+    def note(self, message: str) -> None:
+        pass
+
+    def progress(self, what: str, share: float) -> None:
+        pass
+
+    def rewind(self, n_steps: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def measure(trainer: Trainer, final: str) -> Estimate:
-    """Time a few steps of this trainer, before its first, and extrapolate to its end.
+    """Time a few steps of a trainer that is not to train, and extrapolate to the end of its run.
 
     `final` is `EvaluationConfig.final`.
 
@@ -71,25 +108,33 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     batch = gather(trainer.train_tokens, windows.take(range(n_windows), axis=0, mode="wrap"), length)
     before_bytes = machine.peak_memory_bytes(runtime.device)
     clip, seconds = recipe.optim.clip, list[float]()
-    while len(seconds) < WARMUP_STEPS + MEASURED_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_S:
+    while not _enough(seconds):
         result = training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
         seconds.append(result.seconds)
         trainer.signals.check()
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.optimizer.state.clear()
+    memory_bytes = _memory_bytes(trainer, before_bytes, micro / n_windows)
+    return _extrapolate(trainer, final, seconds, recipe.windows.batch_size / n_windows, memory_bytes)
 
-    step_s = statistics.median(seconds[WARMUP_STEPS:]) * recipe.windows.batch_size / n_windows
-    token_s = step_s / (recipe.windows.batch_size * length)
+
+def _enough(seconds: Sequence[float]) -> bool:
+    """Whether steps that took so long, in this order, tell how long others will take."""
+    return len(seconds) >= WARMUP_STEPS + MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
+
+
+def _extrapolate(
+    trainer: Trainer, final: str, seconds: Sequence[float], scale: float, memory_bytes: int | None
+) -> Estimate:
+    """The estimate from the seconds of measured steps, of which a whole one takes `scale` times as long."""
+    recipe = trainer.recipe
+    step_s = statistics.median(seconds[WARMUP_STEPS:]) * scale
+    tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
-    return Estimate(
-        step_s,
-        1 / token_s,
-        train_s,
-        _evaluations_s(trainer, final, train_s, 1 / token_s),
-        _memory_bytes(trainer, before_bytes, micro / n_windows),
-    )
+    evaluation_s = _evaluations_s(trainer, final, train_s, tokens_per_s)
+    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes)
 
 
 def remaining(trainer: Trainer, step_s: float) -> str:

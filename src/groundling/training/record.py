@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from groundling import machine
+from groundling import allocator, machine
 from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
 from groundling.model.compact import CompactGPT2
@@ -82,6 +82,8 @@ def make_record(
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,
         "compiled": trainer.compiled,
+        "recompilations": trainer.recompilations,
+        "allocator": allocator.in_use(),
         "machine": machine.describe(runtime.threads, runtime.device),
         "versions": machine.versions(),
         "command": shlex.join(["groundling", *sys.argv[1:]]),

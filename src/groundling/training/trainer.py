@@ -202,6 +202,11 @@ class Trainer:
         """Whether the loss runs compiled, and has not fallen back."""
         return isinstance(self.loss_sum, CompiledLoss) and self.loss_sum.function is not self.loss_sum.eager
 
+    @property
+    def recompilations(self) -> int:
+        """How often compiled code did not fit and was compiled anew; every shape is one shape, so never."""
+        return self.loss_sum.n_recompilations if isinstance(self.loss_sum, CompiledLoss) else 0
+
     def _stop_reason(self) -> str | None:
         """Evaluates what is due, then asks the stop rule."""
         self.signals.check()

@@ -1,0 +1,90 @@
+"""The restart with the allocator's settings: once, visibly, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from groundling import allocator
+from groundling.cli import main
+
+TRAIN = ["train", "--preset", "penny", "--corpus", "-", "--tokenizer", "train:300", "--max-steps", "1"]
+SMALL = ["--model.n_layer", "1", "--model.n_embd", "8", "--evaluation.final", "none", "--sampling.max_tokens", "1"]
+TEXT = "".join(f"{n} green bottles, hanging on the wall;\n" for n in range(99, 0, -1))
+
+unset = pytest.mark.skipif(allocator.why_not() is not None, reason=f"no restart here: {allocator.why_not()}")
+
+
+def groundling(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "groundling", *words]
+    environment = os.environ | settings
+    return subprocess.run(command, cwd=folder, input=TEXT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@unset
+def test_train_starts_again_once_and_reads_its_input_then(tmp_path: Path) -> None:
+    done = groundling(tmp_path, *TRAIN, *SMALL, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("allocator:")]
+    assert len(lines) == 1
+    assert f"{allocator.SWITCH}={allocator.OFF}" in lines[0]
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["allocator"] == allocator.SETTINGS
+
+
+@unset
+@pytest.mark.parametrize(
+    ("settings", "in_use"),
+    [
+        ({allocator.SWITCH: allocator.OFF}, None),
+        ({allocator.VARIABLE: "glibc.malloc.arena_max=3"}, "glibc.malloc.arena_max=3"),
+        ({"LD_PRELOAD": "libjemalloc-that-is-not-there.so"}, None),
+    ],
+)
+def test_what_the_user_has_set_stays(tmp_path: Path, settings: dict[str, str], in_use: str | None) -> None:
+    done = groundling(tmp_path, *TRAIN, *SMALL, "--out", "run", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "allocator:" not in done.stderr
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["allocator"] == in_use
+
+
+@unset
+def test_other_settings_of_glibc_stay_beside_ours(tmp_path: Path) -> None:
+    other = "glibc.pthread.rseq=1"
+    done = groundling(tmp_path, *TRAIN, *SMALL, "--out", "run", **{allocator.VARIABLE: other})
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["allocator"] == f"{other}:{allocator.SETTINGS}"
+
+
+@unset
+def test_a_refusal_keeps_its_exit_code(tmp_path: Path) -> None:
+    done = groundling(tmp_path, "train", "--corpus", "nowhere.txt")
+    assert done.returncode == 2
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["allocator", "groundling"]
+
+
+def test_help_and_quick_commands_do_not_start_again(tmp_path: Path) -> None:
+    for words in (["train", "--help"], ["--help"], ["sample", "nowhere"]):
+        assert "allocator:" not in groundling(tmp_path, *words).stderr
+
+
+def test_a_program_that_calls_main_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("started again"))
+    assert main(["train", "--corpus", "nowhere.txt"]) == 2
+    monkeypatch.setattr(sys, "argv", ["/somewhere/their_program.py", "train", "--corpus", "nowhere.txt"])
+    assert main() == 2
+
+
+def test_doctor_shows_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from groundling.commands.doctor import allocator_line
+
+    monkeypatch.delenv(allocator.VARIABLE, raising=False)
+    monkeypatch.setenv(allocator.SWITCH, allocator.OFF)
+    assert f"{allocator.SWITCH}={allocator.OFF}" in allocator_line()
+    monkeypatch.setenv(allocator.VARIABLE, "glibc.malloc.arena_max=3")
+    assert "glibc.malloc.arena_max=3" in allocator_line()
