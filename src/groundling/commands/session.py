@@ -268,13 +268,12 @@ def estimate_lines(estimate: Estimate, config: RunConfig) -> list[str]:
     """What this run will cost, and, if that is more than three hours, what would finish sooner."""
     lines = [estimate.sentence()]
     if estimate.total_s > LONG_RUN_S:
-        achieved_flops = estimate.tokens_per_s * flops_per_token(trainer.model.config, config.windows.length)
         sooner = []
         for name in preset_names():
             preset = load_preset(name)
             corpus = load_corpus(preset.text, runtime.cache_dir())
             preset = with_vocabulary(preset, corpus)
-            seconds = run_flops(preset, corpus.train.n_tokens) / achieved_flops
+            seconds = run_flops(preset, corpus.train.n_tokens) / estimate.achieved_flops
             if name != config.preset and seconds < estimate.train_s:
                 sooner.append(f"--preset {name} (about {clock(seconds)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"

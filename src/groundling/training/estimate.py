@@ -15,7 +15,7 @@ from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.training.metrics import Metrics
 from groundling.training.progress import clock
-from groundling.training.step import training_step
+from groundling.training.step import flops_per_token, training_step
 from groundling.training.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -46,6 +46,8 @@ class Estimate:
     train_s: float
     evaluation_s: float
     memory_bytes: int | None
+    achieved_flops: float
+    """FLOP a second of the measured steps, in the network that is computed."""
 
     @property
     def total_s(self) -> float:
@@ -134,7 +136,8 @@ def _extrapolate(
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, tokens_per_s)
-    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes)
+    achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, recipe.windows.length)
+    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
 
 def remaining(trainer: Trainer, step_s: float) -> str:
