@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,6 @@ def keep_text(trained: Trained, folder: Path) -> Trained:
     """The same model as of a run in `folder`, which has a training text of N_TEXT tokens."""
     tokens = np.array(trained.tokenizer.encode(TEXT)[:N_TEXT], dtype=token_dtype(trained.tokenizer.n_vocab))
     folder.mkdir(parents=True, exist_ok=True)
-    header = make_header(tokens.dtype, len(tokens), "0" * 64, "0" * 64)
+    header = make_header(tokens.dtype, len(tokens), "0" * 64, hashlib.sha256(tokens.tobytes()).hexdigest())
     (folder / "train.bin").write_bytes(header + tokens.tobytes())
     return replace(trained, folder=RunFolder(folder))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,7 @@ def main(path: str, n_ctx: str, threads: str, exact: str) -> None:
     server = xllamacpp.Server(params)
     print(ADDRESS + server.listening_address.removeprefix("http://"), flush=True)
     sys.stdin.read()
+    os._exit(0)  # the server's own end sometimes waits for ever for one of its threads
 
 
 if __name__ == "__main__":
