@@ -147,7 +147,7 @@ def contestants(options: argparse.Namespace, trained: Trained, root: Path) -> li
             f"groundling {form}{' drafts' if drafts == 'auto' else ''}",
             [*groundling, "--weights", form, "--drafts", drafts],
         )
-        for form, drafts in (("bf16", "none"), ("int8", "none"), ("int8", "auto"))
+        for form, drafts in (("fp32", "none"), ("bf16", "none"), ("int8", "none"), ("int8", "auto"))
     ]
     for kind in ("f16", "q8_0"):
         gguf.write(trained, root / f"{kind}.gguf", kind)
