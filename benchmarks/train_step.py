@@ -130,6 +130,8 @@ def measure(task: Task, entered: list[Contestant], rounds: int) -> list[float]:
         for contestant in entered:
             say(f"round {number + 1} of {rounds}: {contestant.name}")
             contestant.take_turn(task)
+            if not contestant.failure:
+                say(f"its last step took {contestant.turns[-1].seconds[-1]:.2f} s")
         check_losses(entered)
     return ceilings
 
