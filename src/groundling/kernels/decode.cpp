@@ -33,6 +33,9 @@ constexpr int kPanelRows = 4;     // weight rows that lie side by side in memory
 // Panels that a thread takes at once: so few that they stay in its L2 while several tiles of tokens pass by; of one
 // tile, so many that the hardware's prefetching gets into its stride.
 constexpr int kPiecePanels = 12, kPiecePanelsOnce = 24;
+constexpr int kPieceOutputs = kPiecePanelsOnce * kPanelRows;
+// Inputs of a weight row that are multiplied together: so few that those of a tile of tokens stay in L1 (18 of 32 KiB).
+constexpr int64_t kBlockInputs = 768;
 // Weights are asked for this far ahead where the arithmetic on them leaves the hardware's own prefetching behind: with
 // several tokens in a tile, and (less far) with int8. Measured (LOG.md): bf16 with six tokens, and int8 with one, 1.3
 // times as fast; one token in bf16 or fp32 no faster.
@@ -40,10 +43,29 @@ constexpr int kBusyAheadBytes = 8192;
 constexpr float kLayerNormEps = 1e-5f;  // GPT-2's
 
 struct Matrix {
-  const void* weight = nullptr;  // (panels, units of padded(n_in), kPanelRows, elements of a unit)
+  const void* weight = nullptr;  // for each block of inputs: (panels, units, kPanelRows, elements of a unit)
   const float* scale = nullptr;  // (n_out,), int8 only
   const float* bias = nullptr;   // (n_out,), or none
   int64_t n_out = 0, n_in = 0;
+};
+
+int64_t in_panels(int64_t n_out) { return (n_out + kPanelRows - 1) / kPanelRows * kPanelRows; }
+
+// A block of the inputs, `begin` .. `begin + size`.
+struct Block {
+  int64_t begin, size;
+
+  static Block of(int64_t n_in, int64_t input) {
+    const int64_t all = padded(n_in), n = (all + kBlockInputs - 1) / kBlockInputs, each = padded((all + n - 1) / n);
+    const int64_t begin = input / each * each;
+    return {begin, std::min(each, all - begin)};
+  }
+
+  // Where a weight row's unit of `unit` elements lies that begins at an input of this block.
+  int64_t place(int64_t n_out, int64_t n, int64_t input, int unit) const {
+    return in_panels(n_out) * begin + n / kPanelRows * kPanelRows * size +
+           ((input - begin) / unit * kPanelRows + n % kPanelRows) * unit;
+  }
 };
 
 struct Norm {
@@ -69,7 +91,7 @@ struct Network {
   int64_t width, head_width;  // of a row of n_embd, of a padded head
   std::vector<float> x, normed, qkv, mixed, wide;
   std::unique_ptr<void, decltype(&std::free)> cache{nullptr, &std::free};  // floats, or bf16
-  std::vector<std::vector<float>> scores;
+  std::vector<std::vector<float>> scores, products;  // of each thread
 
   // The pass at work.
   const int32_t *tokens, *slots, *positions, *outputs;
@@ -107,8 +129,8 @@ struct Network {
   template <class Format>
   static float element(const Matrix& m, int64_t n, int64_t k) {
     constexpr int kUnit = Format::kVectors * kLanes;
-    const int64_t unit = (n / kPanelRows * (padded(m.n_in) / kUnit) + k / kUnit) * kPanelRows + n % kPanelRows;
-    return Format::at(static_cast<const typename Format::Element*>(m.weight) + unit * kUnit, k % kUnit);
+    const int64_t place = Block::of(m.n_in, k).place(m.n_out, n, k / kUnit * kUnit, kUnit);
+    return Format::at(static_cast<const typename Format::Element*>(m.weight) + place, k % kUnit);
   }
 
   void normalise(const float* from, const Norm& norm, float* to) const {
@@ -129,33 +151,36 @@ struct Network {
     for (int64_t c = 0; c < n_embd; ++c) to[c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
   }
 
-  void keep(int64_t layer, int64_t row, int64_t n, float value) {  // output n of c_attn: query, key or value
-    if (n < n_embd) {
-      qkv[row * n_embd + n] = value;
-      return;
+  // Outputs begin .. end of c_attn for a row: queries are kept for this pass, keys and values in the cache.
+  template <class Format>
+  void keep(int64_t layer, int64_t row, int64_t begin, int64_t end, const float* values) {
+    const int64_t head_size = n_embd / n_head;
+    auto* const kept = static_cast<typename Format::Element*>(cache.get());
+    for (int64_t n = begin, next; n < end; values += next - n, n = next) {
+      const int64_t which = n / n_embd, head = n % n_embd / head_size, c = n % head_size;
+      next = std::min(end, n - c + head_size);
+      if (which == 0) {
+        std::copy(values, values + (next - n), &qkv[row * n_embd + n]);
+      } else {
+        auto* to = kept + cache_index(layer, which - 1, slots[row], head, positions[row]) + c;
+        for (int64_t i = 0; i < next - n; ++i) to[i] = Format::element(values[i]);
+      }
     }
-    const int64_t c = n % n_embd, head_size = n_embd / n_head;
-    const int64_t at =
-        cache_index(layer, n / n_embd - 1, slots[row], c / head_size, positions[row]) + c % head_size;
-    if (format == 0)
-      static_cast<float*>(cache.get())[at] = value;
-    else
-      static_cast<uint16_t*>(cache.get())[at] = Bf16::element(value);
   }
 
-  // Outputs n .. n + kRows, of one panel, for kTokens rows from `row` on.
+  // Adds a block's products of the weight rows n .. n + kRows, of one panel, with kTokens rows from `row` on:
+  // out[token][weight row].
   template <class Format, int kRows, int kTokens>
-  __attribute__((noinline)) void tile(const Matrix& m, int64_t n, const float* in, int64_t in_width, int64_t row,
-                                      Then then, float* out, int64_t out_width, int64_t layer) {
+  __attribute__((noinline)) void tile(const Matrix& m, int64_t n, Block block, const float* in, int64_t in_width,
+                                      int64_t row, float* out) const {
     constexpr int kUnit = Format::kVectors * kLanes;
     constexpr int64_t kAhead = kTokens > 2 ? kBusyAheadBytes : Format::kAheadBytes;
-    const int64_t n_inputs = padded(m.n_in);
-    const auto* weight = static_cast<const typename Format::Element*>(m.weight) +
-                         n / kPanelRows * kPanelRows * n_inputs + n % kPanelRows * kUnit;
+    const auto* weight =
+        static_cast<const typename Format::Element*>(m.weight) + block.place(m.n_out, n, block.begin, kUnit);
     const float* inputs[kTokens];
-    for (int t = 0; t < kTokens; ++t) inputs[t] = in + (row + t) * in_width;
-    Vec sums[kRows][kTokens] = {};
-    for (int64_t k = 0; k < n_inputs; k += kUnit, weight += kPanelRows * kUnit) {
+    for (int t = 0; t < kTokens; ++t) inputs[t] = in + (row + t) * in_width + block.begin;
+    Vec products[kTokens][kRows] = {};
+    for (int64_t k = 0; k < block.size; k += kUnit, weight += kPanelRows * kUnit) {
       if (kAhead && row == 0)  // later rows find the panel in the cache
         for (int64_t line = 0; line < int64_t(kPanelRows * kUnit * sizeof(*weight)); line += 64)
           __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + line);
@@ -172,69 +197,86 @@ struct Network {
           Vec input = load<Vec>(inputs[t] + k + v * kLanes);
           in_register(input);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) sums[r][t] = multiply_add(weights[r], input, sums[r][t]);
+          for (int r = 0; r < kRows; ++r) products[t][r] = multiply_add(weights[r], input, products[t][r]);
         }
       }
     }
-    float totals[kRows][kTokens];
-    // Unrolled like the loops above: an index that varies would keep the sums in memory, stored at every step.
+    // A copy, unrolled like the loops above: an index that varies would keep the products themselves in memory, stored at
+    // every step.
+    Vec whole[kTokens * kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) totals[r][t] = sum(sums[r][t]);
-    for (int r = 0; r < kRows && n + r < m.n_out; ++r)
-      for (int t = 0; t < kTokens; ++t) {
-        float value = totals[r][t];
-        if (m.scale) value *= m.scale[n + r];
-        if (m.bias) value += m.bias[n + r];
-        if (then == Then::kCache) {
-          keep(layer, row + t, n + r, value);
-        } else {
-          float* to = out + (row + t) * out_width + n + r;
-          *to = then == Then::kAdd ? *to + value : value;
-        }
-      }
+      for (int r = 0; r < kRows; ++r) whole[t * kRows + r] = products[t][r];
+    float totals[kTokens][kRows];
+    sums<kTokens * kRows>(whole, &totals[0][0]);
+    for (int t = 0; t < kTokens; ++t)
+      for (int r = 0; r < kRows; ++r) out[t * kPieceOutputs + r] += totals[t][r];
   }
 
   template <class Format, int kTokens>
-  void tiles(const Matrix& m, int64_t begin, int64_t end, const float* in, int64_t in_width, int64_t row, Then then,
-             float* out, int64_t out_width, int64_t layer) {
+  void tiles(const Matrix& m, int64_t begin, int64_t end, Block block, const float* in, int64_t in_width, int64_t row,
+             float* out) const {
     constexpr int kRows = kTokens <= 2 ? kPanelRows : kTileRows;
     for (int64_t n = begin; n < end; n += kRows)
-      tile<Format, kRows, kTokens>(m, n, in, in_width, row, then, out, out_width, layer);
+      tile<Format, kRows, kTokens>(m, n, block, in, in_width, row, out + row * kPieceOutputs + n - begin);
   }
 
+  // Products of the weight rows begin .. end with n rows: out (n, kPieceOutputs).
   template <class Format>
-  void piece(const Matrix& m, int64_t begin, int64_t end, const float* in, int64_t in_width, int64_t n_rows, Then then,
-             float* out, int64_t out_width, int64_t layer) {
-    int64_t row = 0;
-    for (; row + kTileTokens <= n_rows; row += kTileTokens)
-      tiles<Format, kTileTokens>(m, begin, end, in, in_width, row, then, out, out_width, layer);
-    switch (n_rows - row) {
-      case 1: return tiles<Format, 1>(m, begin, end, in, in_width, row, then, out, out_width, layer);
-      case 2: return tiles<Format, 2>(m, begin, end, in, in_width, row, then, out, out_width, layer);
-      case 3: return tiles<Format, 3>(m, begin, end, in, in_width, row, then, out, out_width, layer);
-      case 4: return tiles<Format, 4>(m, begin, end, in, in_width, row, then, out, out_width, layer);
-      case 5: return tiles<Format, 5>(m, begin, end, in, in_width, row, then, out, out_width, layer);
+  void piece(const Matrix& m, int64_t begin, int64_t end, const float* in, int64_t in_width, int64_t n,
+             float* out) const {
+    std::fill_n(out, n * kPieceOutputs, 0.f);
+    for (Block block{0, 0}; block.begin < padded(m.n_in); block.begin += block.size) {
+      block = Block::of(m.n_in, block.begin);
+      int64_t row = 0;
+      for (; row + kTileTokens <= n; row += kTileTokens)
+        tiles<Format, kTileTokens>(m, begin, end, block, in, in_width, row, out);
+      switch (n - row) {
+        case 1: tiles<Format, 1>(m, begin, end, block, in, in_width, row, out); break;
+        case 2: tiles<Format, 2>(m, begin, end, block, in, in_width, row, out); break;
+        case 3: tiles<Format, 3>(m, begin, end, block, in, in_width, row, out); break;
+        case 4: tiles<Format, 4>(m, begin, end, block, in, in_width, row, out); break;
+        case 5: tiles<Format, 5>(m, begin, end, block, in, in_width, row, out); break;
+      }
     }
   }
 
+  // Makes outputs of products, and puts them where they belong.
+  void finish(const Matrix& m, int64_t begin, int64_t end, int64_t row, Then then, float* products, float* out,
+              int64_t layer) {
+    for (int64_t n = begin; n < end; n += kLanes) {
+      const int64_t left = end - n;
+      float* const at = products + n - begin;
+      Vec value = load<Vec>(at);
+      if (m.scale) value *= load_some(m.scale + n, left);
+      if (m.bias) value += load_some(m.bias + n, left);
+      if (then == Then::kCache)
+        store(at, value);
+      else if (then == Then::kAdd)
+        store_some(out + n, load_some(out + n, left) + value, left);
+      else
+        store_some(out + n, then == Then::kGelu ? gelu(value) : value, left);
+    }
+    if (then == Then::kCache)
+      format == 0 ? keep<Fp32>(layer, row, begin, end, products) : keep<Bf16>(layer, row, begin, end, products);
+  }
+
   // out (n rows, m.n_out) from in (n rows, m.n_in), a piece of the outputs at a time.
-  void linear(int& phase, const Matrix& m, const float* in, int64_t in_width, int64_t n, Then then, float* out,
-              int64_t out_width, int64_t layer = 0) {
+  void linear(int thread, int& phase, const Matrix& m, const float* in, int64_t in_width, int64_t n, Then then,
+              float* out, int64_t out_width, int64_t layer = 0) {
     const int64_t size = (n <= kTileTokens ? kPiecePanelsOnce : kPiecePanels) * kPanelRows;
+    float* const to = products[thread].data();
     share(phase, (m.n_out + size - 1) / size, [&](int64_t i) {
       const int64_t begin = i * size, end = std::min(m.n_out, begin + size);
       if (format == 0)
-        piece<Fp32>(m, begin, end, in, in_width, n, then, out, out_width, layer);
+        piece<Fp32>(m, begin, end, in, in_width, n, to);
       else if (format == 1)
-        piece<Bf16>(m, begin, end, in, in_width, n, then, out, out_width, layer);
+        piece<Bf16>(m, begin, end, in, in_width, n, to);
       else
-        piece<Int8>(m, begin, end, in, in_width, n, then, out, out_width, layer);
-      if (then == Then::kGelu)
-        for (int64_t row = 0; row < n; ++row)
-          for (int64_t at = begin; at < end; at += kLanes)  // rows are padded, so a last vector may run over
-            store(out + row * out_width + at, gelu(load<Vec>(out + row * out_width + at)));
+        piece<Int8>(m, begin, end, in, in_width, n, to);
+      for (int64_t row = 0; row < n; ++row)
+        finish(m, begin, end, row, then, to + row * kPieceOutputs, out + row * out_width, layer);
     });
   }
 
@@ -282,32 +324,33 @@ struct Network {
     for (int64_t l = 0; l < n_layer; ++l) {
       const Layer& layer = layers[l];
       share(phase, n_rows, [&](int64_t row) { normalise(&x[row * width], layer.ln_1, &normed[row * width]); });
-      linear(phase, layer.c_attn, normed.data(), width, n_rows, Then::kCache, qkv.data(), 0, l);
+      linear(thread, phase, layer.c_attn, normed.data(), width, n_rows, Then::kCache, qkv.data(), 0, l);
       share(phase, n_rows * n_head, [&](int64_t piece) {
         if (format == 0)
           attend<Fp32>(l, piece / n_head, piece % n_head, static_cast<const float*>(cache.get()), weights);
         else
           attend<Bf16>(l, piece / n_head, piece % n_head, static_cast<const uint16_t*>(cache.get()), weights);
       });
-      linear(phase, layer.attn_proj, mixed.data(), width, n_rows, Then::kAdd, x.data(), width);
+      linear(thread, phase, layer.attn_proj, mixed.data(), width, n_rows, Then::kAdd, x.data(), width);
       share(phase, n_rows, [&](int64_t row) { normalise(&x[row * width], layer.ln_2, &normed[row * width]); });
-      linear(phase, layer.c_fc, normed.data(), width, n_rows, Then::kGelu, wide.data(), wide_width);
-      linear(phase, layer.mlp_proj, wide.data(), wide_width, n_rows, Then::kAdd, x.data(), width);
+      linear(thread, phase, layer.c_fc, normed.data(), width, n_rows, Then::kGelu, wide.data(), wide_width);
+      linear(thread, phase, layer.mlp_proj, wide.data(), wide_width, n_rows, Then::kAdd, x.data(), width);
     }
     share(phase, n_outputs, [&](int64_t i) { normalise(&x[outputs[i] * width], ln_f, &normed[i * width]); });
-    linear(phase, head, normed.data(), width, n_outputs, Then::kStore, logits, n_vocab);
+    linear(thread, phase, head, normed.data(), width, n_outputs, Then::kStore, logits, n_vocab);
   }
 };
 
 template <class Format>
 void arrange(int64_t n_out, int64_t n_in, const typename Format::Element* from, typename Format::Element* to) {
   constexpr int kUnit = Format::kVectors * kLanes;
-  for (int64_t panel = 0; panel < n_out; panel += kPanelRows)
-    for (int64_t k = 0; k < padded(n_in); k += kUnit)
-      for (int64_t n = panel; n < panel + kPanelRows; ++n, to += kUnit)
-        for (int64_t i = 0; i < kUnit; ++i)
-          to[Format::kVectors == 2 ? Bf16::place(i) : i] =
-              n < n_out && k + i < n_in ? from[n * n_in + k + i] : typename Format::Element{};
+  for (int64_t n = 0; n < in_panels(n_out); ++n)
+    for (int64_t k = 0; k < padded(n_in); k += kUnit) {
+      auto* unit = to + Block::of(n_in, k).place(n_out, n, k, kUnit);
+      for (int64_t i = 0; i < kUnit; ++i)
+        unit[Format::kVectors == 2 ? Bf16::place(i) : i] =
+            n < n_out && k + i < n_in ? from[n * n_in + k + i] : typename Format::Element{};
+    }
 }
 
 }  // namespace
@@ -316,7 +359,7 @@ extern "C" {
 
 // Elements that a matrix (n_out, n_in) takes in the order that the kernel reads it in.
 int64_t groundling_arranged(int64_t n_out, int64_t n_in) {
-  return (n_out + kPanelRows - 1) / kPanelRows * kPanelRows * padded(n_in);
+  return in_panels(n_out) * padded(n_in);
 }
 
 // Copies a matrix (n_out, n_in) from rows into that order.
@@ -373,6 +416,7 @@ void* groundling_open(const int64_t* sizes, int format, int n_threads, const voi
   const int64_t cache = net->n_layer * 2 * net->n_slots * net->n_head * net->n_window * net->head_width;
   net->cache.reset(std::calloc(cache, format == 0 ? sizeof(float) : sizeof(uint16_t)));
   if (!net->cache) throw std::bad_alloc();
+  net->products.assign(n_threads, std::vector<float>(rows * kPieceOutputs));
   net->scores.assign(n_threads, std::vector<float>(net->n_window + 2 * kLanes));
   net->taken = std::vector<std::atomic<int64_t>>(3 + 7 * net->n_layer);
   return net.release();

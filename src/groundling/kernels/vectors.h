@@ -47,6 +47,19 @@ inline V load(const void* from) {
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
+// The first n lanes, where there may be no more; the others are 0.
+inline Vec load_some(const float* from, int64_t n) {
+  if (n >= kLanes) return load<Vec>(from);
+  Vec value{};
+  std::memcpy(&value, from, n * sizeof(float));
+  return value;
+}
+
+inline void store_some(float* to, Vec value, int64_t n) {
+  if (n >= kLanes) return store(to, value);
+  std::memcpy(to, &value, n * sizeof(float));
+}
+
 // a * b + c, rounded once: spelled out, because compilers contract the sum in some tiles and not in others.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -86,16 +99,27 @@ inline Vec square_root(Vec value) {
 #endif
 }
 
+#if defined(__AVX__)
+// The upper lanes added to the lower ones, down to the given width.
+inline __m256 folded(Vec value) {
+#if defined(__AVX512F__)
+  const __m512d whole = (__m512d)value;
+  return (__m256)(_mm512_castpd512_pd256(whole)) + (__m256)(_mm512_extractf64x4_pd(whole, 1));
+#else
+  return (__m256)value;
+#endif
+}
+
+inline __m128 folded_twice(Vec value) {
+  const __m256 half = folded(value);
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#endif
+
 // The sum of the lanes, upper half onto lower half until one is left.
 inline float sum(Vec value) {
 #if defined(__AVX__)
-#if defined(__AVX512F__)
-  const __m512d whole = (__m512d)value;
-  const __m256 half = (__m256)(_mm512_castpd512_pd256(whole)) + (__m256)(_mm512_extractf64x4_pd(whole, 1));
-#else
-  const __m256 half = (__m256)value;
-#endif
-  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  __m128 quarter = folded_twice(value);
   quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 #else
@@ -105,6 +129,41 @@ inline float sum(Vec value) {
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
 #endif
+}
+
+// The sums of several vectors, each to the bit what `sum` gives: eight or four together, a vector's lanes beside the
+// others', take half the instructions.
+template <int kCount>
+inline void sums(const Vec* values, float* to) {
+  int i = 0;
+#if defined(__AVX__)
+#pragma GCC unroll 8
+  for (; i + 8 <= kCount; i += 8) {
+    __m256 pairs[4];  // four lanes of i + k beside four of i + k + 4
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m256 one = folded(values[i + k]), other = folded(values[i + k + 4]);
+      pairs[k] = _mm256_add_ps(_mm256_permute2f128_ps(one, other, 0x20), _mm256_permute2f128_ps(one, other, 0x31));
+    }
+    const auto fours = [&](int k) {  // two lanes of each of four
+      return _mm256_add_ps(_mm256_shuffle_ps(pairs[k], pairs[k + 1], 0x44),
+                           _mm256_shuffle_ps(pairs[k], pairs[k + 1], 0xee));
+    };
+    const __m256 one = fours(0), other = fours(2);
+    _mm256_storeu_ps(to + i, _mm256_add_ps(_mm256_shuffle_ps(one, other, 0x88), _mm256_shuffle_ps(one, other, 0xdd)));
+  }
+#pragma GCC unroll 8
+  for (; i + 4 <= kCount; i += 4) {
+    const auto twos = [&](int k) {  // two lanes of each of two
+      const __m128 one = folded_twice(values[i + k]), other = folded_twice(values[i + k + 1]);
+      return _mm_add_ps(_mm_shuffle_ps(one, other, 0x44), _mm_shuffle_ps(one, other, 0xee));
+    };
+    const __m128 one = twos(0), other = twos(2);
+    _mm_storeu_ps(to + i, _mm_add_ps(_mm_shuffle_ps(one, other, 0x88), _mm_shuffle_ps(one, other, 0xdd)));
+  }
+#endif
+#pragma GCC unroll 8
+  for (; i < kCount; ++i) to[i] = sum(values[i]);
 }
 
 // The lower (0) or upper (1) half of the lanes, in double.
