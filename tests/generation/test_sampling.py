@@ -54,6 +54,18 @@ def test_a_top_p_below_what_fp32_holds_keeps_the_likeliest() -> None:
     assert kept(sampling.top_p(5e-324)([], LOGITS)) == [0]
 
 
+@pytest.mark.parametrize("n", [5, 256, 600, 20_000])
+@pytest.mark.parametrize("k", [1, 2, 50, 78, 5000])
+def test_top_k_of_many_tokens_is_what_sorting_gives(n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(n + k)
+    ties = torch.randint(300, (n,), generator=generator) / 10
+    likely_together = torch.arange(n, 0, -1).float()
+    removed = torch.randn(n, generator=generator).masked_fill(torch.rand(n, generator=generator) < 0.9, -math.inf)
+    for logits in (ties, likely_together, removed):
+        least = logits.sort(descending=True).values[min(k, n) - 1]
+        assert kept(sampling.top_k(k)([], logits)) == (logits >= least).logical_and(logits > -math.inf).nonzero()[:, 0].tolist()
+
+
 def test_top_p_after_top_k_counts_what_is_left() -> None:
     """Of 0.4 and 0.3, which are 4/7 and 3/7 of what top-k leaves, the first alone has a half."""
     assert kept(sampling.top_p(0.5)([], sampling.top_k(2)([], LOGITS))) == [0]
