@@ -25,10 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from groundling import machine, runtime
 from groundling.interop import gguf
@@ -36,8 +35,6 @@ from groundling.interop.trained import Trained, open_trained
 from groundling.runtime import RuntimeConfig
 
 N_THREADS = 2
-ONCE = httpx.Limits(max_keepalive_connections=0)
-"""llama.cpp closes connections that a client might use again."""
 N_STREAMS = 16
 N_QUEUED = 3 * N_STREAMS
 
@@ -57,6 +54,31 @@ sys.stdin.read()
 """
 
 
+@dataclass
+class Answer:
+    """A streamed answer as it came: looked at when all have come, since clients and server share the cores."""
+
+    server: str
+    started: float
+    read: list[tuple[float, bytes]] = field(default_factory=list)
+    """Bytes, and when they were there."""
+
+    def n_tokens(self) -> int:
+        """As the server counts them, at its end."""
+        whole = b"".join(content for _, content in self.read)
+        assert whole.startswith(b"HTTP/1.1 200 "), (self.server, whole[:500])
+        return int(re.findall(rb'"completion_tokens":\s*(\d+)', whole)[-1])
+
+    def first_text_s(self) -> float:
+        """Seconds to the first text that is not empty."""
+        so_far = b""
+        for seconds, content in self.read:
+            so_far += content
+            if re.search(rb'"text":\s*"[^"]', so_far):
+                return seconds - self.started
+        return math.nan
+
+
 class Contestant:
     """A server in a process of its own, and what was measured of it."""
 
@@ -67,13 +89,13 @@ class Contestant:
         self.first_token_s: list[list[float]] = []
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT)
-        self.address = self._address()
+        self.host, self.port = self._address()
 
-    def _address(self) -> str:
+    def _address(self) -> tuple[str, int]:
         while self.process.poll() is None:
             self.log.seek(0)
-            if found := re.search(r"(?:address |weights\): )(http://[\d.:]+)", self.log.read()):
-                return found[1]
+            if found := re.search(r"(?:address |weights\): )http://([\d.]+):(\d+)", self.log.read()):
+                return found[1], int(found[2])
             time.sleep(0.1)
         self.log.seek(0)
         raise RuntimeError(f"{self.name} did not start: {self.log.read()}")
@@ -86,33 +108,31 @@ class Contestant:
 
     async def _ask(self, prompts: list[list[int]], n_tokens: int, at_once: int) -> tuple[float, list[float]]:
         """Tokens a second of all texts together, and the seconds to each one's first text."""
-        async with httpx.AsyncClient(base_url=self.address, timeout=600, limits=ONCE) as client:
-            turn = asyncio.Semaphore(at_once)
+        turn = asyncio.Semaphore(at_once)
 
-            async def one(seed: int, prompt: list[int]) -> tuple[int, float]:
-                async with turn:
-                    return await self._stream(client, prompt, seed, n_tokens)
+        async def one(seed: int, prompt: list[int]) -> Answer:
+            async with turn:
+                return await self._stream(prompt, seed, n_tokens)
 
-            started = time.perf_counter()
-            answers = await asyncio.gather(*(one(seed, prompt) for seed, prompt in enumerate(prompts)))
-            seconds = time.perf_counter() - started
-        return sum(n for n, _ in answers) / seconds, [first for _, first in answers]
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(one(seed, prompt) for seed, prompt in enumerate(prompts)))
+        seconds = time.perf_counter() - started
+        return sum(answer.n_tokens() for answer in answers) / seconds, [answer.first_text_s() for answer in answers]
 
-    async def _stream(self, client: httpx.AsyncClient, prompt: list[int], seed: int, n: int) -> tuple[int, float]:
-        body = {"model": self.model, "prompt": prompt, "max_tokens": n, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        body |= {"min_p": 0.0, "seed": seed, "stream": True, "stream_options": {"include_usage": True}}
-        started, first, n_tokens = time.perf_counter(), math.nan, 0
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            assert answer.status_code == 200, (self.name, (await answer.aread())[:500])
-            async for line in answer.aiter_lines():
-                content = line.removeprefix("data: ")
-                if not content or content == "[DONE]":
-                    continue
-                piece = json.loads(content)
-                if math.isnan(first) and any(choice["text"] for choice in piece["choices"]):
-                    first = time.perf_counter() - started
-                n_tokens = (piece.get("usage") or {}).get("completion_tokens", n_tokens)
-        return n_tokens, first
+    async def _stream(self, prompt: list[int], seed: int, n: int) -> Answer:
+        settings = {"model": self.model, "prompt": prompt, "max_tokens": n, "seed": seed}
+        settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        settings |= {"stream": True, "stream_options": {"include_usage": True}}
+        body = json.dumps(settings).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        answer = Answer(self.name, time.perf_counter())
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        writer.write(head.encode() + body)
+        while content := await reader.read(1 << 16):
+            answer.read.append((time.perf_counter(), content))
+        writer.close()
+        return answer
 
     def close(self) -> None:
         """End the process."""

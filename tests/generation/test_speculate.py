@@ -15,7 +15,7 @@ from groundling.evaluation.suffix_array import SuffixArray, SuffixMatcher
 from groundling.generation.decode import Stats, Stream, decode, generate
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
-from groundling.generation.sampling import SamplingConfig, draw, processors
+from groundling.generation.sampling import SamplingConfig, draw, processors, uniform_numbers
 from groundling.generation.speculate import CorpusDrafter, Drafter, DraftLength, PromptDrafter, first_of, verify
 from groundling.model.gpt2 import GPT2
 
@@ -119,9 +119,9 @@ def surprise(model: GPT2, rule: Verify, n_draws_wanted: int) -> float:
                 exact[(*before, token)] = reached * float(row[token])
         reached, before = reached * float(row[guess]) if guess >= 0 else 0.0, (*before, guess)
 
-    generator, n_draws, outcomes = torch.Generator().manual_seed(11), 0, Counter[tuple[int, ...]]()
+    numbers, n_draws, outcomes = uniform_numbers(11), 0, Counter[tuple[int, ...]]()
     while n_draws < n_draws_wanted:
-        tokens = rule(draft, rows, lambda drawn, row: draw(row, config, generator))
+        tokens = rule(draft, rows, lambda drawn, row: draw(row, config, numbers))
         n_draws += len(tokens)
         outcomes[tuple(tokens)] += 1
     n = outcomes.total()

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from groundling.generation.decoder import Chunk, Decoder
-from groundling.generation.sampling import SamplingConfig, draw, processors
+from groundling.generation.sampling import SamplingConfig, draw, processors, uniform_numbers
 from groundling.generation.speculate import Drafter, DraftLength, verify
 
 MAX_DRAFTED_ROWS = 192
@@ -110,7 +109,7 @@ class Stream:
         self.prompt_likelihoods: list[Likelihood] | None = [] if prompt_likelihoods else None
         self.finish_reason: FinishReason | None = None
         self.slot = -1
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._numbers = uniform_numbers(config.seed)
         self._chain = processors(config)
         self._start = 0  # place in `tokens` of the window's first position
         self._draft: list[int] = []
@@ -197,7 +196,7 @@ class Stream:
         context = [*self.tokens, *drawn] if self._chain else []
         for process in self._chain:
             logits = process(context, logits)
-        return draw(logits, self.config, self._generator)
+        return draw(logits, self.config, self._numbers)
 
     def _likelihood(self, token: int, logits: Tensor) -> Likelihood:
         logprobs = logits.log_softmax(-1)

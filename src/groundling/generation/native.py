@@ -7,7 +7,6 @@ they are those of the network within rounding.
 from __future__ import annotations
 
 import ctypes
-import itertools
 from collections.abc import Sequence
 from typing import Self
 
@@ -85,8 +84,7 @@ class NativeDecoder:
             wanted = [row - first for row in outputs if first <= row < last]
             self._pass(tokens[first:last], slots[first:last], positions[first:last], wanted, done)
             done += len(wanted)
-        ends = itertools.accumulate(chunk.n_outputs for chunk in chunks)
-        return [self._logits[end - chunk.n_outputs : end] for chunk, end in zip(chunks, ends, strict=True)]
+        return list(torch.split(self._logits[: len(outputs)], [chunk.n_outputs for chunk in chunks]))
 
     def _pass(
         self, tokens: list[int], slots: list[int], positions: list[int], outputs: list[int], n_before: int

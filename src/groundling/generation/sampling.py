@@ -7,7 +7,7 @@ Invariant: a processor is a callable on (tokens so far, logits) that returns log
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ MIN_PENALTY = 1e-3
 
 BLOCK = 256
 """Logits of which the likeliest is found at once: at least one of the k likeliest is in each of the k best blocks."""
+
+N_NUMBERS = 16
+"""Uniform numbers made at a time."""
 
 Processor = Callable[[Sequence[int], Tensor], Tensor]
 
@@ -176,7 +179,14 @@ def processors(config: SamplingConfig) -> list[Processor]:
     return chain
 
 
-def draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
+def uniform_numbers(seed: int) -> Iterator[float]:
+    """Numbers in [0, 1), the same for a seed however many of them are made at once."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.rand(N_NUMBERS, generator=generator, dtype=torch.float64).tolist()
+
+
+def draw(logits: Tensor, config: SamplingConfig, numbers: Iterator[float]) -> int:
     """One token id from processed logits (n_vocab,) on the CPU: the likeliest at temperature 0, else a draw.
 
     A draw takes one uniform number, by inverting the distribution function; so a seed's n-th number belongs
@@ -184,4 +194,4 @@ def draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> 
     """
     if config.temperature == 0:
         return int(logits.numpy().argmax())  # several times as fast as PyTorch's, on one thread
-    return place(logits, float(torch.rand((), generator=generator, dtype=torch.float64)))
+    return place(logits, next(numbers))

@@ -40,11 +40,11 @@ def verify(draft: Sequence[int], logits: Tensor, pick: Callable[[Sequence[int], 
     row of them, given the tokens accepted so far.
     """
     tokens: list[int] = []
-    for place, row in enumerate(logits):
-        tokens.append(pick(tokens, row))
-        if place == len(draft) or tokens[-1] != draft[place]:
-            break
-    return tokens
+    for place, guess in enumerate(draft):
+        tokens.append(pick(tokens, logits[place]))
+        if tokens[-1] != guess:
+            return tokens
+    return [*tokens, pick(tokens, logits[len(draft)])]
 
 
 class DraftLength:

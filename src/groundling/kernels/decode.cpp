@@ -39,7 +39,7 @@ constexpr int64_t kBlockInputs = 768;
 // Weights are asked for this far ahead where the arithmetic on them leaves the hardware's own prefetching behind: with
 // several tokens in a tile, and (less far) with int8. Measured (LOG.md): bf16 with six tokens, and int8 with one, 1.3
 // times as fast; one token in bf16 or fp32 no faster.
-constexpr int kBusyAheadBytes = 8192;
+constexpr int kBusyAheadBytes = 4096;
 constexpr float kLayerNormEps = 1e-5f;  // GPT-2's
 
 struct Matrix {
