@@ -49,7 +49,8 @@ struct Matrix {
   int64_t n_out = 0, n_in = 0;
 };
 
-int64_t in_panels(int64_t n_out) { return (n_out + kPanelRows - 1) / kPanelRows * kPanelRows; }
+// Weight rows, with those that fill the last panel.
+int64_t whole_panels(int64_t n_out) { return (n_out + kPanelRows - 1) / kPanelRows * kPanelRows; }
 
 // A block of the inputs, `begin` .. `begin + size`.
 struct Block {
@@ -63,7 +64,7 @@ struct Block {
 
   // Where a weight row's unit of `unit` elements lies that begins at an input of this block.
   int64_t place(int64_t n_out, int64_t n, int64_t input, int unit) const {
-    return in_panels(n_out) * begin + n / kPanelRows * kPanelRows * size +
+    return whole_panels(n_out) * begin + n / kPanelRows * kPanelRows * size +
            ((input - begin) / unit * kPanelRows + n % kPanelRows) * unit;
   }
 };
@@ -344,7 +345,7 @@ struct Network {
 template <class Format>
 void arrange(int64_t n_out, int64_t n_in, const typename Format::Element* from, typename Format::Element* to) {
   constexpr int kUnit = Format::kVectors * kLanes;
-  for (int64_t n = 0; n < in_panels(n_out); ++n)
+  for (int64_t n = 0; n < whole_panels(n_out); ++n)
     for (int64_t k = 0; k < padded(n_in); k += kUnit) {
       auto* unit = to + Block::of(n_in, k).place(n_out, n, k, kUnit);
       for (int64_t i = 0; i < kUnit; ++i)
@@ -359,7 +360,7 @@ extern "C" {
 
 // Elements that a matrix (n_out, n_in) takes in the order that the kernel reads it in.
 int64_t groundling_arranged(int64_t n_out, int64_t n_in) {
-  return in_panels(n_out) * padded(n_in);
+  return whole_panels(n_out) * padded(n_in);
 }
 
 // Copies a matrix (n_out, n_in) from rows into that order.
