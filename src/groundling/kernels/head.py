@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from groundling.kernels import products
 from groundling.kernels.build import library
 from groundling.kernels.weight_copies import weight_copy
 
@@ -43,10 +44,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         with torch.autocast("cpu", enabled=False):
             factor = weight_copy(weight) if kind is torch.bfloat16 else weight
-            sweep = Sweep(hidden.to(kind), factor, targets.contiguous(), n_last)
-            losses = sweep.run(with_gradient)
-        if with_gradient:
-            ctx.gradients = sweep.d_hidden.to(hidden.dtype), sweep.d_weight  # type: ignore[attr-defined]
+            factors = hidden.to(kind).contiguous(), factor, targets.contiguous()
+            if kind is torch.bfloat16 and products.available():
+                losses, d_hidden, d_weight = products.head(*factors, n_last, with_gradient)
+            else:
+                sweep = Sweep(*factors, n_last)
+                losses, d_hidden, d_weight = sweep.run(with_gradient), sweep.d_hidden, sweep.d_weight
+        if d_hidden is not None:
+            ctx.gradients = d_hidden.to(hidden.dtype), d_weight  # type: ignore[attr-defined]
         return losses.sum(dtype=torch.float64).float()
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from groundling.kernels import reference
+from groundling.kernels import products, reference
 from groundling.kernels.build import library
 from groundling.kernels.head import linear_cross_entropy
 from groundling.kernels.reference import causal_attention
@@ -43,6 +43,7 @@ def load() -> None:
     """Compile what is not compiled yet. Raises `BuildError` if that cannot be done here."""
     for name in ("adamw", "blocks", "head"):
         library(name)
+    products.available()
 
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +128,11 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix = ctx.saved_tensors
         d_rows = d.reshape(-1, len(matrix)).contiguous()
+        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
+        if _bf16(d_rows) and products.available():
+            return d_x, *products.weight_gradient(d_rows, rows.contiguous())
         d_bias = rows.new_empty(len(matrix), dtype=torch.float32)
         _sweep("sum_rows", *_rows(d_rows), _bf16(d_rows), d_rows, d_bias)
-        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
         return d_x, d_rows.T.mm(rows).float(), d_bias
 
 
@@ -155,6 +158,8 @@ class LinearGelu(torch.autograd.Function):
         d_bias = torch.empty_like(bias)
         _sweep("bias_gelu_backward", *_rows(d_rows), _bf16(d_rows), d_rows, bias, d.contiguous(), d_bias)
         d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
+        if _bf16(d_rows) and products.available():
+            return d_x, products.weight_gradient(d_rows, rows.contiguous())[0], d_bias
         return d_x, d_rows.T.mm(rows).float(), d_bias
 
 
@@ -164,6 +169,10 @@ class SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
         qkv = qkv.contiguous()
+        if _bf16(qkv) and products.available():
+            mixed, log_sums = products.attention(qkv, n_head)
+            ctx.save_for_backward(qkv, log_sums)
+            return mixed
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         query, key, value = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         # What scaled_dot_product_attention calls on a CPU; it also gives the logarithms of the softmax's denominators.
@@ -175,6 +184,8 @@ class SelfAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         qkv, log_sums = ctx.saved_tensors
+        if _bf16(qkv) and products.available():
+            return products.attention_backward(qkv, log_sums, d.contiguous()), None
         (B, T, C), n_head = d.shape, log_sums.size(1)
         heads = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, -1)
         d_mixed = d.reshape(B, T, n_head, -1).transpose(1, 2).reshape(B * n_head, T, -1)

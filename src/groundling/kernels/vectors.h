@@ -232,9 +232,14 @@ struct Bf16 {  // the upper half of an fp32
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   }
   static void write(uint16_t* to, Vec value) {  // the same, of each lane
+#if defined(__AVX512BF16__) && !defined(GROUNDLING_LANES)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);  // subnormal floats become 0
+    std::memcpy(to, &halves, sizeof halves);
+#else
     const Words bits = (Words)value;
     const Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
     std::memcpy(to, &halves, sizeof halves);
+#endif
   }
 };
 
@@ -255,6 +260,23 @@ struct Int8 {
   }
 };
 
+// The first n lanes, where there may be no more.
+template <class Format>
+inline Vec read_some(const typename Format::Element* from, int64_t n) {
+  if (n >= kLanes) return Format::read(from);
+  typename Format::Element lanes[kLanes] = {};
+  std::memcpy(lanes, from, n * sizeof *from);
+  return Format::read(lanes);
+}
+
+template <class Format>
+inline void write_some(typename Format::Element* to, Vec value, int64_t n) {
+  if (n >= kLanes) return Format::write(to, value);
+  typename Format::Element lanes[kLanes];
+  Format::write(lanes, value);
+  std::memcpy(to, lanes, n * sizeof *to);
+}
+
 // e^x by x = n ln 2 + r and the Taylor series of e^r, |r| <= ln 2 / 2, to r^7 / 7!: within 2 units of the last place.
 inline Vec exponential(Vec x) {
   x = x < -87.f ? splat(-87.f) : x;
@@ -272,6 +294,15 @@ inline Vec exponential(Vec x) {
 inline Vec gelu(Vec x) {
   const Vec u = 0.79788456f * (x + 0.044715f * x * x * x);  // sqrt(2 / pi)
   return x / (1.f + exponential(-2.f * u));
+}
+
+// gelu(x) = x s(2u), with the logistic function s and u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Vec gelu_slope(Vec x) {
+  const Vec x2 = x * x;
+  const Vec twice_u = 1.59576912f * x * multiply_add(x2, splat(0.044715f), splat(1.f));
+  const Vec twice_u_slope = 1.59576912f * multiply_add(x2, splat(3 * 0.044715f), splat(1.f));
+  const Vec s = 1.f / (1.f + exponential(-twice_u));
+  return s * multiply_add(x * (1.f - s), twice_u_slope, splat(1.f));
 }
 
 }  // namespace groundling

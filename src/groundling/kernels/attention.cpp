@@ -1,0 +1,253 @@
+// Causal attention of whole windows to themselves in the matrix unit, forward and backward, a head of a window at a time.
+//
+// Invariant: a query's output depends on no later position, to the bit; and no result depends on the number of threads.
+// Scores, probabilities and their gradients exist for 32 queries at a time, in memory of the thread that stays in its L2
+// cache; all arithmetic but the products' factors is fp32.
+// Source: Vaswani et al. 2017, section 3.2.1; that the backward pass makes the probabilities again from the logarithms of
+// the softmax's denominators: Dao et al. 2022, "FlashAttention", section 3.1.
+
+#include <cmath>
+
+#include "products.h"
+
+namespace {
+
+using namespace groundling;
+
+struct Shape {
+  int64_t n_windows, n_positions, n_head, width;  // width: of a head
+  int64_t n_embd() const { return n_head * width; }
+  int64_t n_panels() const { return divided_up(n_positions, kSide); }
+  int64_t n_depths() const { return divided_up(width, kSide); }
+};
+
+constexpr Ints lane_numbers() {
+  Ints lanes{};
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+// The value where a query sees the keys, counted from the beginning of its own block; else 0.
+inline Vec seen(Vec value, int64_t query, int64_t key) {
+  return lane_numbers() + static_cast<int32_t>(key) > static_cast<int32_t>(query) ? Vec{} : value;
+}
+
+template <class Side>
+void pack_all(const Side& side, int64_t n_panels, int64_t n_steps, uint16_t* to) {
+  each_step(side, n_panels, 0, n_steps, [&](int64_t panel, int64_t step) {
+    if constexpr (std::is_same_v<Side, LeftOfRows>)
+      side.pack(panel * kSide, step * kTileDepth, to + (panel * n_steps + step) * kStep, true);
+    else
+      side.pack(panel * kSide, step * kTileDepth, to + (panel * n_steps + step) * kStep);
+  });
+}
+
+float* sums_at(float* sums, int64_t i, int64_t column) { return const_cast<float*>(place_of_sums(sums, i, column)); }
+
+// A head of a window, and a thread's memory for it.
+class HeadOfWindow {
+ public:
+  HeadOfWindow(const Shape& shape, Buffer<uint16_t>& halves, Buffer<float>& floats)
+      : shape_(shape), n_(shape.n_panels()), depths_(shape.n_depths()), scale_(1 / std::sqrt(float(shape.width))) {
+    const int64_t packed = n_ * depths_ * kStep;
+    uint16_t* at = halves.of(7 * packed + (2 * n_ + 1) * kStep);
+    for (uint16_t** part : {&query_, &key_, &value_, &d_, &query_rows_, &key_rows_, &d_rows_}) *part = at, at += packed;
+    probabilities_ = at, at += n_ * kStep;
+    d_scores_ = at, at += n_ * kStep;
+    turned_ = at;
+    float* sums = floats.of((2 * n_ + 2 * n_ * depths_ + 1) * kBlockSums);
+    for (float** part : {&scores_, &d_probabilities_}) *part = sums, sums += n_ * kBlockSums;
+    for (float** part : {&d_key_, &d_value_}) *part = sums, sums += n_ * depths_ * kBlockSums;
+    block_ = sums;
+  }
+
+  void forward(Tiles& tiles, const uint16_t* qkv, uint16_t* mixed, float* log_sums) {
+    const int64_t C = shape_.n_embd();
+    pack_all(LeftOfRows{part(qkv, 0)}, n_, depths_, query_);
+    pack_all(RightOfColumns{part(qkv, 1)}, n_, depths_, key_);
+    pack_all(RightOfRows{part(qkv, 2)}, depths_, n_, value_);
+    for (int64_t i = 0; i < n_; ++i) {
+      float shares[kSide];
+      products_of(tiles, query_, key_, i, scores_);
+      for (int64_t row = 0; row < kSide; ++row) {
+        Vec largest = splat(-INFINITY), total{};
+        each_key(i, [&](int64_t j, int64_t c, bool last) {
+          const Vec score = row_of_sums(scores_ + j * kBlockSums, row, c) * scale_;
+          const Vec counted =
+              last ? (lane_numbers() + int32_t(c) > int32_t(row) ? splat(-INFINITY) : score) : score;
+          largest = counted > largest ? counted : largest;
+        });
+        float lanes[kLanes];
+        store(lanes, largest);
+        const float most = *std::max_element(lanes, lanes + kLanes);
+        each_key(i, [&](int64_t j, int64_t c, bool last) {
+          Vec weight = exponential(row_of_sums(scores_ + j * kBlockSums, row, c) * scale_ - most);
+          if (last) weight = seen(weight, row, c);
+          total += weight;
+          Bf16::write(probabilities_ + j * kStep + row * kTileDepth + c, weight);
+        });
+        const float whole = sum(total);
+        shares[row] = 1 / whole;
+        if (i * kSide + row < shape_.n_positions) log_sums[i * kSide + row] = most + std::log(whole);
+      }
+      for (int64_t depth = 0; depth < depths_; ++depth) {
+        multiply_panels(tiles, probabilities_, value_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
+        write_block(mixed, C, i, depth, block_, shares);
+      }
+    }
+  }
+
+  void backward(Tiles& tiles, const uint16_t* qkv, const float* log_sums, const uint16_t* d_mixed, uint16_t* d_qkv) {
+    const int64_t C = shape_.n_embd();
+    const Matrix d{d_mixed, shape_.n_positions, shape_.width, C};
+    pack_all(LeftOfRows{part(qkv, 0)}, n_, depths_, query_);
+    pack_all(RightOfRows{part(qkv, 0)}, depths_, n_, query_rows_);
+    pack_all(RightOfColumns{part(qkv, 1)}, n_, depths_, key_);
+    pack_all(RightOfRows{part(qkv, 1)}, depths_, n_, key_rows_);
+    pack_all(RightOfColumns{part(qkv, 2)}, n_, depths_, value_);
+    pack_all(LeftOfRows{d}, n_, depths_, d_);
+    pack_all(RightOfRows{d}, depths_, n_, d_rows_);
+    for (int64_t i = 0; i < n_; ++i) {
+      products_of(tiles, query_, key_, i, scores_);
+      products_of(tiles, d_, value_, i, d_probabilities_);
+      for (int64_t row = 0; row < kSide; ++row) {
+        // A query that fills up the last panel has no probabilities.
+        const float log_sum = i * kSide + row < shape_.n_positions ? log_sums[i * kSide + row] : INFINITY;
+        Vec together{};
+        each_key(i, [&](int64_t j, int64_t c, bool last) {
+          Vec probability = exponential(row_of_sums(scores_ + j * kBlockSums, row, c) * scale_ - log_sum);
+          if (last) probability = seen(probability, row, c);
+          together =
+              multiply_add(probability, row_of_sums(d_probabilities_ + j * kBlockSums, row, c), together);
+          store(sums_at(scores_ + j * kBlockSums, row, c), probability);
+          Bf16::write(probabilities_ + j * kStep + row * kTileDepth + c, probability);
+        });
+        const float mean = sum(together);
+        each_key(i, [&](int64_t j, int64_t c, bool) {
+          const Vec probability = row_of_sums(scores_ + j * kBlockSums, row, c);
+          const Vec d_probability = row_of_sums(d_probabilities_ + j * kBlockSums, row, c);
+          Bf16::write(d_scores_ + j * kStep + row * kTileDepth + c, probability * (d_probability - mean) * scale_);
+        });
+      }
+      for (int64_t depth = 0; depth < depths_; ++depth) {
+        multiply_panels(tiles, d_scores_, key_rows_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
+        write_block(d_qkv, 3 * C, i, depth, block_, nullptr);
+      }
+      for (int64_t j = 0; j <= i; ++j) {
+        add_turned(tiles, d_scores_ + j * kStep, query_rows_, i, j, d_key_);
+        add_turned(tiles, probabilities_ + j * kStep, d_rows_, i, j, d_value_);
+      }
+    }
+    for (int64_t j = 0; j < n_; ++j)
+      for (int64_t depth = 0; depth < depths_; ++depth) {
+        write_block(d_qkv + C, 3 * C, j, depth, d_key_ + (j * depths_ + depth) * kBlockSums, nullptr);
+        write_block(d_qkv + 2 * C, 3 * C, j, depth, d_value_ + (j * depths_ + depth) * kBlockSums, nullptr);
+      }
+  }
+
+ private:
+  // Queries (0), keys (1) or values (2) of this head, (positions, width).
+  Matrix part(const uint16_t* qkv, int64_t which) const {
+    const int64_t C = shape_.n_embd();
+    return {qkv + which * C, shape_.n_positions, shape_.width, 3 * C};
+  }
+
+  // Calls body(block, column in it, whether it is the queries' own block) for the vectors of keys up to panel i.
+  template <class Body>
+  static void each_key(int64_t i, Body body) {
+    for (int64_t j = 0; j <= i; ++j)
+      for (int64_t c = 0; c < kSide; c += kLanes) body(j, c, j == i);
+  }
+
+  // Products of the rows of panel i with those of all panels up to it.
+  void products_of(Tiles& tiles, const uint16_t* left, const uint16_t* right, int64_t i, float* to) const {
+    for (int64_t j = 0; j <= i; ++j)
+      multiply_panels(tiles, left + i * depths_ * kStep, right + j * depths_ * kStep, depths_, false,
+                      to + j * kBlockSums, nullptr, 0);
+  }
+
+  // Adds a block (queries of panel i, keys of panel j) transposed, times the queries' rows, to the sums of the keys.
+  void add_turned(Tiles& tiles, const uint16_t* block, const uint16_t* rows, int64_t i, int64_t j, float* to) const {
+    LeftOfColumns{Matrix{block, kSide, kSide}}.pack(0, 0, turned_, false);
+    for (int64_t depth = 0; depth < depths_; ++depth)
+      multiply_panels(tiles, turned_, rows + (depth * n_ + i) * kStep, 1, i > j,
+                      to + (j * depths_ + depth) * kBlockSums, nullptr, 0);
+  }
+
+  // A block of sums, each row times its share (null: 1), as bf16 into rows `stride` apart.
+  void write_block(uint16_t* to, int64_t stride, int64_t i, int64_t depth, const float* block, const float* shares) const {
+    const int64_t n_rows = std::min(kSide, shape_.n_positions - i * kSide);
+    const int64_t n_columns = std::min(kSide, shape_.width - depth * kSide);
+    for (int64_t row = 0; row < n_rows; ++row)
+      for (int64_t c = 0; c < n_columns; c += kLanes) {
+        const Vec value = row_of_sums(block, row, c);
+        write_some<Bf16>(to + (i * kSide + row) * stride + depth * kSide + c, shares ? value * shares[row] : value,
+                         std::min<int64_t>(kLanes, n_columns - c));
+      }
+  }
+
+  const Shape shape_;
+  const int64_t n_, depths_;  // panels of positions, and of a head's width
+  const float scale_;
+  uint16_t *query_, *key_, *value_, *d_, *query_rows_, *key_rows_, *d_rows_, *probabilities_, *d_scores_, *turned_;
+  float *scores_, *d_probabilities_, *d_key_, *d_value_, *block_;
+};
+
+struct OfThread {
+  Buffer<uint16_t> halves;
+  Buffer<float> floats;
+};
+
+std::mutex mutex;
+std::vector<OfThread> threads;
+
+// Calls body(tiles, head, its number, where its window and it begin in (windows, positions, n_embd)) for all heads.
+template <class Body>
+void each_head(int n_threads, const Shape& shape, Body body) {
+  const std::lock_guard<std::mutex> alone(mutex);
+  if (static_cast<int>(threads.size()) < n_threads) threads.resize(n_threads);
+#pragma omp parallel num_threads(n_threads)
+  {
+#if defined(_OPENMP)
+    auto& own = threads[omp_get_thread_num()];
+#else
+    auto& own = threads[0];
+#endif
+    HeadOfWindow head(shape, own.halves, own.floats);
+    Tiles tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < shape.n_windows * shape.n_head; ++i)
+      body(tiles, head, i, i / shape.n_head * shape.n_positions, i % shape.n_head * shape.width);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int groundling_has_attention() { return tiles_allowed(); }
+
+// mixed (n_windows, n_positions, n_embd) from queries, keys and values side by side, qkv (..., 3 n_embd); log_sums
+// (n_windows, n_head, n_positions), of the softmax's denominators. `width` is a head's.
+void groundling_attention(int n_threads, int64_t n_windows, int64_t n_positions, int64_t n_head, int64_t width,
+                          const uint16_t* qkv, uint16_t* mixed, float* log_sums) {
+  const Shape shape{n_windows, n_positions, n_head, width};
+  each_head(n_threads, shape, [&](Tiles& tiles, HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
+    const int64_t C = shape.n_embd();
+    head.forward(tiles, qkv + row * 3 * C + column, mixed + row * C + column, log_sums + i * n_positions);
+  });
+}
+
+// d_qkv from d_mixed, qkv and log_sums, all as above.
+void groundling_attention_backward(int n_threads, int64_t n_windows, int64_t n_positions, int64_t n_head, int64_t width,
+                                   const uint16_t* qkv, const float* log_sums, const uint16_t* d_mixed,
+                                   uint16_t* d_qkv) {
+  const Shape shape{n_windows, n_positions, n_head, width};
+  each_head(n_threads, shape, [&](Tiles& tiles, HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
+    const int64_t C = shape.n_embd();
+    head.backward(tiles, qkv + row * 3 * C + column, log_sums + i * n_positions, d_mixed + row * C + column,
+                  d_qkv + row * 3 * C + column);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,123 @@
+"""Products in a CPU's matrix unit (AMX) that PyTorch takes more slowly, and what belongs to them: our own C++.
+
+Invariant: used only where `available()` says so: the CPU has the unit, the compiler knows it, the system allows it.
+PyTorch's own products of a block's forward pass and of its gradients with respect to activations are faster than ours and
+stay; gradients of weights and the whole head are not (docs/design/0009-the-matrix-unit.md has the measurements).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groundling import machine
+from groundling.kernels.build import library
+
+CHUNK_BYTES = 512 << 20
+"""Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary."""
+ROW_ELEMENTS = 64
+"""Rows of exponentials are an odd number of half such pieces apart: at 4 KiB they would meet in the same cache lines."""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the functions of this module can be called here. Raises `BuildError` if they cannot be compiled."""
+    if "amx_bf16" not in machine.cpu_flags():
+        return False
+    checks = library("products").groundling_has_products, library("head_products").groundling_has_head_products
+    return all(check() for check in (*checks, library("attention").groundling_has_attention))
+
+
+def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`d_y.T @ x` (n_out, n_in) and the sum of d_y's rows (n_out,), fp32, from d_y (N, n_out) and x (N, n_in), bf16."""
+    (n_rows, n_out), n_in = d_y.shape, x.size(1)
+    d_weight, d_bias = torch.empty(n_out, n_in), torch.empty(n_out)
+    library("products").groundling_weight_gradient(
+        _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(d_y), _bf16(x), _fp32(d_weight), _fp32(d_bias)
+    )
+    return d_weight, d_bias
+
+
+def head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int, with_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (N,) and the gradients of their sum: over hidden (N, C), bf16 as it is, and over weight (V, C), in fp32.
+
+    The weight is bf16; targets (N,) as in `reference.linear_cross_entropy`, which also says what `n_last` is.
+    """
+    n_rows, (n_vocab, n_in) = len(hidden), weight.shape
+    losses = torch.empty(n_rows)
+    d_hidden = torch.empty_like(hidden) if with_gradient else None
+    d_weight = torch.empty(n_vocab, n_in) if with_gradient else None
+    n_chunks = math.ceil(n_rows * n_vocab * 2 / CHUNK_BYTES)
+    size = math.ceil(n_rows / n_chunks)
+    stride = math.ceil(size / ROW_ELEMENTS) * ROW_ELEMENTS + ROW_ELEMENTS // 2
+    exponentials = weight.new_empty(n_vocab, stride) if with_gradient else None
+    for first in range(0, n_rows, size):
+        chunk = slice(first, min(first + size, n_rows))
+        library("head_products").groundling_head(
+            _threads(),
+            *map(ctypes.c_int64, (chunk.stop - first, n_vocab, n_in)),
+            _bf16(hidden[chunk]),
+            _bf16(weight),
+            ctypes.c_void_p(targets[chunk].data_ptr()),
+            ctypes.c_float(math.log(n_last)),
+            ctypes.c_int(first > 0),
+            None if exponentials is None else _bf16(exponentials),
+            ctypes.c_int64(stride),
+            _fp32(losses[chunk]),
+            None if d_hidden is None else _bf16(d_hidden[chunk]),
+            None if d_weight is None else _fp32(d_weight),
+        )
+    return losses, d_hidden, d_weight
+
+
+def attention(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+    """Causal attention (B, T, C) of queries, keys and values side by side (B, T, 3C), bf16.
+
+    Also the logarithms (B, H, T) of the softmax's denominators, fp32, from which the backward pass begins.
+    """
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    mixed, log_sums = qkv.new_empty(B, T, C), torch.empty(B, n_head, T)
+    library("attention").groundling_attention(
+        _threads(), *map(ctypes.c_int64, (B, T, n_head, C // n_head)), _bf16(qkv), _bf16(mixed), _fp32(log_sums)
+    )
+    return mixed, log_sums
+
+
+def attention_backward(qkv: Tensor, log_sums: Tensor, d_mixed: Tensor) -> Tensor:
+    """The gradient of `qkv`, as given to `attention`, from what that returned and the gradient (B, T, C) of its output."""
+    (B, T, C), n_head, d_qkv = d_mixed.shape, log_sums.size(1), torch.empty_like(qkv)
+    library("attention").groundling_attention_backward(
+        _threads(),
+        *map(ctypes.c_int64, (B, T, n_head, C // n_head)),
+        _bf16(qkv),
+        _fp32(log_sums),
+        _bf16(d_mixed),
+        _bf16(d_qkv),
+    )
+    return d_qkv
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
+
+
+def _bf16(tensor: Tensor) -> Any:
+    return _address(tensor, torch.bfloat16)
+
+
+def _fp32(tensor: Tensor) -> Any:
+    return _address(tensor, torch.float32)
+
+
+def _address(tensor: Tensor, dtype: torch.dtype) -> ctypes.c_void_p:
+    assert tensor.dtype is dtype
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return ctypes.c_void_p(tensor.data_ptr())

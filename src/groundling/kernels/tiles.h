@@ -1,0 +1,126 @@
+// The matrix unit of a CPU with AMX: eight registers of 16 rows of 64 bytes, and the product of two of them.
+//
+// Invariant: a dot product's terms are added in fp32 in the order of their positions, two at a time. With
+// GROUNDLING_LANES, the tests' way to other CPUs, the registers are plain C++, slow and equal but for rounding.
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (AMX).
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "vectors.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__x86_64__) && defined(__linux__) && \
+    !defined(GROUNDLING_LANES)
+#define GROUNDLING_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace groundling {
+
+constexpr int kTileSide = 16;  // rows of a register, and fp32 in a row
+constexpr int kTileDepth = 32;  // bf16 in a row: terms of a dot product that one instruction adds
+constexpr int64_t kTileBytes = 1024;
+
+#if defined(GROUNDLING_AMX)
+
+// Whether the system lets this process use the registers, whose contents it must save for each thread.
+inline bool tiles_allowed() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+
+// A thread's registers, all of full size, while this object lives.
+class Tiles {
+ public:
+  Tiles() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = kTileSide;
+    __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+  }
+  ~Tiles() { __asm__ volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+
+  template <int kTile>
+  void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  template <int kTile>
+  void load(const void* from, int64_t row_bytes) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+  }
+  // Loads what will not be needed again soon, past the L1 cache.
+  template <int kTile>
+  void stream(const void* from, int64_t row_bytes) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+  }
+  template <int kTile>
+  void store(void* to, int64_t row_bytes) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(kTile) : "memory");
+  }
+  // sums += left (16 rows of 32) times right, whose rows hold two terms of each of 16 columns.
+  template <int kSums, int kLeft, int kRight>
+  void multiply() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
+  }
+};
+
+#else
+
+inline bool tiles_allowed() {
+#if defined(GROUNDLING_LANES)
+  return true;
+#else
+  return false;
+#endif
+}
+
+class Tiles {
+ public:
+  template <int kTile>
+  void zero() {
+    std::memset(tiles_[kTile], 0, kTileBytes);
+  }
+  template <int kTile>
+  void load(const void* from, int64_t row_bytes) {
+    for (int row = 0; row < kTileSide; ++row)
+      std::memcpy(tiles_[kTile] + row * 64, static_cast<const char*>(from) + row * row_bytes, 64);
+  }
+  template <int kTile>
+  void stream(const void* from, int64_t row_bytes) {
+    load<kTile>(from, row_bytes);
+  }
+  template <int kTile>
+  void store(void* to, int64_t row_bytes) {
+    for (int row = 0; row < kTileSide; ++row)
+      std::memcpy(static_cast<char*>(to) + row * row_bytes, tiles_[kTile] + row * 64, 64);
+  }
+  template <int kSums, int kLeft, int kRight>
+  void multiply() {
+    float sums[kTileSide][kTileSide];
+    uint16_t left[kTileSide][kTileDepth], right[kTileSide][kTileDepth];
+    std::memcpy(sums, tiles_[kSums], kTileBytes);
+    std::memcpy(left, tiles_[kLeft], kTileBytes);
+    std::memcpy(right, tiles_[kRight], kTileBytes);
+    for (int row = 0; row < kTileSide; ++row)
+      for (int term = 0; term < kTileDepth; ++term)
+        for (int column = 0; column < kTileSide; ++column)
+          sums[row][column] +=
+              Bf16::value(left[row][term]) * Bf16::value(right[term / 2][2 * column + term % 2]);
+    std::memcpy(tiles_[kSums], sums, kTileBytes);
+  }
+
+ private:
+  char tiles_[8][kTileBytes];
+};
+
+#endif
+
+}  // namespace groundling
