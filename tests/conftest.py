@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from groundling import kernels
+from groundling.kernels import build, draw, products
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
 
@@ -25,6 +28,29 @@ def reference_kernels() -> Iterator[None]:
     """Whatever backend a command has selected in this process, the next test begins with the reference."""
     yield
     kernels.select("reference")
+
+
+@pytest.fixture(params=[0, 4, 16])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Vectors and tiles as this CPU has them (0), and in plain C++ as other CPUs have them."""
+    if request.param and platform.machine() != "x86_64":
+        pytest.skip("only x86-64's intrinsics can be turned off")
+    if request.param:
+        flags = ("-O1", "-mno-avx", f"-DGROUNDLING_LANES={request.param}")
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    for cached in (build.library, draw._native):
+        cached.cache_clear()
+    yield
+    for cached in (build.library, draw._native):
+        cached.cache_clear()
+
+
+@contextmanager
+def matrix_unit(used: bool) -> Iterator[None]:
+    """Products in the matrix unit, or in the plain C++ that stands for it on other CPUs; or PyTorch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "available", lambda: used)
+        yield
 
 
 @pytest.fixture

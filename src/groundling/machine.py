@@ -22,7 +22,10 @@ NOTABLE_FLAGS = ("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512f", "
 CEILING_SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (2048, 768, 2304), (1024, 1024, 1024))
 """(M, K, N) of the matrix products that a GPT-2 block of 2,048 tokens is made of, and one cube."""
 CEILING_REPEATS = 7
+"""Products of each shape at least, after the first ones."""
 CEILING_WARMUPS = 2
+CEILING_SECONDS = 0.3
+"""Time of each shape at least: where products take milliseconds, a few of them may all fall into a slow moment."""
 
 
 @functools.cache
@@ -97,7 +100,7 @@ def matrix_ceiling_flops(
     """Measured FLOP/s of this machine's matrix product: the fastest of all products taken.
 
     The fastest and not the median, because a ceiling that was measured too low would flatter every share of
-    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes about a second on two cores.
+    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes one to two seconds on two cores.
     """
     best = 0.0
     generator = torch.Generator(device).manual_seed(0)  # PyTorch's own one is a run's
@@ -105,8 +108,8 @@ def matrix_ceiling_flops(
         left = torch.randn(m, k, device=device, dtype=dtype, generator=generator)
         right = torch.randn(n, k, device=device, dtype=dtype, generator=generator)
         out = torch.empty(m, n, device=device, dtype=dtype)
-        seconds = []
-        for _ in range(CEILING_WARMUPS + CEILING_REPEATS):
+        seconds = list[float]()
+        while len(seconds) < CEILING_WARMUPS + CEILING_REPEATS or sum(seconds) < CEILING_SECONDS:
             synchronize()
             start = time.perf_counter()
             torch.mm(left, right.t(), out=out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,19 +71,6 @@ def test_however_it_is_read_it_is_the_fresh_pass(decoder_of: Opener, plan: list[
                 assert decoder.length(chunk.slot) == len(held[chunk.slot])
                 expected = fresh(model, held[chunk.slot])[-chunk.n_outputs :]
                 torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(params=[0, 4, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Vectors as this CPU has them (0), and in plain C++ as long as other CPUs have them."""
-    if request.param:
-        if platform.machine() != "x86_64":
-            pytest.skip("only x86-64's intrinsics can be turned off")
-        flags = ("-O1", "-mno-avx", f"-DGROUNDLING_LANES={request.param}")
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 @pytest.mark.usefixtures("lanes")

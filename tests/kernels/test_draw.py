@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groundling.kernels import build, draw
+from groundling.kernels import draw
 
 LEAST_BELOW_ONE = math.nextafter(1, 0)
 
 Place = Callable[[torch.Tensor, float], int]
 both = pytest.mark.parametrize("place", [draw.place, draw.place_in_numpy])
-
-
-@pytest.fixture(params=[0, 4, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Vectors as this CPU has them (0), and in plain C++ as long as other CPUs have them."""
-    if request.param and platform.machine() != "x86_64":
-        pytest.skip("only x86-64's intrinsics can be turned off")
-    if request.param:
-        flags = ("-O1", "-mno-avx", f"-DGROUNDLING_LANES={request.param}")
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-    draw._native.cache_clear()
-    build.library.cache_clear()
-    yield
-    draw._native.cache_clear()
-    build.library.cache_clear()
 
 
 def made(n: int, n_removed: int, seed: int) -> torch.Tensor:

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groundling.kernels import head
+from groundling.kernels import head, products
 from groundling.kernels.reference import IGNORED_TARGET
+
+from ..conftest import matrix_unit
 
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """Relative errors of sums of rounded products: a few times the format's own."""
@@ -34,14 +36,15 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 @given(
     n_rows=st.integers(1, 70),
     n_embd=st.integers(1, 70),
-    n_vocab=st.integers(1, 400),
+    n_vocab=st.one_of(st.integers(1, 400), st.sampled_from([511, 512, 513, 1100])),
     n_last=st.sampled_from([1, 3, 40_000]),
     dtype=st.sampled_from(list(ERRORS)),
+    unit=st.booleans(),
     rows_at_a_time=st.integers(1, 80),
     seed=st.integers(0, 99),
 )
 def test_loss_and_gradients_are_the_formulas(
-    n_rows: int, n_embd: int, n_vocab: int, n_last: int, dtype: torch.dtype, rows_at_a_time: int, seed: int
+    n_rows: int, n_embd: int, n_vocab: int, n_last: int, dtype: torch.dtype, unit: bool, rows_at_a_time: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n_rows, n_embd, generator=generator).to(dtype).float().requires_grad_()
@@ -52,7 +55,9 @@ def test_loss_and_gradients_are_the_formulas(
     (0.37 * formula(*exact, targets, n_last)).backward()
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-        patch.setattr(head, "CHUNK_BYTES", rows_at_a_time * n_vocab * dtype.itemsize)
+        for module in (head, products):
+            patch.setattr(module, "CHUNK_BYTES", rows_at_a_time * n_vocab * dtype.itemsize)
+        patch.setattr(products, "available", lambda: unit)
         loss = head.linear_cross_entropy(hidden, weight, targets, n_last)
     (0.37 * loss).backward()
 
@@ -65,11 +70,12 @@ def test_loss_and_gradients_are_the_formulas(
         assert relative_error(ours.grad, theirs.grad) < ERRORS[dtype]
 
 
-def test_the_gradient_is_exact_where_the_model_is_almost_sure() -> None:
+@pytest.mark.parametrize("unit", [False, True])
+def test_the_gradient_is_exact_where_the_model_is_almost_sure(unit: bool) -> None:
     """p - 1 from a rounded p would be off by as much as it is."""
     hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[6.0, 0.0], [0.0, 0.0]])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), matrix_unit(unit):
         head.linear_cross_entropy(hidden, weight, torch.tensor([0])).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert float(hidden.grad[0, 0]) == pytest.approx(6 * (1 / (1 + math.exp(-6)) - 1), rel=1e-2)
@@ -98,11 +104,15 @@ def test_rows_do_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_shows(value: float) -> None:
+def test_what_is_not_finite_shows(value: float, unit: bool) -> None:
     hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(40, 4)
     weight[17, 0] = value
-    assert not math.isfinite(float(head.linear_cross_entropy(hidden, weight, torch.tensor([0, 17, 39])).detach()))
+    for targets in ([0, 17, 39], [0, 1, 39]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=unit), matrix_unit(unit):
+            loss = head.linear_cross_entropy(hidden, weight, torch.tensor(targets))
+        assert not math.isfinite(float(loss.detach()))
 
 
 def test_a_target_beyond_the_vocabulary_is_refused() -> None:

@@ -19,8 +19,13 @@ from groundling.kernels import native, reference
 from groundling.kernels.build import library
 from groundling.model.gpt2 import GPT2, GPTConfig
 
+from ..conftest import matrix_unit
+
 ERRORS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 """Relative errors of rounded products and sums: a few times the format's own."""
+
+UNITS = {torch.float32: (False,), torch.bfloat16: (False, True)}
+"""Without the matrix unit, and with it; where the CPU has none, plain C++ stands for it."""
 
 formats = st.sampled_from(list(ERRORS))
 widths = st.integers(1, 100)
@@ -69,11 +74,13 @@ def assert_agrees(name: str, inputs: list[Tensor], dtype: torch.dtype, *argument
     theirs = outputs_and_gradients(
         lambda *x: getattr(reference, name)(*x, *arguments), [tensor.double() for tensor in inputs], torch.float64
     )
-    ours = outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype)
-    for our, exact in zip(ours, theirs, strict=True):
-        assert our.shape == exact.shape
-        error = (our.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=least)
-        assert float(error) < factor * ERRORS[dtype]
+    for unit in UNITS[dtype]:
+        with matrix_unit(unit):
+            ours = outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype)
+        for our, exact in zip(ours, theirs, strict=True):
+            assert our.shape == exact.shape
+            error = (our.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=least)
+            assert float(error) < factor * ERRORS[dtype]
 
 
 @settings(max_examples=40, deadline=None)
@@ -168,14 +175,16 @@ SWEEPS = {
 def test_the_same_bits_each_time_and_with_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
     """The sweeps' sums go in blocks of rows; that PyTorch's products of this size do likewise is not our promise."""
     inputs, arguments = randoms(0, *SWEEPS[name]), (2,) if name == "self_attention" else ()
-    results, before = [], torch.get_num_threads()
-    for n_threads in (1, 1, 2, 3):
-        torch.set_num_threads(n_threads)
-        results.append(outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        for ours, theirs in zip(results[0], other, strict=True):
-            assert torch.equal(ours, theirs)
+    for unit in UNITS[dtype]:
+        results, before = [], torch.get_num_threads()
+        for n_threads in (1, 1, 2, 3):
+            torch.set_num_threads(n_threads)
+            with matrix_unit(unit):
+                results.append(outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype))
+        torch.set_num_threads(before)
+        for other in results[1:]:
+            for ours, theirs in zip(results[0], other, strict=True):
+                assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -220,10 +229,15 @@ def curve(dtype: torch.dtype) -> list[float]:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_training_is_the_references(native_backend: None, dtype: torch.dtype, bound: float) -> None:
-    ours = curve(dtype)
+    curves = []
+    for unit in UNITS[dtype]:
+        with matrix_unit(unit):
+            curves.append(curve(dtype))
     kernels.select("reference")
-    assert ours == pytest.approx(curve(torch.float32), abs=bound)
-    assert (ours[0], ours[-1]) == pytest.approx((4.61298, 2.56720), abs=max(bound, 1e-4))
+    expected = curve(torch.float32)
+    for ours in curves:
+        assert ours == pytest.approx(expected, abs=bound)
+        assert (ours[0], ours[-1]) == pytest.approx((4.61298, 2.56720), abs=max(bound, 1e-4))
 
 
 def test_evaluation_and_decoding_need_no_gradient(native_backend: None, model: GPT2) -> None:

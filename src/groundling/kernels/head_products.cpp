@@ -15,7 +15,7 @@ using namespace groundling;
 constexpr int64_t kIds = 512;          // whose exponentials are summed by one thread, in their order
 constexpr float kMostSum = 1e30f;      // above it the shift is raised by kRaise, so that sums stay far from overflow
 constexpr float kRaise = 60.f;
-constexpr int kMostRaises = 16;        // of a loss that is a number; then it is far above any that a run recovers from
+constexpr int kMostRaises = 16;        // then the loss, of a thousand nats, is called infinite
 constexpr float kIgnoredShift = 1e30f;  // all its exponentials are next to nothing
 
 Workspace workspace;
@@ -109,7 +109,8 @@ struct Head {
         losses[i] = 0;
         continue;
       }
-      losses[i] = std::log(sums[i]) + (shifts[i] - logits[i]);
+      const float log_sum = sums[i] > kMostSum ? INFINITY : std::log(sums[i]);
+      losses[i] = log_sum + (shifts[i] - logits[i]);
       const float counted = target == n_vocab - 1 ? logits[i] + log_n_last : logits[i];
       if (weights) weights[target * stride + i] = Bf16::element(std::exp(counted - shifts[i]) - sums[i]);
     }

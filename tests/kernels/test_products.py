@@ -1,0 +1,121 @@
+"""Products in the matrix unit against float64, on this CPU's own tiles and on those in plain C++."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from groundling.kernels import products, reference
+
+BF16 = 8e-3
+"""Relative error of sums of products of rounded factors, rounded once more: twice the format's own."""
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def assert_weight_gradient(n_rows: int, n_out: int, n_in: int) -> None:
+    """Factors are bf16 already and sums are fp32, so there is next to no error."""
+    d_y, x = normal(1, n_rows, n_out), normal(2, n_rows, n_in)
+    d_weight, d_bias = products.weight_gradient(d_y, x)
+    assert relative_error(d_weight, d_y.double().T @ x.double()) < 1e-5
+    torch.testing.assert_close(d_bias.double(), d_y.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_rows=st.integers(1, 200), n_out=st.integers(1, 200), n_in=st.integers(1, 200))
+def test_the_gradient_of_a_weight(n_rows: int, n_out: int, n_in: int) -> None:
+    assert_weight_gradient(n_rows, n_out, n_in)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 31), (70, 600, 40)])
+def test_the_gradient_of_a_weight_on_other_cpus(shape: tuple[int, int, int]) -> None:
+    assert_weight_gradient(*shape)
+
+
+@pytest.mark.parametrize("shape", [(3072, 33, 33), (3073, 33, 33), (4100, 300, 801)])
+def test_sums_too_long_for_one_go(shape: tuple[int, int, int]) -> None:
+    """They are kept in between, for some columns at a time; the bias is summed for the first of these alone."""
+    assert_weight_gradient(*shape)
+
+
+def attention_and_gradient(qkv: Tensor, n_head: int, d_mixed: Tensor) -> tuple[Tensor, Tensor]:
+    mixed, log_sums = products.attention(qkv, n_head)
+    return mixed, products.attention_backward(qkv, log_sums, d_mixed)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize(("length", "n_head", "width"), [(1, 1, 1), (31, 2, 33), (65, 1, 64), (40, 3, 20)])
+def test_attention_on_other_cpus(length: int, n_head: int, width: int) -> None:
+    qkv, d_mixed = normal(1, 2, length, 3 * n_head * width), normal(2, 2, length, n_head * width)
+    exact = qkv.double().requires_grad_()
+    expected = reference.self_attention(exact, n_head)
+    expected.backward(d_mixed.double())
+    mixed, gradient = attention_and_gradient(qkv, n_head, d_mixed)
+    assert relative_error(mixed, expected.detach()) < BF16
+    assert exact.grad is not None
+    if length > 1:  # else all but the values' gradients is nothing but rounding
+        assert relative_error(gradient, exact.grad) < BF16
+
+
+@pytest.mark.parametrize("place", [0, 1, 31, 32, 50, 63, 69])
+def test_no_position_sees_a_later_one(place: int) -> None:
+    """To the bit: other keys and values later on change nothing before, and get no gradient from there."""
+    qkv, d_mixed = normal(1, 1, 70, 3 * 40), torch.zeros(1, 70, 40, dtype=torch.bfloat16)
+    d_mixed[:, : place + 1] = normal(2, 1, place + 1, 40)
+    other = qkv.clone()
+    other[:, place + 1 :] *= 100
+    mixed, gradient = attention_and_gradient(qkv, 2, d_mixed)
+    assert torch.equal(mixed[:, : place + 1], attention_and_gradient(other, 2, d_mixed)[0][:, : place + 1])
+    assert not gradient[:, place + 1 :].any()
+
+
+@pytest.mark.parametrize("scale", [1, 10, 40])
+def test_losses_of_a_model_that_is_far_off(scale: int) -> None:
+    """Their exponentials overflow unless they are taken less a shift that is raised where the first one was no good."""
+    hidden, weight, targets = normal(1, 50, 96), scale * normal(2, 1300, 96) / 96**0.5, torch.arange(50) * 26
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight.bfloat16())]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
+    expected.sum().backward()
+    losses, d_hidden, d_weight = products.head(hidden, weight.bfloat16(), targets, 1, True)
+    assert scale < 40 or float(expected.max()) > 150
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip((d_hidden, d_weight), exact, strict=True):
+        assert ours is not None
+        assert theirs.grad is not None
+        assert relative_error(ours, theirs.grad) < BF16
+
+
+def test_a_loss_beyond_all_raises_is_infinite() -> None:
+    weight = torch.zeros(2, 32, dtype=torch.bfloat16)
+    weight[1] = 1000
+    losses, _, _ = products.head(torch.ones(1, 32, dtype=torch.bfloat16), weight, torch.tensor([0]), 1, False)
+    assert math.isinf(float(losses))
+
+
+@pytest.mark.usefixtures("lanes")
+def test_the_head_has_the_same_bits_with_any_number_of_threads() -> None:
+    hidden, weight, targets = normal(1, 45, 40), normal(2, 1100, 40), torch.arange(45) * 20
+    targets[7] = reference.IGNORED_TARGET
+    results, before = [], torch.get_num_threads()
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        results.append(products.head(hidden, weight, targets, 5, True))
+    torch.set_num_threads(before)
+    assert results[0][0][7] == 0
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert ours is not None
+            assert theirs is not None
+            assert torch.equal(ours, theirs)
