@@ -7,6 +7,7 @@
 // the softmax's denominators: Dao et al. 2022, "FlashAttention", section 3.1.
 
 #include <cmath>
+#include <type_traits>
 
 #include "products.h"
 
