@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from groundling.generation.decoder import Chunk, Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.open import open_decoder
-from groundling.kernels import build
 from groundling.kernels.build import BuildError, library
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
 from groundling.model.gpt2 import GPT2, GPTConfig

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groundling.kernels import draw
+from groundling.kernels import build, draw
 
 LEAST_BELOW_ONE = math.nextafter(1, 0)
 

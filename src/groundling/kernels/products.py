@@ -1,8 +1,8 @@
 """Products in a CPU's matrix unit (AMX) that PyTorch takes more slowly, and what belongs to them: our own C++.
 
 Invariant: used only where `available()` says so: the CPU has the unit, the compiler knows it, the system allows it.
-PyTorch's own products of a block's forward pass and of its gradients with respect to activations are faster than ours and
-stay; gradients of weights and the whole head are not (docs/design/0009-the-matrix-unit.md has the measurements).
+PyTorch's own products of a block's forward pass and of its gradients with respect to activations are faster than ours
+and stay; its gradients of weights, its head and its attention are not (docs/design/0009-the-matrix-unit.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from groundling.kernels.build import library
 CHUNK_BYTES = 512 << 20
 """Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary."""
 ROW_ELEMENTS = 64
-"""Rows of exponentials are an odd number of half such pieces apart: at 4 KiB they would meet in the same cache lines."""
+"""Rows of exponentials are an odd number of half such pieces apart: 4 KiB apart they would meet in the caches."""
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def attention(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(qkv: Tensor, log_sums: Tensor, d_mixed: Tensor) -> Tensor:
-    """The gradient of `qkv`, as given to `attention`, from what that returned and the gradient (B, T, C) of its output."""
+    """The gradient of what `attention` was given, from what it returned and the gradient (B, T, C) of its output."""
     (B, T, C), n_head, d_qkv = d_mixed.shape, log_sums.size(1), torch.empty_like(qkv)
     library("attention").groundling_attention_backward(
         _threads(),
