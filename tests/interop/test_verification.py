@@ -67,7 +67,7 @@ def test_a_difference_of_losses_is_that_of_corpus_loss(trained: Trained, tmp_pat
     assert trained.folder is not None
     train = trained.folder.tokens("train")
     assert train is not None
-    runtime = resolve(RuntimeConfig(device="cpu", threads=1, compile="off"))
+    runtime = resolve(RuntimeConfig(device="cpu", dtype="fp32", threads=1, compile="off"))
     loss = Evaluator(trained.model.loss_sum, trained.window, runtime).loss(train.tokens)
     line = loss_difference(trained, lambda tokens: _logits(trained, tokens), "itself")
     assert line.startswith(f"corpus/loss {loss:.4f} here, {loss:.4f} in itself (")
