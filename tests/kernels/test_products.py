@@ -25,11 +25,12 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 
 
 def assert_weight_gradient(n_rows: int, n_out: int, n_in: int) -> None:
-    """Factors are bf16 already and sums are fp32, so there is next to no error."""
+    """Factors are bf16 already, so all error is of fp32 sums: it goes with the terms, which may cancel in the sum."""
     d_y, x = normal(1, n_rows, n_out), normal(2, n_rows, n_in)
     d_weight, d_bias = products.weight_gradient(d_y, x)
-    assert relative_error(d_weight, d_y.double().T @ x.double()) < 1e-5
-    torch.testing.assert_close(d_bias.double(), d_y.double().sum(0), rtol=1e-5, atol=1e-4)
+    d_y, x = d_y.double(), x.double()
+    assert bool(((d_weight - d_y.T @ x).abs() <= 1e-5 * (d_y.abs().T @ x.abs())).all())
+    assert bool(((d_bias - d_y.sum(0)).abs() <= 1e-5 * d_y.abs().sum(0)).all())
 
 
 @settings(max_examples=40, deadline=None)
@@ -89,7 +90,7 @@ def test_losses_of_a_model_that_is_far_off(scale: int) -> None:
     expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
     expected.sum().backward()
     losses, d_hidden, d_weight = products.head(hidden, weight.bfloat16(), targets, 1, True)
-    assert scale < 40 or float(expected.max()) > 150
+    assert scale < 40 or float(expected.detach().max()) > 150
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-4)
     for ours, theirs in zip((d_hidden, d_weight), exact, strict=True):
         assert ours is not None
