@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -296,6 +297,14 @@ def test_no_route_of_gradios_leads_anywhere_else(demo: Running, path: str) -> No
     answer = raw(demo, f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
     assert 400 <= int(answer.split(b" ")[1]) < 500
     assert b"root:" not in answer
+
+
+def test_a_page_that_nobody_uses_takes_no_time(demo: Running) -> None:
+    """Every waking of its thread is taken from those who are being decoded."""
+    eventually(lambda: idle(demo))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    time.sleep(1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before < 200
 
 
 @pytest.mark.parametrize(
