@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from groundling import runtime
 from groundling.kernels import products, reference
 from groundling.kernels.build import library
 from groundling.kernels.head import linear_cross_entropy
@@ -40,10 +42,9 @@ TILED_FP32 = 256
 
 
 def load() -> None:
-    """Compile what is not compiled yet. Raises `BuildError` if that cannot be done here."""
-    for name in ("adamw", "blocks", "head"):
-        library(name)
-    products.available()
+    """Compile what is not compiled yet, side by side. Raises `BuildError` if that cannot be done here."""
+    with ThreadPoolExecutor(runtime.available_cores()) as pool:
+        list(pool.map(library, ("adamw", "blocks", "head", *products.libraries())))
 
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,9 @@ inline void fetch_block(const Element* from, int64_t n, int64_t width) {
 }
 
 // Takes the product of a left and a right matrix block by block: finish(row, column, sums) is called once for each block
-// of 32 x 32 sums, by any thread, and finish.prepare(row, column) before it, to ask for memory; rows and columns past the edges are zeros. `rows_at_once`, if not 0, are the rows of
-// the left matrix that one thread takes in one go, in their order, columns in the outer loop.
+// of 32 x 32 sums, by any thread, and finish.prepare(row, column) before it, to ask for memory; rows and columns past
+// the edges are zeros. `rows_at_once`, if not 0, are the rows of the left matrix that one thread takes in one go, in
+// their order, columns in the outer loop.
 template <class Left, class Right, class Finish>
 void product(Workspace& workspace, int n_threads, const Left& left, const Right& right, int64_t rows_at_once,
              Finish finish) {

@@ -24,13 +24,15 @@ ROW_ELEMENTS = 64
 """Rows of exponentials are an odd number of half such pieces apart: 4 KiB apart they would meet in the caches."""
 
 
+def libraries() -> tuple[str, ...]:
+    """What this module is compiled from, if the CPU has the unit."""
+    return ("products", "head_products", "attention") if "amx_bf16" in machine.cpu_flags() else ()
+
+
 @functools.cache
 def available() -> bool:
     """Whether the functions of this module can be called here. Raises `BuildError` if they cannot be compiled."""
-    if "amx_bf16" not in machine.cpu_flags():
-        return False
-    checks = library("products").groundling_has_products, library("head_products").groundling_has_head_products
-    return all(check() for check in (*checks, library("attention").groundling_has_attention))
+    return bool(libraries()) and all(getattr(library(name), f"groundling_has_{name}")() for name in libraries())
 
 
 def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
