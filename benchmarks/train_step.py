@@ -195,7 +195,7 @@ def sweep(options: argparse.Namespace, base: Task, dtype: str) -> None:
         *(("tokens", replace(base, tokens=tokens)) for tokens in SWEEP_TOKENS),
         *(("size", replace(base, size=size, layers=layers)) for size, layers in SWEEP_SIZES),
     ]
-    for threads in sorted({1, base.threads}):
+    for threads in sorted({1, base.threads}, reverse=True):
         bandwidth = machine.read_bandwidth_bytes_per_s(threads)
         found: dict[Task, dict[str, Any]] = {}  # a step that lies on several of the lines is measured once
         for what, task in tasks:
