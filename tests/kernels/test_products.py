@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from groundling import machine
 from groundling.kernels import products, reference
+from groundling.kernels.build import BuildError
 
 BF16 = 8e-3
 """Relative error of sums of products of rounded factors, rounded once more: twice the format's own."""
@@ -34,7 +36,7 @@ def assert_weight_gradient(n_rows: int, n_out: int, n_in: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(n_rows=st.integers(1, 200), n_out=st.integers(1, 200), n_in=st.integers(1, 200))
+@given(n_rows=st.integers(0, 200), n_out=st.integers(1, 200), n_in=st.integers(1, 200))
 def test_the_gradient_of_a_weight(n_rows: int, n_out: int, n_in: int) -> None:
     assert_weight_gradient(n_rows, n_out, n_in)
 
@@ -96,6 +98,32 @@ def test_losses_of_a_model_that_is_far_off(scale: int) -> None:
         assert ours is not None
         assert theirs.grad is not None
         assert relative_error(ours, theirs.grad) < BF16
+
+
+def test_the_head_at_sizes_that_are_cut() -> None:
+    """More ids than terms of a sum are taken in one go, more columns than stay in the nearest cache or are kept."""
+    hidden, weight, targets = normal(1, 40, 800), normal(2, 3300, 800) / 20, torch.arange(40) * 80
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
+    expected.sum().backward()
+    losses, *gradients = products.head(hidden, weight, targets, 1, True)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(gradients, exact, strict=True):
+        assert ours is not None
+        assert theirs.grad is not None
+        assert relative_error(ours, theirs.grad) < BF16
+
+
+def test_a_compiler_that_cannot_make_them_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str) -> None:
+        raise BuildError(f"g++ knows no {name}")
+
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"amx_bf16"})
+    monkeypatch.setattr(products, "library", fail)
+    assert products.available.__wrapped__() is False
+    assert "g++ knows no products" in caplog.text
 
 
 def test_a_loss_beyond_all_raises_is_infinite() -> None:

@@ -22,7 +22,7 @@ struct Shape {
   int64_t n_depths() const { return divided_up(width, kSide); }
 };
 
-constexpr Ints lane_numbers() {
+inline Ints lane_numbers() {
   Ints lanes{};
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
   return lanes;
@@ -194,26 +194,16 @@ class HeadOfWindow {
   float *scores_, *d_probabilities_, *d_key_, *d_value_, *block_;
 };
 
-struct OfThread {
-  Buffer<uint16_t> halves;
-  Buffer<float> floats;
-};
-
-std::mutex mutex;
-std::vector<OfThread> threads;
+Workspace workspace;
 
 // Calls body(tiles, head, its number, where its window and it begin in (windows, positions, n_embd)) for all heads.
 template <class Body>
 void each_head(int n_threads, const Shape& shape, Body body) {
-  const std::lock_guard<std::mutex> alone(mutex);
-  if (static_cast<int>(threads.size()) < n_threads) threads.resize(n_threads);
+  const std::lock_guard<std::mutex> alone(workspace.mutex);
+  workspace.begin(n_threads);
 #pragma omp parallel num_threads(n_threads)
   {
-#if defined(_OPENMP)
-    auto& own = threads[omp_get_thread_num()];
-#else
-    auto& own = threads[0];
-#endif
+    Workspace::OfThread& own = workspace.own();
     HeadOfWindow head(shape, own.halves, own.floats);
     Tiles tiles;
 #pragma omp for schedule(dynamic)

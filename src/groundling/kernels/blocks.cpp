@@ -35,9 +35,7 @@ inline Vec read(const typename Format::Element* from, N n) {
   if constexpr (std::is_same_v<N, Whole>) {
     return Format::read(from);
   } else {
-    typename Format::Element lanes[kLanes] = {};
-    std::copy_n(from, n, lanes);
-    return Format::read(lanes);
+    return read_some<Format>(from, n);
   }
 }
 
@@ -46,9 +44,7 @@ inline void write(typename Format::Element* to, Vec value, N n) {
   if constexpr (std::is_same_v<N, Whole>) {
     Format::write(to, value);
   } else {
-    typename Format::Element lanes[kLanes];
-    Format::write(lanes, value);
-    std::copy_n(lanes, n, to);
+    write_some<Format>(to, value, n);
   }
 }
 
@@ -58,6 +54,15 @@ inline Vec first_lanes(Vec value, N n) {
   if constexpr (!std::is_same_v<N, Whole>)
     for (int lane = n; lane < kLanes; ++lane) value[lane] = 0;
   return value;
+}
+
+// gelu(x) = x s(2u), with the logistic function s and u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Vec gelu_slope(Vec x) {
+  const Vec x2 = x * x;
+  const Vec twice_u = 1.59576912f * x * multiply_add(x2, splat(0.044715f), splat(1.f));
+  const Vec twice_u_slope = 1.59576912f * multiply_add(x2, splat(3 * 0.044715f), splat(1.f));
+  const Vec s = 1.f / (1.f + exponential(-twice_u));
+  return s * multiply_add(x * (1.f - s), twice_u_slope, splat(1.f));
 }
 
 template <class Function>

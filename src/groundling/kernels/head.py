@@ -70,7 +70,8 @@ class Sweep:
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int) -> None:
         self._library = library("head")
-        self.hidden, self.weight, self.targets, self.n_last = hidden.contiguous(), weight, targets, n_last
+        self.hidden, self.weight, self.targets, self.n_last = hidden, weight, targets, n_last
+        assert targets.dtype is torch.int64
         self.bf16 = weight.dtype is torch.bfloat16
         self.d_hidden = torch.empty(0)
         """(N, C), made by a run with gradients."""
@@ -116,12 +117,12 @@ class Sweep:
             return
         # PyTorch gives products of bf16 in bf16 only, so they are added in a sweep of their own. With the larger matrix
         # on the right, and lying as it is, oneDNN takes half the time (measured with AMX, 512 rows: 25 ms, not 53).
-        products = torch.mm(hidden.T.contiguous(), d_logits)  # (C, n_vocab)
+        sums = torch.mm(hidden.T.contiguous(), d_logits)  # (C, n_vocab)
         self._library.groundling_add_transposed(
             ctypes.c_int(torch.get_num_threads()),
-            ctypes.c_void_p(products.data_ptr()),
-            ctypes.c_int64(products.shape[1]),
-            ctypes.c_int64(products.shape[0]),
+            ctypes.c_void_p(sums.data_ptr()),
+            ctypes.c_int64(sums.shape[1]),
+            ctypes.c_int64(sums.shape[0]),
             ctypes.c_int(first),
             ctypes.c_void_p(self.d_weight.data_ptr()),
         )

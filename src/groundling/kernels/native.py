@@ -1,5 +1,7 @@
 """The operations on a CPU: products by PyTorch, and what lies between them in C++ (`blocks.cpp`), a sweep each.
 
+Where there is a matrix unit, some products and all of attention are taken by `products.py`.
+
 Invariant: agrees with `reference.py` forward and backward within the rounding of the number format, which is fp32, or
 bf16 under autocast: then products and what goes into them are bf16; parameters, their gradients, the residual stream,
 statistics and sums are fp32. Tensors are on the CPU, parameters and the residual stream fp32.
@@ -44,7 +46,12 @@ TILED_FP32 = 256
 def load() -> None:
     """Compile what is not compiled yet, side by side. Raises `BuildError` if that cannot be done here."""
     with ThreadPoolExecutor(runtime.available_cores()) as pool:
-        list(pool.map(library, ("adamw", "blocks", "head", *products.libraries())))
+        needed = [pool.submit(library, name) for name in ("adamw", "blocks", "head")]
+        for name in products.libraries():
+            pool.submit(library, name)
+    for each in needed:
+        each.result()
+    products.available()
 
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +122,7 @@ class AddLayerNorm(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """Three products, and a sweep for the gradient of the bias."""
+    """Three products, and a sweep for the gradient of the bias, if no matrix unit gives it with the weight's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -143,19 +150,19 @@ class LinearGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows, matrix = _factors(x, weight)
-        products = torch.mm(rows, matrix.T)
-        activated = torch.empty_like(products)
-        _sweep("bias_gelu", *_rows(products), _bf16(products), products, bias, activated)
+        sums = torch.mm(rows, matrix.T)
+        activated = torch.empty_like(sums)
+        _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated)
         ctx.save_for_backward(rows, matrix, bias)
-        ctx.x_format, ctx.products = x.dtype, products
+        ctx.x_format, ctx.sums = x.dtype, sums
         return activated.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix, bias = ctx.saved_tensors
-        d_rows = ctx.products
-        del ctx.products  # overwritten here, so a second backward pass must fail
+        d_rows = ctx.sums
+        del ctx.sums  # overwritten here, so a second backward pass must fail
         d_bias = torch.empty_like(bias)
         _sweep("bias_gelu_backward", *_rows(d_rows), _bf16(d_rows), d_rows, bias, d.contiguous(), d_bias)
         d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
@@ -165,7 +172,7 @@ class LinearGelu(torch.autograd.Function):
 
 
 class SelfAttention(torch.autograd.Function):
-    """Forward by PyTorch, whose kernel is as fast; the backward pass makes the probabilities again, tile by tile."""
+    """Without a matrix unit: forward by PyTorch, whose kernel is as fast, and probabilities made again tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:

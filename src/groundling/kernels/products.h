@@ -41,7 +41,7 @@ constexpr int64_t kKeptColumns = 768;  // whose sums are kept: 256 rows of them 
 inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Memory that lives on and only grows, in huge pages where the system has them: with small ones each of the many
-// streams of a product misses its pages' addresses.
+// streams of a product misses its pages' addresses. Where there is no memory the process ends.
 template <class Element>
 class Buffer {
  public:
@@ -68,13 +68,25 @@ class Buffer {
 
 // Everything that products write to on their way; one product at a time.
 struct Workspace {
-  std::mutex mutex;
-  Buffer<uint16_t> right;
   struct OfThread {
-    Buffer<uint16_t> left;
-    Buffer<float> sums;
+    Buffer<uint16_t> halves;
+    Buffer<float> floats;
   };
+  std::mutex mutex;
+  Buffer<uint16_t> shared;
   std::vector<OfThread> threads;
+
+  void begin(int n_threads) {
+    if (static_cast<int>(threads.size()) < n_threads) threads.resize(n_threads);
+  }
+
+  OfThread& own() {
+#if defined(_OPENMP)
+    return threads[omp_get_thread_num()];
+#else
+    return threads[0];
+#endif
+  }
 };
 
 // 32 x 32 sums of n_steps steps of a left and a right panel, to `sums` or, with `more`, onto what is there. Meanwhile
@@ -136,7 +148,8 @@ template <class Left, class Right, class Finish>
 void product(Workspace& workspace, int n_threads, const Left& left, const Right& right, int64_t rows_at_once,
              Finish finish) {
   const int64_t n_rows = left.n_rows(), n_columns = right.n_columns(), n_terms = left.n_terms();
-  const int64_t n_steps = divided_up(n_terms, kTileDepth), n_panels = divided_up(n_columns, kSide);
+  // Sums of no terms are sums of one step of zeros.
+  const int64_t n_steps = std::max<int64_t>(1, divided_up(n_terms, kTileDepth)), n_panels = divided_up(n_columns, kSide);
   const int64_t steps_at_once = n_terms <= kMaxTerms ? n_steps : kManyTerms / kTileDepth;
   const bool in_parts = steps_at_once < n_steps;
   int64_t most_rows = kLeftBytes / (steps_at_once * kTileDepth * 2) / kSide * kSide;
@@ -148,17 +161,13 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
   const int64_t panels_at_once = in_parts ? kKeptColumns / kSide : n_panels;
   const int64_t n_parts = divided_up(n_panels, panels_at_once);
 
-  uint16_t* const packed = workspace.right.of(n_panels * n_steps * kStep);
-  if (static_cast<int>(workspace.threads.size()) < n_threads) workspace.threads.resize(n_threads);
+  uint16_t* const packed = workspace.shared.of(n_panels * n_steps * kStep);
+  workspace.begin(n_threads);
 #pragma omp parallel num_threads(n_threads)
   {
-#if defined(_OPENMP)
-    auto& own = workspace.threads[omp_get_thread_num()];
-#else
-    auto& own = workspace.threads[0];
-#endif
-    uint16_t* const own_left = own.left.of(block * steps_at_once * kTileDepth);
-    float* const own_sums = own.sums.of(in_parts ? block_panels * panels_at_once * kBlockSums : kTogether * kBlockSums);
+    Workspace::OfThread& own = workspace.own();
+    uint16_t* const own_left = own.halves.of(block * steps_at_once * kTileDepth);
+    float* const own_sums = own.floats.of(in_parts ? block_panels * panels_at_once * kBlockSums : kTogether * kBlockSums);
     // Panels in blocks of steps, so that rows of the matrix are read for several panels while they are in the cache.
     constexpr int64_t kPacked = 8;
     const int64_t n_groups = divided_up(n_steps, kPacked);

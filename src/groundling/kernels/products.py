@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from groundling import machine
-from groundling.kernels.build import library
+from groundling.kernels.build import BuildError, library
 
 CHUNK_BYTES = 512 << 20
-"""Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary."""
+"""Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary. A choice: the 4,096 tokens of a large step are
+one chunk, and the peak stays below 6 GiB."""
 ROW_ELEMENTS = 64
 """Rows of exponentials are an odd number of half such pieces apart: 4 KiB apart they would meet in the caches."""
 
@@ -31,8 +33,12 @@ def libraries() -> tuple[str, ...]:
 
 @functools.cache
 def available() -> bool:
-    """Whether the functions of this module can be called here. Raises `BuildError` if they cannot be compiled."""
-    return bool(libraries()) and all(getattr(library(name), f"groundling_has_{name}")() for name in libraries())
+    """Whether the functions of this module can be called here; says so once if only the compiler is in the way."""
+    try:
+        return bool(libraries()) and all(getattr(library(name), f"groundling_has_{name}")() for name in libraries())
+    except BuildError as error:
+        logging.getLogger(__name__).warning("products stay with PyTorch, which is slower: %s", error)
+        return False
 
 
 def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +73,7 @@ def head(
             *map(ctypes.c_int64, (chunk.stop - first, n_vocab, n_in)),
             _bf16(hidden[chunk]),
             _bf16(weight),
-            ctypes.c_void_p(targets[chunk].data_ptr()),
+            _address(targets[chunk], torch.int64),
             ctypes.c_float(math.log(n_last)),
             ctypes.c_int(first > 0),
             None if exponentials is None else _bf16(exponentials),

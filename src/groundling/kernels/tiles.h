@@ -1,6 +1,7 @@
 // The matrix unit of a CPU with AMX: eight registers of 16 rows of 64 bytes, and the product of two of them.
 //
-// Invariant: a dot product's terms are added in fp32 in the order of their positions, two at a time. With
+// Invariant: an element of a product depends on its row and its column alone, and is summed in fp32. The order of the sum
+// is the CPU's: of a row's 32 terms the even and the odd ones apart, numbers below the normal ones as 0. Elsewhere, and with
 // GROUNDLING_LANES, the tests' way to other CPUs, the registers are plain C++, slow and equal but for rounding.
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (AMX).
 

@@ -296,13 +296,4 @@ inline Vec gelu(Vec x) {
   return x / (1.f + exponential(-2.f * u));
 }
 
-// gelu(x) = x s(2u), with the logistic function s and u = sqrt(2 / pi) (x + 0.044715 x^3).
-inline Vec gelu_slope(Vec x) {
-  const Vec x2 = x * x;
-  const Vec twice_u = 1.59576912f * x * multiply_add(x2, splat(0.044715f), splat(1.f));
-  const Vec twice_u_slope = 1.59576912f * multiply_add(x2, splat(3 * 0.044715f), splat(1.f));
-  const Vec s = 1.f / (1.f + exponential(-twice_u));
-  return s * multiply_add(x * (1.f - s), twice_u_slope, splat(1.f));
-}
-
 }  // namespace groundling

@@ -29,8 +29,8 @@ from groundling.serving.visitors import MAX_PROMPT_CHARACTERS, MAX_SAMPLES, MAX_
 MAX_EVENTS = 256
 """Presses of buttons that Gradio holds; the engine's own queue is what bounds the texts."""
 IDLE_S = 0.03
-"""Between two looks of Gradio's for a pressed button. Its own millisecond costs the texts that grow meanwhile a fifth of
-their speed."""
+"""Between two looks of Gradio's for a pressed button. Its own millisecond costs the texts that grow meanwhile up to a
+third of their speed."""
 MAX_SESSIONS = 1000
 """Visitors of whom the last texts are kept, to be looked at."""
 MAX_UNREAD = 4
