@@ -20,8 +20,8 @@ from groundling import machine
 from groundling.kernels.build import BuildError, library
 
 CHUNK_BYTES = 512 << 20
-"""Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary. A choice: the 4,096 tokens of a large step are
-one chunk, and the peak stays below 6 GiB."""
+"""Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary. A choice: the 4,096 tokens of a large step
+are one chunk, and the peak stays below 6 GiB."""
 ROW_ELEMENTS = 64
 """Rows of exponentials are an odd number of half such pieces apart: 4 KiB apart they would meet in the caches."""
 
