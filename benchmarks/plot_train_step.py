@@ -65,8 +65,8 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xticks(sorted({line[key] / (1e6 if key == "parameters" else 1) for line in of_panel}))
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(0, 1.05e-12 * max(map(roof_flops, lines)))  # shared by all
     panels[0].set_ylabel("TFLOP/s in matrix products")
     panels[0].legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=130)

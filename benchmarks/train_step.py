@@ -48,7 +48,7 @@ SWEEP_TOKENS = (1024, 2048, 4096, 8192, 16384)
 SWEEP_SIZES = (("124M", 3), ("124M", 6), ("124M", 0), ("355M", 12), ("355M", 0))
 """Released sizes, and some of their blocks."""
 SWEEP_BASE = 4096
-"""Tokens in a step where something else is varied."""
+"""Tokens in a step where something else is varied, and of which `--steps` are timed: as many tokens at every place."""
 
 SAME_LOSS = 0.02
 """First losses lie within this of ours: bf16 moves them by some thousandths, nanoGPT's 47 unused ids by one."""
@@ -199,7 +199,7 @@ def sweep(options: argparse.Namespace, base: Task, dtype: str) -> None:
         bandwidth = machine.read_bandwidth_bytes_per_s(threads)
         found: dict[Task, dict[str, Any]] = {}  # a step that lies on several of the lines is measured once
         for what, task in tasks:
-            task = replace(task, threads=threads)
+            task = replace(task, threads=threads, steps=max(1, options.steps * SWEEP_BASE // task.tokens))
             if task not in found:
                 contestant = Contestant("groundling", "ours", {"words": " ".join(options.ours)}, keeps_memory=True)
                 ceilings = measure(task, [contestant], options.rounds)
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step")
     parser.add_argument("--threads", type=int, default=runtime.available_cores())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="steps to time in a turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps to time in a turn; as many tokens, in a sweep")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--only", nargs="*", help="contestants with one of these words in their names")
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
