@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,62 @@ def test_the_machine_is_described() -> None:
 def test_the_ceiling_is_measured_in_flops() -> None:
     ceiling = machine.matrix_ceiling_flops(torch.device("cpu"), torch.float32, lambda: None, ((256, 256, 256),))
     assert 1e8 < ceiling < 1e15
+
+
+@pytest.fixture(params=[True, False], ids=["bf16", "no bf16"])
+def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Two CUDA GPUs, as PyTorch would tell of them; whether they multiply bf16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: request.param)
+    monkeypatch.setattr(runtime, "_cuda_failure", lambda device: None)
+    return bool(request.param)
+
+
+def test_a_gpu_that_emulates_bf16_is_not_asked_for_it(gpus: bool) -> None:
+    resolved = runtime.resolve(RuntimeConfig())
+    assert resolved.device == torch.device("cuda")
+    assert resolved.dtype_name == ("bf16" if gpus else "fp32")
+    assert "1 more, of which a run uses none" in resolved.reasons[0][2]
+    if not gpus:
+        with pytest.raises(ConfigError, match="only emulates"):
+            runtime.resolve(RuntimeConfig(dtype="bf16"))
+
+
+def test_a_gpu_that_pytorch_has_no_code_for_is_left_alone(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_cuda_failure", lambda device: "no kernel image is available")
+    resolved = runtime.resolve(RuntimeConfig())
+    assert (resolved.device.type, resolved.kernels) == ("cpu", "native")
+    assert "no kernel image" in resolved.warnings[0]
+    with pytest.raises(ConfigError, match=r"no kernel image.*--device cpu"):
+        runtime.resolve(RuntimeConfig(device="cuda:1"))
+
+
+def test_apple_gpus_are_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    resolved = runtime.resolve(RuntimeConfig())
+    assert (resolved.device.type, resolved.compile, resolved.dtype_name) == ("mps", False, "fp32")
+    assert not resolved.warnings
+    with pytest.raises(ConfigError, match="wrong LayerNorms"):
+        runtime.resolve(RuntimeConfig(compile="on"))
+
+
+def test_launching_and_waiting_do_not_count_where_products_are_queued() -> None:
+    """A device that takes 20 microseconds for a product and 2 ms to answer."""
+    n_queued = 0
+
+    def launch() -> None:
+        nonlocal n_queued
+        n_queued += 1
+
+    def synchronize() -> None:
+        nonlocal n_queued
+        end = time.perf_counter() + (2e-3 + 20e-6 * n_queued if n_queued else 0)
+        while time.perf_counter() < end:
+            pass
+        n_queued = 0
+
+    assert machine.seconds_each(launch, synchronize, queued=False) > 2e-3
+    assert machine.seconds_each(launch, synchronize, queued=True) < 100e-6

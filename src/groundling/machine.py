@@ -21,8 +21,12 @@ NOTABLE_FLAGS = ("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512f", "
 
 CEILING_SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (2048, 768, 2304), (1024, 1024, 1024))
 """(M, K, N) of the matrix products that a GPT-2 block of 2,048 tokens is made of, and one cube."""
+GPU_CEILING_SHAPE = (4096, 4096, 4096)
+"""What fills a GPU, which those above do not."""
 CEILING_REPEATS = 7
 """Products of each shape at least, after the first ones."""
+QUEUED_SECONDS = 5e-3
+"""On a GPU, products are queued until they take so long together: launching and waiting cost as much as one does."""
 CEILING_WARMUPS = 2
 CEILING_SECONDS = 0.3
 """Time of each shape at least: where products take milliseconds, a few of them may all fall into a slow moment."""
@@ -58,9 +62,14 @@ def memory_bytes() -> int | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Largest resident memory of this process so far; on a CUDA device, the largest allocation there."""
+    """Largest resident memory of this process so far; on a CUDA device, the largest allocation there.
+
+    None on an Apple GPU, for which PyTorch keeps no such figure.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return None
     try:
         import resource
     except ImportError:  # Windows
@@ -83,9 +92,16 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
         "flags": sorted(cpu_flags().intersection(NOTABLE_FLAGS)),
         "threads": threads,
         "memory_bytes": memory_bytes(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": gpu_name(device),
         "system": platform.platform(),
     }
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """What the device calls itself; None for a CPU."""
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def versions() -> dict[str, str]:
@@ -100,23 +116,32 @@ def matrix_ceiling_flops(
     """Measured FLOP/s of this machine's matrix product: the fastest of all products taken.
 
     The fastest and not the median, because a ceiling that was measured too low would flatter every share of
-    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes one to two seconds on two cores.
+    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes one to five seconds on two cores.
     """
-    best = 0.0
+    best, on_gpu = 0.0, device.type != "cpu"
     generator = torch.Generator(device).manual_seed(0)  # PyTorch's own one is a run's
-    for m, k, n in shapes:
+    for m, k, n in (*shapes, GPU_CEILING_SHAPE) if on_gpu else shapes:
         left = torch.randn(m, k, device=device, dtype=dtype, generator=generator)
         right = torch.randn(n, k, device=device, dtype=dtype, generator=generator)
         out = torch.empty(m, n, device=device, dtype=dtype)
-        seconds = list[float]()
-        while len(seconds) < CEILING_WARMUPS + CEILING_REPEATS or sum(seconds) < CEILING_SECONDS:
-            synchronize()
-            start = time.perf_counter()
-            torch.mm(left, right.t(), out=out)
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        best = max(best, 2 * m * k * n / min(seconds[CEILING_WARMUPS:]))
+        seconds = seconds_each(functools.partial(torch.mm, left, right.t(), out=out), synchronize, on_gpu)
+        best = max(best, 2 * m * k * n / seconds)
     return best
+
+
+def seconds_each(product: Callable[[], object], synchronize: Callable[[], None], queued: bool) -> float:
+    """What a product takes at its fastest; `queued`, where launching it and waiting for it count."""
+    seconds, n_products = list[float](), 1
+    while len(seconds) < CEILING_WARMUPS + CEILING_REPEATS or sum(seconds) * n_products < CEILING_SECONDS:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(n_products):
+            product()
+        synchronize()
+        seconds.append((time.perf_counter() - start) / n_products)
+        if queued and len(seconds) == CEILING_WARMUPS and seconds[-1] * n_products < QUEUED_SECONDS:
+            n_products, seconds = 2 * n_products, []
+    return min(seconds[CEILING_WARMUPS:])
 
 
 BANDWIDTH_BYTES = 1 << 29

@@ -94,7 +94,7 @@ def resolve(config: RuntimeConfig) -> Runtime:
 
     Raises `ConfigError` if a device or format was asked for that this machine lacks.
     """
-    device, device_why = _device(config.device)
+    device, device_why, no_gpu = _device(config.device)
     dtype, dtype_why = _dtype(config.dtype, device)
     cores = available_cores()
     threads = config.threads or cores
@@ -112,22 +112,28 @@ def resolve(config: RuntimeConfig) -> Runtime:
         ("kernels", kernels, kernels_why),
         ("compile", "on" if compiled else "off", compile_why),
     )
-    return Runtime(device, dtype, threads, compiled, reasons, slower or uncompiled, kernels)
+    return Runtime(device, dtype, threads, compiled, reasons, (*no_gpu, *(slower or uncompiled)), kernels)
 
 
-def _device(name: str) -> tuple[torch.device, str]:
+def _device(name: str) -> tuple[torch.device, str, tuple[str, ...]]:
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda"), f"PyTorch sees {torch.cuda.get_device_name()}"
+            seen = torch.cuda.get_device_name()
+            if broken := _cuda_failure(torch.device("cuda")):
+                warning = f"{seen} is not used, because PyTorch cannot compute on it ({broken})"
+                return torch.device("cpu"), "PyTorch cannot compute on the GPU", (warning,)
+            more = torch.cuda.device_count() - 1
+            others = f" and {more} more, of which a run uses none" if more else ""
+            return torch.device("cuda"), f"PyTorch sees {seen}{others}", ()
         if torch.backends.mps.is_available():
-            return torch.device("mps"), "PyTorch sees an Apple GPU"
-        return torch.device("cpu"), "PyTorch sees no GPU"
+            return torch.device("mps"), "PyTorch sees an Apple GPU", ()
+        return torch.device("cpu"), "PyTorch sees no GPU", ()
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"runtime.device is {name!r}: give auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cpu":
-        return device, "asked for"
+        return device, "asked for", ()
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"runtime.device is {name!r}, but PyTorch sees no CUDA device: use --device cpu")
@@ -135,19 +141,37 @@ def _device(name: str) -> tuple[torch.device, str]:
             raise ConfigError(
                 f"runtime.device is {name!r}, but PyTorch sees {torch.cuda.device_count()}: give a lower number"
             )
-        return device, f"asked for; it is {torch.cuda.get_device_name(device)}"
+        if device.index is not None:
+            torch.cuda.set_device(device)  # several of PyTorch's questions are about the current one
+        if broken := _cuda_failure(device):
+            why = f"PyTorch cannot compute on it ({broken})"
+            raise ConfigError(f"runtime.device is {name!r}, but {why}: use --device cpu")
+        return device, f"asked for; it is {torch.cuda.get_device_name(device)}", ()
     if device.type == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("runtime.device is 'mps', but PyTorch sees no Apple GPU: use --device cpu")
-        return device, "asked for"
+        return device, "asked for", ()
     raise ConfigError(f"runtime.device is {name!r}: give auto, cpu, cuda, cuda:N or mps")
 
 
+def _cuda_failure(device: torch.device) -> str | None:
+    """What PyTorch says if it has no code for this GPU, which it finds out when it is to compute."""
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
 def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if name == "bf16" and not multiplies_bf16(device):
+        raise ConfigError(
+            "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0): use fp32"
+        )
     if name != "auto":
         return DTYPES[name], "asked for"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if multiplies_bf16(device):
             return torch.bfloat16, "the GPU multiplies bf16"
         return torch.float32, "the GPU has no bf16 units"
     if device.type == "mps":
@@ -156,6 +180,11 @@ def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if found:
         return torch.bfloat16, f"the CPU has {found[0]}"
     return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 work there; a CUDA GPU before compute capability 8.0 would emulate them."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _kernels(config: RuntimeConfig, device: torch.device) -> tuple[str, str, tuple[str, ...]]:
@@ -187,7 +216,10 @@ def _compile(choice: str, device: torch.device, kernels: str) -> tuple[bool, str
     if device.type == "cuda":
         tool, name = importlib.util.find_spec("triton") is not None, "Triton"
     elif device.type == "mps":
-        tool, name = False, "PyTorch's compiler for Apple GPUs"
+        why = "PyTorch's compiler has given wrong LayerNorms on Apple GPUs (pytorch#191976)"
+        if choice == "on":
+            raise ConfigError(f"runtime.compile is 'on', but {why}: use --runtime.compile off")
+        return False, why, ()
     else:
         tool, name = cpp_compiler() is not None, "a C++ compiler (g++ or clang++)"
     if tool:

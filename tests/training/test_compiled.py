@@ -92,5 +92,25 @@ def test_a_compiler_that_fails_costs_a_warning(
     broken, memory = make_trainer("broken", runtime=replace(eager.runtime, compile=True))
     with config.patch({"cpp.cxx": ("/bin/false",), "force_disable_caches": True}):
         broken.train()
-    assert [note for note in memory.notes if "torch.compile failed" in note] == memory.notes[:1]
+    assert ["torch.compile failed" in note for note in memory.notes] == [True]
+    assert memory.losses() == eager_memory.losses()
+
+
+def test_a_compiler_that_fails_at_the_backward_pass_costs_a_warning(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compiled with the forward pass, while there is a way back."""
+    from torch._inductor import compile_fx, config
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no backward pass")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(compile_fx, "compile_fx_backward", fail)
+    eager, eager_memory = make_trainer("eager")
+    eager.train()
+    broken, memory = make_trainer("broken", runtime=replace(eager.runtime, compile=True))
+    with config.patch({"force_disable_caches": True}):
+        broken.train()
+    assert ["torch.compile failed" in note for note in memory.notes] == [True]
     assert memory.losses() == eager_memory.losses()

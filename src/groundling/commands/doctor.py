@@ -43,14 +43,18 @@ def main(arguments: list[str]) -> int:
         print(f"  {what:8} {choice:9} {why}")
     print("\nmatrix ceiling, measured:")
     for name, dtype in DTYPES.items():
+        if name == "bf16" and not runtime.multiplies_bf16(resolved.device):
+            continue
         used = "  <- used" if dtype is resolved.dtype else ""
         ceiling = machine.matrix_ceiling_flops(resolved.device, dtype, resolved.synchronize, SHAPES)
         print(f"  {name}  {ceiling / 1e12:7.3f} TFLOP/s{used}")
-    bandwidth = machine.read_bandwidth_bytes_per_s(resolved.threads)
-    with torch.device("meta"):
-        weight_bytes = read_bytes(GPT2(GPTConfig()), "bf16")
-    print(f"\nreading memory, measured:\n  {bandwidth / 1e9:.1f} GB/s on {resolved.threads} threads,", end="")
-    print(f" so on this CPU the 124M model writes at most {bandwidth / weight_bytes:.0f} tokens/s (bf16, no drafts)")
+    if resolved.device.type == "cpu":  # where decoding is bounded by it
+        bandwidth = machine.read_bandwidth_bytes_per_s(resolved.threads)
+        with torch.device("meta"):
+            weight_bytes = read_bytes(GPT2(GPTConfig()), "bf16")
+        print(f"\nreading memory, measured:\n  {bandwidth / 1e9:.1f} GB/s on {resolved.threads} threads,", end="")
+        most = bandwidth / weight_bytes
+        print(f" so on this CPU the 124M model writes at most {most:.0f} tokens/s (bf16, no drafts)")
     if resolved.device.type == "cuda":
         print(f"\nGPU memory  {torch.cuda.get_device_properties(resolved.device).total_memory / 2**30:.1f} GiB")
     return 0

@@ -85,11 +85,11 @@ class CompactGPT2(GPT2):
     def _compacted(self, full: GPT2) -> dict[str, Tensor]:
         """The state of `full` with a table of fewer rows, of which the last is the mean of those that share it.
 
-        The mean of equal fp32 rows is that row exactly, because float64 holds their sum.
+        The mean of equal fp32 rows is that row exactly, because float64 holds their sum; Apple GPUs have none.
         """
         table, places = full.head_weight.detach(), self.places.to(full.head_weight.device)
         kept, shared = table[places < self.n_seen], table[places == self.n_seen]
-        mean = shared.to("cpu", torch.float64).mean(dim=0, keepdim=True).to(table)
+        mean = shared.cpu().double().mean(dim=0, keepdim=True).to(table)
         rows = torch.cat([kept, mean])
         return full.state_dict() | {TABLE: rows, HEAD: rows}
 

@@ -18,9 +18,9 @@ class FusedAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, fused=True, **settings)
 
-    def gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients together; waits for the device."""
-        return float(torch.nn.utils.get_total_norm(self._gradients()))
+    def gradient_norm(self) -> Tensor:
+        """The Euclidean norm () of all gradients together, on their device, for which this does not wait."""
+        return torch.nn.utils.get_total_norm(self._gradients())
 
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]  # takes no closure
         """Update the parameters with their gradients times `scale`, which `.grad` holds afterwards."""

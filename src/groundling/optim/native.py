@@ -40,13 +40,14 @@ class NativeAdamW(FusedAdamW):
         self._library = library("adamw")
         self._library.groundling_sum_of_squares.restype = ctypes.c_double
 
-    def gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients together, summed in double, in an order that is always the same."""
+    def gradient_norm(self) -> Tensor:
+        """The Euclidean norm () of all gradients together, summed in double, in an order that is always the same."""
         gradients = [gradient.contiguous() for gradient in self._gradients()]
         n = len(gradients)
         addresses = (ctypes.c_void_p * n)(*map(_address, gradients))
         sizes = (ctypes.c_int64 * n)(*(gradient.numel() for gradient in gradients))
-        return math.sqrt(self._library.groundling_sum_of_squares(ctypes.c_int64(n), addresses, sizes))
+        sum_of_squares = self._library.groundling_sum_of_squares(ctypes.c_int64(n), addresses, sizes)
+        return torch.tensor(math.sqrt(sum_of_squares), dtype=torch.float64)
 
     @torch.no_grad()
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]  # takes no closure

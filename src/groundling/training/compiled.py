@@ -30,10 +30,13 @@ class CompiledLoss:
         # Imported here because it takes seconds, which a run that is not compiled need not wait.
         from torch._dynamo.exc import TorchDynamoException
         from torch._dynamo.utils import counters
+        from torch._functorch import config
 
         before = counters["frames"]["total"]  # frames that PyTorch has taken apart in this process
         try:
-            return self.function(inputs, targets)
+            # The backward pass is compiled here as well, and not when it is first taken, where nobody could go back.
+            with config.patch(force_non_lazy_backward_lowering=True):
+                return self.function(inputs, targets)
         except TorchDynamoException as error:
             if self.function is self.eager:
                 raise

@@ -60,7 +60,8 @@ def training_step(
         total += loss.detach()
     # Gradients are of the sum; the optimizer divides and clips them where it reads them.
     share = 1 / batch.n_targets if batch.n_targets else math.nan
-    loss_value, norm = total.item() * share, optimizer.gradient_norm() * share
+    norm_of_sum = optimizer.gradient_norm()  # asked for before the device is waited for, once, by the next line
+    loss_value, norm = total.item() * share, norm_of_sum.item() * share
     if math.isfinite(loss_value) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
