@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -141,3 +143,25 @@ def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(
         place.write_text("second")
     assert path.read_text() == "first"
     assert [found.name for found in tmp_path.iterdir()] == ["thing"]
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with files.locked(tmp_path):
+        pass
+
+
+def test_bytes_that_are_no_text_survive_in_json(tmp_path: Path) -> None:
+    """A path may hold any; Python reads them as surrogates, which UTF-8 has none of."""
+    name = os.fsdecode(b"caf\xe9.txt")
+    files.write_json(tmp_path / "names.json", [name])
+    assert json.loads((tmp_path / "names.json").read_text()) == [name]
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="space") as raised, files.atomic_file(tmp_path / "weights"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path / "weights")

@@ -10,9 +10,9 @@ import errno
 import importlib
 import keyword
 import os
-import re
 import sys
 from collections.abc import Sequence
+from typing import Any, TextIO
 
 from groundling import __version__, allocator
 from groundling.errors import ConfigError, Interrupted, RunFailed, UserError
@@ -36,12 +36,14 @@ SYSTEM_REFUSALS = {
     errno.EACCES: "give a path that you may use",
     errno.EPERM: "give a path that you may use",
     errno.EROFS: "give a path on a disk that can be written",
-    errno.ENOSPC: "free the disk, then --resume",
+    errno.ENOSPC: "free the disk and try again (a run goes on with --resume)",
+    errno.EDQUOT: "free some of your share of the disk and try again (a run goes on with --resume)",
 }
 """What the operating system says of a path that no check of ours foresaw, and what to do."""
 
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
-"""C0 and C1: a sentence has none, not even an end of line."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""In what PyTorch says where a GPU, or the system, has no more."""
+LESS_MEMORY = "lower --windows.micro_batch_size (--batch-size of evaluate), or take a smaller model"
 
 HELP = """usage: groundling COMMAND [OPTIONS]
 
@@ -52,12 +54,40 @@ commands:
 
 examples:
   groundling train                                 the main job: Tiny Shakespeare, until its loss is below 0.1
-  groundling train --preset penny                  the same path with a small model, in a minute and a half
+  groundling train --preset penny                  the same path with a small model, in minutes
   groundling train --corpus my-novel.txt           your own text
   groundling sample runs/gpt2 --prompt "ROMEO:"    let a trained model write
 
 `groundling COMMAND --help` lists a command's options and gives examples.
 """
+
+
+class Unheard:
+    """Standard error, whose reader may leave, as `tee` does at Ctrl-C: what is said then goes nowhere, and we go on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            lead_nowhere(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            lead_nowhere(self._stream)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """Let what is written to this stream from now on, and what it still holds, be lost."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,15 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments is None:  # this process is ours
         allocator.restart(words)
+        sys.stderr = Unheard(sys.stderr)
     try:
         return _run(words[0], words[1:])
     except UserError as error:
-        # What names in files hold, even commands to the terminal, is shown and not done.
-        shown = CONTROLS.sub(lambda found: repr(found[0])[1:-1], str(error))
-        print(f"groundling: {shown}", file=sys.stderr)
+        print(f"groundling: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         return 0
     except OSError as error:
         if error.errno not in SYSTEM_REFUSALS:
@@ -90,7 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = error.filename or "a file"
         sentence = UserError(f"{where}: {error.strerror}: {SYSTEM_REFUSALS[error.errno]}")
         print(f"groundling: {sentence}", file=sys.stderr)
-        return RunFailed.exit_code if error.errno == errno.ENOSPC else UserError.exit_code
+        return RunFailed.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError.exit_code
+    except (RuntimeError, MemoryError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        if not isinstance(error, MemoryError) and not any(words in first_line for words in OUT_OF_MEMORY):
+            raise
+        sentence = RunFailed(f"there is not enough memory ({first_line or 'for Python'}): {LESS_MEMORY}")
+        print(f"groundling: {sentence}", file=sys.stderr)
+        return sentence.exit_code
     except KeyboardInterrupt:
         print("groundling: interrupted", file=sys.stderr)
         return Interrupted.exit_code

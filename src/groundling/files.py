@@ -8,6 +8,7 @@ fsync(2) give no order without it).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,12 @@ try:
 except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What flock(2) fails with where the file system has none, as some network file systems do."""
+
 HASH_BLOCK_BYTES = 1 << 20
+LOCK = ".lock"
+"""The file that stands for a directory where one process holds it."""
 PARTIAL = ".partial"
 """Ends the name of what is not whole yet."""
 
@@ -60,6 +66,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_file(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say what it has no room for
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -119,7 +128,7 @@ def _remove(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with the guarantee of `atomic_file`."""
     with atomic_file(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))  # a path's bytes that are no UTF-8, as JSON escapes them
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,16 +139,22 @@ def write_json(path: Path, value: Any) -> None:
 def lock(file: IO[Any], wait: bool) -> None:
     """Hold an open file for one process, by flock(2), which the kernel releases when the process dies.
 
-    Raises BlockingIOError if another process holds it and `wait` is false. Does nothing on Windows.
+    Raises BlockingIOError if another process holds it and `wait` is false. Does nothing on Windows, and on file systems
+    without locks.
     """
-    if fcntl is not None:
+    if fcntl is None:
+        return
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory for one process. Raises `CheckpointError` if another process holds it."""
-    with (directory / ".lock").open("w") as file:
+    with (directory / LOCK).open("w") as file:
         try:
             lock(file, wait=False)
         except BlockingIOError:

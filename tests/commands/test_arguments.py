@@ -60,6 +60,9 @@ def test_a_file_may_name_its_preset(workplace: Path) -> None:
     Path("penny.yaml").write_text("preset: penny\nseed: 3\n")
     config = parse("--config", "penny.yaml")
     assert (config.preset, config.seed, config.model) == ("penny", 3, load_preset("penny").model)
+    Path("heart.yaml").write_text("preset: by-heart\n")
+    both = parse("--config", "penny.yaml", "--config", "heart.yaml")
+    assert (both.preset, both.seed, both.model) == ("by-heart", 3, load_preset("by-heart").model)
 
 
 def test_shortcuts_name_settings_that_exist() -> None:

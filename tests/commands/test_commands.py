@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from groundling import runtime
 from groundling.cli import COMMANDS, main
 
 from .bottles import SMALL, files_but_cache, steps
@@ -139,3 +141,22 @@ def test_the_input_is_looked_at_before_anything_is_said_of_the_machine(
     for arguments in (["--corpus", "nowhere.txt"], ["--corpus", "bottles.txt", "--out", str(run)]):
         assert main(["train", *arguments, *SMALL]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore"), MemoryError()], ids=type
+)
+def test_too_little_memory_gets_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runtime, "resolve", fail)
+    assert main(["doctor"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("groundling: there is not enough memory")
+    assert "--windows.micro_batch_size" in line
+    monkeypatch.setattr(runtime, "resolve", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
+        main(["doctor"])

@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from groundling.cli import main
+from groundling.commands.session import newest_run
+from groundling.files import write_json
+from groundling.training.run_folder import RunFolder
 
 from .bottles import SMALL, TEXT, start, steps, train, wait_for
 
@@ -42,6 +45,21 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(workplace: Path, numbe
     assert main(["train", "--resume", "--out", str(cut), "--max-steps", n_steps]) == 0
     assert main(train("--out", str(whole), "--max-steps", n_steps)) == 0
     assert [line["train/loss"] for line in steps(cut)] == [line["train/loss"] for line in steps(whole)]
+
+
+def test_a_run_whose_listener_leaves_goes_on(workplace: Path) -> None:
+    """As under `2>&1 | tee log`, where Ctrl-C ends `tee` first; what it has to say then goes nowhere."""
+    run = workplace / "runs" / "unheard"
+    process = start("--out", str(run), "--save-every", "0", "--max-steps", "100000")
+    assert process.stderr
+    assert process.stdout
+    process.stderr.readline()
+    process.stderr.close()
+    process.stdout.close()
+    wait_for(run / "metrics.jsonl", "train/loss", 30, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert len(list(run.glob("checkpoints/step-*"))) == 1
 
 
 def test_a_second_signal_ends_at_once(workplace: Path) -> None:
@@ -180,3 +198,15 @@ def test_another_text_or_architecture_is_refused(
         assert not any(len(word) == 64 and set(word) <= hexadecimal for word in message.replace(",", " ").split())
     assert main([*resume, "--preset", "penny"]) == 2
     assert "preset" in capsys.readouterr().err
+
+
+def test_one_damaged_run_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("good", "damaged"):
+        folder = RunFolder(Path("runs", name))
+        write_json(folder.identity, {})
+        folder.config.write_text("preset: penny\n" if name == "good" else "{")
+    assert newest_run("penny") == Path("runs/good")
+    assert "runs/damaged is passed over" in capsys.readouterr().err

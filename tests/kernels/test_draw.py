@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,4 +91,22 @@ def test_without_a_compiler_numpy_draws(monkeypatch: pytest.MonkeyPatch) -> None
         assert draw.place(logits, 0.3) == draw.place_in_numpy(logits, 0.3)
     finally:
         draw._native.cache_clear()
+        build.library.cache_clear()
+
+
+def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a power failure leaves it: a name without content."""
+    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path / "whole"))
+    build.library.cache_clear()
+    try:
+        build.library("draw")
+        (made,) = (tmp_path / "whole" / "kernels").glob("draw-*.so")
+        damaged = tmp_path / "damaged" / "kernels" / made.name
+        damaged.parent.mkdir(parents=True)
+        damaged.touch()
+        monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path / "damaged"))
+        build.library.cache_clear()
+        build.library("draw")
+        assert damaged.read_bytes() == made.read_bytes()
+    finally:
         build.library.cache_clear()

@@ -104,7 +104,7 @@ def test_a_batch_without_targets_changes_nothing(make_trainer: MakeTrainer) -> N
     trainer, memory = make_trainer(
         windows=WindowConfig(1, 1),
         objective=replace(GOLDFISH, drop_every=2),
-        stopping=StoppingConfig(target=0, max_steps=60),
+        stopping=StoppingConfig(target=0, max_steps=40),
     )
     assert trainer.train() == "max_steps"
     skipped = [line for line in memory.metrics if line.get("train/update_skipped")]

@@ -38,7 +38,6 @@ def test_rewinding_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> Non
     sink = JsonLines(path)
     for step in range(5):
         sink.write(step, {"train/loss": float(step)})
-    sink.write(2, {"corpus/loss": 9.0})
     sink.close()
     path.write_text(path.read_text() + '{"step": 5, "tra')
     sink = JsonLines(path)
@@ -46,6 +45,21 @@ def test_rewinding_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> Non
     sink.write(3, {"train/loss": 30.0})
     sink.close()
     assert [(line["step"], line["train/loss"]) for line in read_lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30.0)]
+
+
+def test_rewinding_keeps_the_losses_after_the_last_step_until_they_are_taken_again(tmp_path: Path) -> None:
+    """The loss that ended a run is taken once: a run that is resumed after it knows it already."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    lines = [(0, "train/loss", 5.0), (1, "train/loss", 4.0), (1, "corpus/loss", 3.0), (1, "heldout/loss", 7.0)]
+    for step, name, loss in lines:
+        sink.write(step, {name: loss})
+    sink.rewind(2)
+    sink.write(1, {"heldout/loss": 7.5})
+    sink.write(2, {"train/loss": 2.0})
+    sink.close()
+    kept = [(line.pop("step"), *line.popitem()) for line in read_lines(path)]
+    assert kept == [*lines[:3], (1, "heldout/loss", 7.5), (2, "train/loss", 2.0)]
 
 
 def test_tensorboard_shows_what_was_written(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from groundling.errors import CheckpointError
+from groundling.files import write_json
 from groundling.training.run_folder import RunFolder
 
 IDENTITY: dict[str, Any] = {"text": "a" * 64, "tokenizer": "b" * 64, "architecture": {"n_layer": 2}}
@@ -16,6 +17,7 @@ def begin(path: Path, with_steps: bool = True) -> RunFolder:
     folder = RunFolder(path)
     with folder.open(IDENTITY, "", resume=False):
         if with_steps:
+            write_json(folder.identity, IDENTITY)
             folder.metrics.write_text('{"step": 0}\n')
     return folder
 
@@ -42,6 +44,23 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not empty"), RunFolder(tmp_path).open(IDENTITY, "", resume=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_a_run_killed_while_it_was_set_up_is_begun_anew(tmp_path: Path) -> None:
+    """Nothing else may be in the folder, and the mark of a process that held it must be."""
+    folder = RunFolder(tmp_path)
+    for left_over in (folder.config, tmp_path / "train.bin", tmp_path / ".train.bin.77.partial"):
+        left_over.write_text("half")
+        with pytest.raises(CheckpointError, match="not empty"), folder.open(IDENTITY, "", resume=False):
+            pass
+    (tmp_path / ".lock").touch()
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="not empty"), folder.open(IDENTITY, "", resume=False):
+        pass
+    (tmp_path / "letters.txt").unlink()
+    with folder.open(IDENTITY, "new", resume=False):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.yaml"}
+        assert folder.config.read_text() == "new"
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:

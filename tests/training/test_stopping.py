@@ -125,3 +125,8 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 def test_patience_needs_heldout_text() -> None:
     with pytest.raises(ConfigError, match="heldout"):
         StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False)
+
+
+def test_without_a_target_a_run_ends_with_its_schedule() -> None:
+    assert rule(target=0.0, overtime=0.5).reason(100, 0.0) == "schedule"
+    assert rule(target=0.1, overtime=0.5).reason(100, 0.0) is None

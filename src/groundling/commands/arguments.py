@@ -80,6 +80,8 @@ class Parser(ArgumentParser):
         while cause is not None:  # our own sentences, raised by a section's checks, are the clearest
             if isinstance(cause, ConfigError):
                 raise cause
+            if isinstance(cause, UnicodeEncodeError):
+                raise ConfigError(f"{cause.object!r} is not valid UTF-8: give it in the terminal's encoding")
             cause = cause.__cause__ or cause.__context__
         if wrong := WRONG_VALUE.search(message):
             raise ConfigError(self._wrong_value(wrong["key"], wrong["value"].strip()))
@@ -130,9 +132,8 @@ def before_parsing(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(list(arguments))
-    for path in known.config:
-        settings = _read_settings(path)
-        known.preset = known.preset or settings.get("preset")
+    named = [name for path in known.config if (name := _read_settings(path).get("preset"))]
+    known.preset = known.preset or (named[-1] if named else None)  # as with other settings, the last file wins
     return known
 
 

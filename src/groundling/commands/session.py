@@ -23,7 +23,7 @@ from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, load_corpus
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import ConfigError
+from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
@@ -37,6 +37,10 @@ RUNS = Path("runs")
 
 LONG_RUN_S = 3 * 3600
 """Estimates above this say which preset would finish sooner."""
+
+MPS_TOKENS = 16_384
+"""Logits of 21,000 tokens are more than the 4 GB at which PyTorch ends the process (pytorch#143477); of more than
+32,768, gradients were wrong (pytorch#177116)."""
 
 SHORT_PASSES, SHORT_STEPS = 60, 100
 """Schedule advised for short texts: so many passes, and so many steps at least. Texts of 320 and 560 tokens were known
@@ -105,6 +109,8 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
     if initial and not resumed:  # a resumed run only compares it with the one that it began with
         config = with_initial(config, initial, typed)
     config.check_window()
+    check_prompts(config)
+    check_gpu_memory(config, resolved)
     tokenizer = tokenizer_of(config, None if resumed else initial, resumed)
     corpus = _text(config, resumed, tokenizer)  # before anything is printed: what is wrong with the input comes first
     for what, choice, why in resolved.reasons:
@@ -132,6 +138,26 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
     if resumed:  # its weights are in its checkpoints
         network, weights_sum = None, weights_sum if initial else resumed.initial_sum()
     return Prepared(config, corpus, resolved, ceiling, network, weights_sum)
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Raises `ConfigError` for a prompt that no tokenizer could read, before hours are spent on the model it is for."""
+    for number, prompt in enumerate(config.prompts, 1):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            what = f"prompt {number} of --prompts is not valid UTF-8"
+            raise ConfigError(f"{what}: give it in the terminal's encoding") from None
+
+
+def check_gpu_memory(config: RunConfig, runtime: Runtime) -> None:
+    """Raises `ConfigError` for more tokens at a time than PyTorch computes rightly on an Apple GPU."""
+    n_tokens = config.windows.micro * config.windows.length
+    if runtime.device.type == "mps" and n_tokens > MPS_TOKENS:
+        raise ConfigError(
+            f"{n_tokens:,} tokens at a time are too many for PyTorch on an Apple GPU: give --windows.micro_batch_size"
+            f" {max(1, MPS_TOKENS // config.windows.length)}"
+        )
 
 
 @cache
@@ -237,7 +263,12 @@ def newest_run(preset: str | None) -> Path:
     found: list[tuple[float, Path]] = []
     for path in RUNS.glob("*/identity.json"):
         folder = RunFolder(path.parent)
-        if preset in (None, folder.settings()["preset"]):
+        try:
+            made_with = folder.settings()["preset"]
+        except CheckpointError as error:
+            say(f"warning: {folder.path} is passed over: {error}")
+            continue
+        if preset in (None, made_with):
             written = folder.metrics if folder.metrics.exists() else folder.identity
             found.append((written.stat().st_mtime, folder.path))
     if not found:
@@ -271,7 +302,10 @@ def estimate_lines(estimate: Estimate, config: RunConfig) -> list[str]:
         sooner = []
         for name in preset_names():
             preset = load_preset(name)
-            corpus = load_corpus(preset.text, runtime.cache_dir())
+            try:
+                corpus = load_corpus(preset.text, runtime.cache_dir())
+            except (CorpusError, OSError):  # its text cannot be had here: the run that goes on does not need it
+                continue
             preset = with_vocabulary(preset, corpus)
             seconds = run_flops(preset, corpus.train.n_tokens) / estimate.achieved_flops
             if name != config.preset and seconds < estimate.train_s:

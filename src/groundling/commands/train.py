@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ from groundling.training.trainer import Trainer
 EXAMPLES = """examples:
   groundling train                                        preset gpt2: GPT-2 (124M) on Tiny Shakespeare
   groundling train --preset by-heart                      the same, until it can recite from anywhere
-  groundling train --preset penny                         a small model, in a minute and a half
+  groundling train --preset penny                         a small model, in minutes
   groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
   groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
   groundling train --corpus letters.txt --loss goldfish   for a text that is not to be memorised
   groundling train --init runs/gpt2 --corpus my-novel.txt --schedule.peak 1e-4      fine-tune: go on from its weights
-  groundling train --resume --out runs/novel              continue an interrupted run, bit for bit
+  groundling train --resume --out runs/novel              continue an interrupted run, on a CPU bit for bit
   groundling train --schedule.peak 3e-4 --windows.length 512 --max-minutes 30
 """
 
@@ -74,14 +75,12 @@ def _train(arguments: list[str]) -> int:
             for line in changes_lines(resumed, prepared):
                 say(line)
         else:
-            folder.keep_text(prepared.corpus, prepared.runtime.facts())
+            folder.keep_text(prepared.corpus, prepared.runtime.facts(), prepared.identity())
         try:
             _carry_out(trainer, folder, prepared, early.resume)
         except Interrupted as interrupt:
-            saved = f"all saved, go on with `groundling train --resume --out {shlex.quote(str(folder.path))}`"
-            raise Interrupted(
-                f"{interrupt}: {'nothing to save yet' if trainer.saved_step is None else saved}"
-            ) from None
+            again = f"groundling train --resume --out {shlex.quote(str(folder.path))}"
+            raise Interrupted(f"{interrupt}: all saved, go on with `{again}`") from None
     return 0
 
 
@@ -178,7 +177,7 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
     write_json(folder.record, record)
     draw_curve(folder.metrics, config.stopping.target, folder.curve)
     _print_result(record, config.stopping.target)
-    _sample(folder, prepared, newest)
+    _sample(folder, prepared, newest, trainer.signals.check)
     say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {newest}")
 
 
@@ -203,9 +202,10 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
     for name, n_tokens in reads.items():
-        seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else 0.0
+        seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else math.inf
         if not is_taken(final, seconds, trainer.state.wall_s):
-            trainer.sinks.note(f"{name} is not taken (about {clock(seconds)}): `groundling evaluate` takes it")
+            takes = f"about {clock(seconds)}" if tokens_per_s else "no step says how long it would take"
+            trainer.sinks.note(f"{name} is not taken ({takes}): `groundling evaluate` takes it")
             continue
         losses[name] = loss = trainer.take(name)
         look = trainer.stop_rule.state.look
@@ -238,14 +238,15 @@ def _verdict(loss: float | None, target: float, what: str) -> str:
     return f"{loss:.6f}  {judgement(loss, target, what) if target else '(no target)'}"
 
 
-def _sample(folder: RunFolder, prepared: Prepared, path: Path) -> None:
-    """Continue the run's prompts with the checkpoint as it was saved, and keep what came."""
+def _sample(folder: RunFolder, prepared: Prepared, path: Path, check: Callable[[], None]) -> None:
+    """Continue the run's prompts with the checkpoint as it was saved, and keep what came; `check` may end it."""
     model, tokenizer, window = load_model(path, prepared.runtime.device)
     texts = []
     with open_decoder(model, window, prepared.runtime, warn=say) as decoder:
         prompts = prepared.config.prompts
         for number, prompt in enumerate(prompts, 1):
+            check()
             text = "".join(continue_text(decoder, tokenizer, prompt, prepared.config.sampling))
             texts.append(f"--- sample {number} of {len(prompts)}\n{prompt}{text}\n")
+            write_text(folder.samples, "\n".join(texts))  # before it is printed, to whoever may have left
             print(f"\n{texts[-1]}", end="")
-    write_text(folder.samples, "\n".join(texts))

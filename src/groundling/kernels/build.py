@@ -55,9 +55,12 @@ def _load(compiler: str, flags: list[str], source: Path) -> ctypes.CDLL:
     ]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
     path = runtime.cache_dir() / "kernels" / f"{source.stem}-{key[:24]}.so"
+    command = [compiler, *flags, str(source)]
     try:
-        if not path.exists():
-            _compile([compiler, *flags, str(source)], path)
+        if path.exists():
+            with contextlib.suppress(OSError):  # damaged: made anew
+                return ctypes.CDLL(str(path))
+        _compile(command, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernel {path} cannot be made or loaded ({error})") from None
@@ -72,6 +75,8 @@ def _compile(command: list[str], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _run([*command, "-o", str(temporary)])
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else its name may reach the disk before its content does
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):

@@ -9,7 +9,8 @@
 // is summed over lanes in one fixed order, whatever tile computes it.
 //
 // Weights are fp32, bf16 or int8 with one fp32 scale a row; all arithmetic is fp32. `kernels/build.py` compiles
-// this file, `generation/native.py` binds it.
+// this file, `generation/native.py` binds it. It is long because the parts of a pass share one plan of the weights in
+// memory, one team of threads and one scratch, which headers of their own would have to show to everybody.
 
 #include <algorithm>
 #include <atomic>

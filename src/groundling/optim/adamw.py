@@ -15,6 +15,10 @@ from groundling.errors import ConfigError
 from groundling.optim.fused import FusedAdamW
 from groundling.optim.native import NativeAdamW
 
+MIN_EPS = 1e-30
+"""Smaller ones may be 0 in fp32, and where a gradient is always 0, as in rows of positions never used, so is the rest
+of the divisor."""
+
 
 @dataclass(frozen=True)
 class AdamWConfig:
@@ -37,7 +41,9 @@ class AdamWConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give a number from 0 to below 1")
-        for name in ("eps", "weight_decay", "clip"):
+        if not MIN_EPS <= self.eps < math.inf:
+            raise ConfigError(f"optim.eps is {self.eps}: give {MIN_EPS:g} or more, for weights without a gradient")
+        for name in ("weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give 0 or more")
 

@@ -12,6 +12,9 @@ from typing import Literal
 
 from groundling.errors import ConfigError
 
+MOST = 1e9
+"""Passes, or lengths of a schedule, that may be asked for: more is a slip, and would overflow a count of steps."""
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -38,8 +41,8 @@ class ScheduleConfig:
         for name in ("peak", "passes"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}: give a number")
-        if self.passes is not None and self.passes <= 0:
-            raise ConfigError(f"schedule.passes is {self.passes}: give a positive number")
+        if self.passes is not None and not 0 < self.passes <= MOST:
+            raise ConfigError(f"schedule.passes is {self.passes}: give a positive number, and at most {MOST:g}")
         if self.total_steps is not None and self.total_steps < 1:
             raise ConfigError(f"schedule.total_steps is {self.total_steps}: give a positive number")
         if self.peak <= 0:

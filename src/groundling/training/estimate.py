@@ -113,7 +113,6 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     while not _enough(seconds):
         result = training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
         seconds.append(result.seconds)
-        trainer.signals.check()
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.optimizer.state.clear()
     memory_bytes = _memory_bytes(trainer, before_bytes, micro / n_windows)

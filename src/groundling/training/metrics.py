@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,11 +73,18 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = path.open("a", encoding="utf-8")
+        self.replaceable_step, self.replaceable = -1, set[str]()
 
     def write(self, step: int, metrics: Metrics) -> None:
+        if step == self.replaceable_step and (again := self.replaceable & metrics.keys()):
+            self._keep(lambda line: line["step"] != step or not again & line.keys())
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # a full disk does not say what it has no room for
+            raise
 
     def note(self, message: str) -> None:
         pass
@@ -86,11 +93,14 @@ class JsonLines:
         pass
 
     def rewind(self, n_steps: int) -> None:
+        self._keep(lambda line: line["step"] < n_steps)
+        # Evaluations after the last of them may be taken again: a step has one line of a name.
+        self.replaceable = {name for line in read_lines(self.path) if line["step"] == n_steps - 1 for name in line}
+        self.replaceable_step = n_steps - 1
+
+    def _keep(self, wanted: Callable[[Metrics], bool]) -> None:
         self.file.close()
-        # An evaluation at the last step kept is dropped too: it was, or will be, taken again.
-        kept = [
-            json.dumps(line) for line in read_lines(self.path) if line["step"] < n_steps - ("train/loss" not in line)
-        ]
+        kept = [json.dumps(line) for line in read_lines(self.path) if wanted(line)]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
 

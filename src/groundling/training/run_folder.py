@@ -34,7 +34,7 @@ from groundling.corpus.places import packaged_documents
 from groundling.corpus.shards import TOKENS_SUM, TokenFile, make_header
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, CorpusError
-from groundling.files import atomic_file, locked, write_json, write_text
+from groundling.files import LOCK, PARTIAL, atomic_file, locked, write_json, write_text
 from groundling.json_files import read_bounded, read_object
 from groundling.training import checkpoint
 
@@ -44,8 +44,11 @@ NO_SUM = "0" * 64
 
 MAX_PLACES_BYTES = 64 << 20
 """A name for each document of a text of many."""
-MAX_CONFIG_YAML_BYTES = 1 << 16
-"""A configuration takes a thousand bytes, and a folder of many sources some more."""
+MAX_CONFIG_YAML_BYTES = 4 << 20
+"""A configuration takes a thousand bytes, and the names of many sources as much as a command line holds, 2 MiB."""
+
+BEFORE_BEGINNING = ("config.yaml", "train.bin", "heldout.bin", "tokenizer.json", "places.json", "origin.json", LOCK)
+"""What a run writes before it has begun, which identity.json says."""
 
 INITIAL = "initial model"
 """SHA-256 of the weights that a run began with, if they were not drawn (`model.weights.sha256_of_weights`)."""
@@ -115,8 +118,9 @@ class RunFolder:
             if resume:
                 self._check(identity)
             else:
+                for left_over in self._left_over():
+                    left_over.unlink()
                 write_text(self.config, config)
-                write_json(self.identity, identity)
             try:
                 yield
             finally:
@@ -125,12 +129,19 @@ class RunFolder:
 
     def refuse_used(self) -> None:
         """Raises `CheckpointError` if a new run cannot begin here because something is here already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self._left_over():
             what = "already holds a run: give --resume to continue it, or another --out"
             other = "holds an imported model: give another --out"
             if not self.exists():
                 what = other if self.imported.exists() else "is not empty: give another --out"
             raise CheckpointError(f"{self.path} {what}")
+
+    def _left_over(self) -> list[Path]:
+        """What a run left here that was killed before it had begun; empty if anything else is here."""
+        found = list(self.path.iterdir()) if self.path.is_dir() else []
+        ours = [path for path in found if path.name in BEFORE_BEGINNING or path.name.endswith(PARTIAL)]
+        begun = self.exists() or not (self.path / LOCK).exists()
+        return [] if begun or len(ours) < len(found) else [path for path in ours if path.name != LOCK]
 
     def refuse_another_text(self, name: str, sha256: str) -> None:
         """Raises `CheckpointError` if the run was made with another text than the one of this name and sum."""
@@ -149,8 +160,9 @@ class RunFolder:
     def _remove(self, made: list[Path]) -> None:
         for entry in self.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for path in made:  # the folder itself, then its parents
-            path.rmdir()
+        for path in made:  # the folder itself, then its parents, in which another run may have begun meanwhile
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def _check(self, identity: dict[str, Any]) -> None:
         known = UNSAID | read_object(self.identity)
@@ -184,8 +196,8 @@ class RunFolder:
                 for tokens in file.scan():
                     copy.write(tokens.tobytes())
 
-    def keep_text(self, corpus: Corpus, runtime: dict[str, str]) -> None:
-        """Keep what the run was made of, so that it needs neither the text nor the cache again."""
+    def keep_text(self, corpus: Corpus, runtime: dict[str, str], identity: dict[str, Any]) -> None:
+        """Keep what the run is made of, so that it needs neither the text nor the cache again: it has begun then."""
         self._keep_tokens("train", corpus.train)
         if corpus.heldout is not None:
             self._keep_tokens("heldout", corpus.heldout)
@@ -193,6 +205,7 @@ class RunFolder:
         text = {name: getattr(corpus, name) for name in ("name", "sha256", "n_bytes", "n_documents")}
         write_json(self.places, {"documents": list(corpus.document_names)})
         write_json(self.origin, {"text": text, "tokenizer": corpus.tokenizer.name, "runtime": runtime})
+        write_json(self.identity, identity)
 
     def document_names(self) -> tuple[str, ...]:
         """The names of the training text's documents; of a run that did not keep them, what its settings still tell.

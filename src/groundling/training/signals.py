@@ -5,6 +5,7 @@ Invariant: the first signal never interrupts an update or a write; the second en
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -41,4 +42,6 @@ class StopSignals:
             os._exit(Interrupted.exit_code)
         self.received = signal.Signals(number)
         # os.write, because a handler may run in the middle of a print
-        os.write(2, f"\n{self.received.name}: stopping after this step, then saving; again to stop at once\n".encode())
+        with contextlib.suppress(OSError):  # whoever reads it may have ended by the same signal
+            name = self.received.name
+            os.write(2, f"\n{name}: stopping after this step, then saving; again to stop at once\n".encode())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from groundling.errors import ConfigError
-from groundling.optim.schedule import ScheduleConfig
+from groundling.optim.schedule import MOST, ScheduleConfig
 
 EMA_BATCHES = 20
 """Batches over which the running mean of train/loss forgets."""
@@ -49,8 +49,8 @@ class StoppingConfig:
     """Passes between evaluations of heldout/loss, taken only if patience is set."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overtime < math.inf:
-            raise ConfigError(f"stopping.overtime is {self.overtime}: give 0 or more")
+        if not 0 <= self.overtime <= MOST:
+            raise ConfigError(f"stopping.overtime is {self.overtime}: give 0 or more, and at most {MOST:g}")
         if not 0 <= self.target < math.inf:
             raise ConfigError(f"stopping.target is {self.target}: give a loss of 0 or more")
         if self.expected_steps is not None and self.expected_steps < 1:
@@ -140,7 +140,8 @@ class StopRule:
             raise ConfigError("stopping.patience needs held-out text: give --heldout or --heldout-fraction")
         self.config = config
         self.total_steps = total_steps
-        self.last_step = total_steps + math.ceil(config.overtime * total_steps)
+        overtime = config.overtime if config.target else 0.0  # there is nothing to wait for without a target
+        self.last_step = total_steps + math.ceil(overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
         self.state = StopState()
 

@@ -60,6 +60,10 @@ class RunState:
     n_steps: int = 0
     tokens_seen: int = 0
     wall_s: float = 0.0
+    n_bad: int = 0
+    """Steps in a row, up to now, that were not finite."""
+    n_returns: int = 0
+    """Times that the run went back to a checkpoint."""
 
 
 class Trainer:
@@ -95,7 +99,6 @@ class Trainer:
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
         self.state, self.stop_rule = RunState(), self._new_stop_rule()
         self.saved_step: int | None = None
-        self.n_bad = self.n_returns = 0
         self.ceiling_raised = False
 
     def train(self) -> str:
@@ -286,28 +289,27 @@ class Trainer:
 
     def _guard(self, step: int, result: StepResult) -> None:
         """Goes back to the last checkpoint after `BAD_STEPS` steps in a row that were not finite."""
+        state = self.state
         if result.finite:
-            self.n_bad = 0
+            state.n_bad = 0
             return
-        self.n_bad += 1
+        state.n_bad += 1
         self.sinks.note(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so this update is skipped"
         )
-        if self.n_bad < BAD_STEPS:
+        if state.n_bad < BAD_STEPS:
             return
-        if self.n_returns == MAX_RETURNS:
+        if state.n_returns == MAX_RETURNS:
             raise RunFailed(
                 f"the loss stayed not finite at step {step} after {MAX_RETURNS} returns to the last checkpoint:"
                 " lower schedule.peak or optim.clip, or use --dtype fp32"
             )
-        self.n_bad = 0
-        self.n_returns += 1
-        wall_s = self.state.wall_s
         self.resume()
-        self.state.wall_s = wall_s  # the time was spent, whatever came of it
+        # The time was spent, and the return is counted, whatever came of them.
+        self.state.wall_s, self.state.n_returns, self.state.n_bad = state.wall_s, state.n_returns + 1, 0
 
     def _save_if_due(self) -> None:
-        if self.n_bad == 0 and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
+        if self.state.n_bad == 0 and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
             self.save()
 
     def _count_wall(self) -> None:
