@@ -270,6 +270,7 @@ def test_the_verdict_is_plain(losses: tuple[float | None, float | None, float], 
         (["runs/bottles", "--positions", "0"], "--positions"),
         (["runs/bottles", "--out", "report.pdf"], ".html"),
         (["runs/bottles", "--out", "folder.html"], "is a folder"),
+        (["runs/bottles", "--out", "runs/bottles/record.html"], "runs/bottles/record.json"),
     ],
 )
 def test_wrong_input_gets_one_sentence(

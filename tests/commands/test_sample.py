@@ -20,7 +20,7 @@ def sample(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> st
 
 
 def samples(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in sample(capsys, run, "--json", *arguments).splitlines()]
+    return [json.loads(line) for line in sample(capsys, run, "--json", *arguments).split("\n") if line]
 
 
 def test_a_seed_repeats_and_another_differs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,13 +80,13 @@ def test_prompts_from_files_and_standard_input(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "whole.txt").write_bytes(b"two\r\nlines\n")
-    (tmp_path / "lines.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "lines.txt").write_text("first\n\nsecond\u2028still\n", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n")))
     whole, lines = str(tmp_path / "whole.txt"), str(tmp_path / "lines.txt")
     written = samples(
         capsys, run, "--prompt", "flag", "--prompt-file", whole, "--prompt-file", "-", "--prompt-lines", lines
     )
-    assert [facts["prompt"] for facts in written] == ["flag", "two\nlines", "from a pipe", "first", "second"]
+    assert [facts["prompt"] for facts in written] == ["flag", "two\nlines", "from a pipe", "first", "second\u2028still"]
 
 
 def test_a_stop_string_ends_the_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +103,16 @@ def test_a_trace_names_the_source(run: Path, capsys: pytest.CaptureFixture[str])
     [facts] = samples(capsys, run, "--prompt", "40 green", "--trace")
     assert facts["trace"]["n_tokens"] > 0
     assert "verbatim in the training text" in sample(capsys, run, "--prompt", "40 green", "--trace")
+
+
+def test_a_trace_without_a_text_is_refused_before_anything_is_written(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock", "train.bin"))
+    assert main(["sample", str(tmp_path / "run"), "--trace"]) == 2
+    captured = capsys.readouterr()
+    assert "train.bin" in captured.err
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])

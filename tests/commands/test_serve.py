@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from groundling.cli import main
+from groundling.commands.model_options import open_model
+from groundling.commands.page_subject import subject_of
 
 
 @contextmanager
@@ -56,7 +59,7 @@ def test_it_writes_what_sample_writes_and_ends_when_told(run: Path, capsys: pyte
         answer = ask(address, "bottles")
         assert answer.json()["choices"][0]["text"] == expected
         page = httpx.get(f"{address}/", timeout=60).text
-        assert "bottles.txt" in page
+        assert "trained from scratch on bottles.txt" in page
         assert "The four losses" in page
         process.send_signal(signal.SIGTERM)
         log, errors = process.communicate(timeout=60)
@@ -74,6 +77,10 @@ def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path
         key = {"Authorization": "Bearer sesame"}
         answer = httpx.post(f"{address}/v1/completions", json={"model": "mine"}, headers=key, timeout=60)
         assert answer.status_code == 200
+    assert main(["serve", str(folder), "--port", "0", "--no-page", "--drafts", "text"]) == 2
+    options = SimpleNamespace(run=str(folder), device="cpu", threads=0, weights="bf16", drafts="none")
+    sentence = subject_of(open_model(options), "mine").sentence
+    assert re.fullmatch(r"A GPT-2 with [\d,]+ parameters\.", sentence)  # of what it was trained nothing is known
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from groundling.serving.hosts import client_of
+
 from .conftest import Running, Serve
 
 
@@ -50,3 +52,18 @@ def test_other_names_are_not(host: str, path: str, named: Running) -> None:
 
 def test_any_name_is_answered_if_none_is_asked_for(running: Running) -> None:
     assert running.client.get("/v1/models", headers={"Host": "anything.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::ff", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::ff", "2001:db8:1:3::/64"),
+        ("", ""),
+    ],
+)
+def test_the_addresses_of_one_host_are_one_client(address: str, client: str) -> None:
+    assert client_of(address) == client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -144,6 +145,30 @@ def test_an_echoed_end_of_text_stands_where_the_offsets_say(running: Running, to
         assert choice["text"][offset:].startswith(token)
 
 
+def test_the_token_that_ends_a_text_has_its_likelihood(
+    serve: Serve, network: GPT2, tokenizer: Tokenizer, ids: list[int]
+) -> None:
+    """Harnesses ask for one token more than they score, and leave out the last entry, whichever it is."""
+    ending = copy.deepcopy(network)
+    with torch.no_grad():
+        ending.head_weight[tokenizer.end_of_text_id] *= -1
+    with serve(model=ending) as server:
+        answer = server.complete(prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0)
+        bare = server.complete(prompt=ids, logprobs=1, max_tokens=5, temperature=0, stream=False)
+    [choice] = answer.json()["choices"]
+    said = choice["logprobs"]
+    assert said["tokens"] == [*(tokenizer.decode([each]) for each in ids), "<|endoftext|>"]
+    assert said["token_logprobs"][-1] == pytest.approx(0, abs=1e-6)
+    assert said["text_offset"][-1] == len(choice["text"])
+    [choice] = bare.json()["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("", "stop", ["<|endoftext|>"])
+
+
+@pytest.fixture
+def ids(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode("ten green bottles")
+
+
 def test_an_empty_prompt_echoes_nothing_beside_others(running: Running) -> None:
     answer = running.complete(prompt=["", "ten"], echo=True, max_tokens=0)
     assert [choice["text"] for choice in answer.json()["choices"]] == ["", "ten"]
@@ -181,10 +206,13 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"temperature": 1e-9}, 400, "temperature"),
     ({"top_p": 0}, 400, "top_p"),
     ({"stop": ""}, 400, "stop"),
-    ({"stop": ["x"] * 5}, 400, "stop"),
+    ({"stop": ["x"] * 5}, 400, "stop: list should have at most 4 items"),
     ({"stop": "x" * 1000}, 400, "stop"),
     ({"logprobs": 21}, 400, "logprobs"),
-    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": []}, 400, "prompt: list should have at least 1 item"),
+    ({"prompt": ["x"] * 65}, 400, "prompt: list should have at most 64 items"),
+    ({"prompt": ["x"] * 15}, 400, "15 texts are asked for"),
+    ({"prompt": [[-1] * 65_536] * 5}, 400, "prompt"),
     ({"prompt": [[]]}, 400, "prompt"),
     ({"prompt": [270]}, 400, "id 270"),
     ({"prompt": [-1]}, 400, "prompt"),

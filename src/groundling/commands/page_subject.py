@@ -34,11 +34,13 @@ def subject_of(run: OpenRun, name: str) -> Subject:
     sources, prompts = _settings(run)
     n_parameters = run.model.config.n_parameters()
     size = f"{n_parameters / 1e6:.3g} million" if n_parameters >= 1e6 else f"{n_parameters:,}"
-    text = ", ".join(_titles(sources)) or "one text"
-    sentence = (
-        f"A GPT-2 with {size} parameters, trained from scratch on {text}, with Groundling. What it writes may be that"
-        " text, word for word."
-    )
+    sentence = f"A GPT-2 with {size} parameters."
+    if run.folder.exists():
+        how, text = "further" if run.folder.initial_sum() else "from scratch", ", ".join(_titles(sources)) or "one text"
+        sentence = (
+            f"{sentence[:-1]}, trained {how} on {text}, with Groundling. What it writes may be that text, word for"
+            " word."
+        )
     meter, no_meter = None, ""
     try:
         tracer = run.tracer

@@ -6,6 +6,7 @@ Invariant: a figure on the page stands in `report.json` too; what cannot be said
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,7 +99,20 @@ def _out(options: Any, checkpoint: Path) -> Path:
         raise ConfigError(f"--out is {out}: give a file whose name ends in .html")
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: give a file in it, such as {out / 'report.html'}")
+    figures = out.with_suffix(".json")
+    if figures.exists() and not _is_report(figures):
+        raise ConfigError(f"--out is {out}, but {figures}, where its figures would go, is no report: give another name")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--out is {out}, but nothing can be written in {there}: give another folder")
     return out
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return "verdict" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 class Report:

@@ -60,6 +60,8 @@ def main(arguments: list[str]) -> int:
         say(f"warning: at temperature 0 the {options.n} samples of a prompt are all the same")
     requests = repeated(_prompts(options), sampling, options.n)
     run = open_run(options)
+    if options.trace:
+        _ = run.tracer  # what is wrong with its text is said before anything is written
     stats = Stats()
     with run.decoder(min(len(requests), MAX_SLOTS)) as decoder:
         drafters = [run.drafter() for _ in requests]
@@ -118,7 +120,7 @@ def _prompts(options: Any) -> list[str]:
             raise ConfigError("the prompt is not valid UTF-8: give it in the terminal's encoding") from None
     prompts += [_read_prompt(name) for name in options.prompt_file]
     for name in options.prompt_lines:
-        lines = [line for line in _read_prompt(name).splitlines() if line.strip()]
+        lines = [line for line in _read_prompt(name).split("\n") if line.strip()]
         if not lines:
             raise ConfigError(f"{name} has no line with a prompt in it")
         prompts += lines

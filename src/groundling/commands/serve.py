@@ -139,5 +139,6 @@ def _served(run: OpenRun, options: Any) -> Any:
 
     name = options.name or re.sub(r"[^\w.-]+", "-", run.path.resolve().name) or "model"
     n_window = min(run.window, run.model.config.n_ctx)
+    run.drafter()  # what is wrong with its text is said now, and no request waits for an index of it
     engine = Engine(run.decoder(options.max_concurrency), run.tokenizer, options.max_queue, run.drafter)
     return Served(engine, run.tokenizer, name, n_window, int(time.time()), options.timeout)

@@ -75,7 +75,7 @@ class AccessLog:
         facts = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request_id": caller["request_id"],
-            "client": caller["client"],
+            "client": caller["address"],
             **facts,
             "seconds": round(seconds, 4),
         }

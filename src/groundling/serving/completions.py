@@ -20,7 +20,8 @@ from groundling.errors import ConfigError
 from groundling.generation.decode import Likelihood
 from groundling.generation.sampling import SamplingConfig
 
-MAX_PROMPTS, MAX_N = 16, 16
+MAX_PROMPTS, MAX_N = 64, 16
+"""How many texts one client may ask for is the engine's matter, and may be fewer."""
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_LOGPROBS = 20
 MAX_TOKENS = 4096
@@ -41,7 +42,9 @@ WHOLE = BeforeValidator(_whole)
 """An integer as JSON has it: 1.0 is one, "1" and true are not."""
 
 TokenIds = Annotated[
-    list[Annotated[StrictInt, Field(ge=0), WHOLE]], Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
+    list[Annotated[StrictInt, Field(ge=0), WHOLE]],
+    # To write down what is wrong with each of a hundred thousand ids would take seconds.
+    Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, fail_fast=True),
 ]
 Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -240,7 +243,7 @@ class LogprobsWriter:
         self._pending: list[tuple[int, int, Likelihood | None]] = []
 
     def add(self, likelihood: Likelihood) -> None:
-        """Take the next token of the text; one that ends it is not shown."""
+        """Take the next token; one that ends the text is not part of it, but has a likelihood as others do."""
         token = likelihood.token
         self._add(token, likelihood, shown=token != self._tokenizer.end_of_text_id)
 
@@ -262,6 +265,9 @@ class LogprobsWriter:
         """What begins within the text so far, of which this much is new."""
         self._n_certain += len(text)
         ready = [entry for entry in self._pending if entry[0] < self._n_certain]
+        if last:  # the token that ended the text, if one did, stands behind all of it
+            end = self._tokenizer.end_of_text_id
+            ready += [entry for entry in self._pending[-1:] if entry[:2] == (self._n_certain, end)]
         self._pending = [] if last else self._pending[len(ready) :]
         return Logprobs(
             tokens=[self._spelt(token) for _, token, _ in ready],

@@ -15,6 +15,7 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from groundling.serving.hosts import client_of
 from groundling.serving.openai_api import ApiError, wrong
 
 HEADER_TIMEOUT_S = 10.0
@@ -97,7 +98,8 @@ class Protocol(H11Protocol):
 
     def _n_of_address(self) -> int:
         peers = [getattr(connection, "client", None) or ("",) for connection in self.connections]
-        return sum(peer[0] == (self.client or ("",))[0] for peer in peers)
+        own = client_of((self.client or ("",))[0])
+        return sum(client_of(peer[0]) == own for peer in peers)
 
     def _turn_away(self, error: ApiError) -> None:
         self.connections.discard(self)  # at once: others may come before it is gone

@@ -22,6 +22,7 @@ from groundling.generation.sampling import PRESETS, SamplingConfig
 from groundling.serving import page_html, visitors
 from groundling.serving.access_log import AccessLog
 from groundling.serving.copy_meter import CopyMeter, Measured
+from groundling.serving.hosts import client_of
 from groundling.serving.openai_api import Served
 from groundling.serving.page_routes import Locked, OwnOrigin, PageMount
 from groundling.serving.visitors import MAX_PROMPT_CHARACTERS, MAX_SAMPLES, MAX_TOKENS, Refused, Visit, Written
@@ -329,6 +330,7 @@ class Page:
                 if not texts:
                     raise Refused("No text was written yet: go to the first tab, and write one.")
                 asked, ids = texts[0]
+                asked = asked or [self.tokenizer.end_of_text_id]  # what an empty prompt's text was drawn after
                 return await self.look(_client(request), [*asked, *ids], len(asked))
             except Refused as error:
                 raise gradio.Error(str(error), print_exception=False, title="Not read") from None
@@ -358,4 +360,4 @@ def _caller(request: gradio.Request) -> dict[str, str]:
 
 def _client(request: gradio.Request) -> str:
     """The address by which a visitor takes turns, as the API's clients do."""
-    return request.client.host if request.client else ""
+    return client_of(request.client.host) if request.client else ""

@@ -144,7 +144,8 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
-        return len(self._queue)
+        with self._changed:
+            return len(self._queue)
 
     @property
     def n_running(self) -> int:

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundling.serving.access_log import AccessLog
-from groundling.serving.hosts import check_host
+from groundling.serving.hosts import check_host, client_of
 from groundling.serving.openai_api import ApiError, wrong
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -53,7 +53,8 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
-        state |= {"client": (scope.get("client") or ("",))[0], "request_id": request_id}
+        address = (scope.get("client") or ("",))[0]
+        state |= {"address": address, "client": client_of(address), "request_id": request_id}
         status = 499  # no answer was begun
 
         async def answer(message: Message) -> None:

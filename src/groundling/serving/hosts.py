@@ -31,6 +31,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def client_of(address: str) -> str:
+    """Who an address counts as: an IPv6 host has a network of 2^64 addresses to call from (RFC 4291, 2.5.1)."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv4Address):
+        return address
+    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
+
+
 def check_host(header: str, names: Collection[str]) -> None:
     """Raises `ApiError` if a Host header names neither this machine itself nor one of the names."""
     host = host_of(f"//{header}")

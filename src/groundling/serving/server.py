@@ -116,7 +116,9 @@ def make_app(
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     """One sentence for the first thing that is wrong with a body."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # A list of the wrong length is also no text, and no list of ids, which says less.
+    first = next((each for each in errors if each["type"] in ("too_long", "too_short")), errors[0])
     if first["type"] == "json_invalid":
         return wrong(f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')})")
     if first["type"] == "model_attributes_type" and isinstance(first.get("input"), (str, bytes)):
