@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ def test_a_file_that_is_no_export_is_not_replaced(tmp_path: Path) -> None:
         export.check_target(thesis, overwrite=True)
     thesis.write_bytes(b"GGUF\x03")
     export.check_target(thesis, overwrite=True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a file that no export has written"):
+        export.check_target(tmp_path / "pipe", overwrite=True)
 
 
 def test_only_exports_are_replaced(tmp_path: Path) -> None:

@@ -283,3 +283,11 @@ def test_damage_never_ends_in_a_traceback(folder: Path, tmp_path: Path, capsys: 
         options = ["--tokenizer", str(folder / "tokenizer.json"), "--n-head", "2"]
         assert main(["import", str(path), "--out", str(tmp_path / f"out{place}"), *options]) in (0, 2)
         capsys.readouterr()
+
+
+def test_a_list_of_storages_that_would_be_endless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three hundred bytes say a tuple of 2^40 leaves; spelled out, it would fill any memory."""
+    head = b"".join(pickle.dumps(each, protocol=2) for each in (0x1950A86A20F9469CFC6C, 1001, {}, {}))
+    endless = b"\x80\x02])q\x00" + b"h\x00\x86q\x00" * 40 + b"a."
+    (tmp_path / "endless.pt").write_bytes(head + endless)
+    assert "list of storages" in refusal(tmp_path / "endless.pt", capsys)

@@ -106,7 +106,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     is_export = any(names >= marks for marks in MARKS) and not any(entry.is_dir() for entry in held)
     if held and not is_export:
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
-    if target.is_file() and not _is_empty_or_gguf(target):
+    if target.exists() and not target.is_dir() and not (target.is_file() and _is_empty_or_gguf(target)):
         raise ConfigError(f"{target} is a file that no export has written: give another --out, or remove it yourself")
     check_parent(target)
 

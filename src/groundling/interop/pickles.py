@@ -193,7 +193,9 @@ def _survey_old(path: Path) -> tuple[Any, dict[str, int]]:
         survey = Survey(pickles)
         found = survey.run()
         keys = Survey(pickles).run()
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(survey.storages):
+        # Nothing else is spelled out: a tuple of a tuple of ... has no end.
+        plain = isinstance(keys, list) and all(type(key) in (str, int) for key in keys)
+        if not plain or sorted(map(str, keys)) != sorted(survey.storages):
             raise Refused("its list of storages is not that of its tensors, copy or make it again")
         n_bytes = {}
         for key in map(str, keys):
