@@ -37,7 +37,7 @@ def pytorchs(optimizer: FusedAdamW) -> None:
 
 def ours(optimizer: FusedAdamW) -> None:
     """Clipping and update as `training/step.py` has them."""
-    optimizer.step(scale=min(1.0, CLIP / optimizer.gradient_norm()))
+    optimizer.step(scale=min(1.0, CLIP / optimizer.gradient_norm().item()))
 
 
 def main() -> None:
