@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ import pytest
 SLOTS, QUEUE = 8, 24
 N_STREAMS = 200
 GROWTH_BYTES = 2 << 20
-"""Of resident memory, from one storm to the next; measured over five of them: less than 0.3 MiB."""
+"""Of resident memory, by which each of the later storms would have to end higher before it counts as a leak.
+
+Between two storms it was seen to fall by 1.3 MB and to rise by 3.7 MB without one: how many threads of the allocator hold
+a freed block is chance, so that a single difference proves nothing.
+"""
 
 COUNTED = """
 import collections, gc, json, os, signal, sys
@@ -204,7 +209,7 @@ def test_after_a_storm_nothing_of_it_stays(run: Path, tmp_path: Path) -> None:
         eventually(lambda: "groundling.serving.engine.Ticket" not in server.objects())
         n_files, objects = server.n_files(), server.objects()
         resident: list[int] = []
-        for _ in range(3):
+        for _ in range(4):
             statuses = asyncio.run(storm(server.place))
             assert statuses[429] > N_STREAMS // 4
             assert statuses[200] > SLOTS
@@ -215,6 +220,6 @@ def test_after_a_storm_nothing_of_it_stays(run: Path, tmp_path: Path) -> None:
             eventually(lambda: server.n_files() == n_files)
             eventually(lambda: server.objects() == objects)
             resident.append(server.resident_bytes())
-        # The first storms are the warm-up: they make the system back the keys and values of all slots with memory.
-        assert resident[2] - resident[1] < GROWTH_BYTES, resident
+        # The first storm is the warm-up: it makes the system back the keys and values of all slots with memory.
+        assert min(after - before for before, after in pairwise(resident[1:])) < GROWTH_BYTES, resident
     assert "Traceback" not in (tmp_path / "said").read_text()
