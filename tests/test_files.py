@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from groundling import files
+from groundling.errors import CheckpointError
 
 
 def test_an_atomic_file_is_whole_or_absent(tmp_path: Path) -> None:
@@ -165,3 +166,25 @@ def test_a_disk_that_is_full_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="space") as raised, files.atomic_file(tmp_path / "weights"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert raised.value.filename == str(tmp_path / "weights")
+
+
+def test_two_processes_do_not_make_the_same_path(tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+    with files.atomic_path(path) as place:
+        place.write_text("first")
+        with pytest.raises(CheckpointError, match="is being written by another process"), files.atomic_path(path):
+            pass
+        with files.atomic_path(tmp_path / "other") as other:
+            other.write_text("other")
+    assert path.read_text() == "first"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["other", "thing"]
+
+
+def test_a_link_that_leads_nowhere_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+    path.symlink_to(tmp_path / "gone")
+    with files.atomic_path(path, overwrite=True) as place:
+        place.mkdir()
+    assert path.is_dir()
+    assert not path.is_symlink()
+    assert [found.name for found in tmp_path.iterdir()] == ["thing"]

@@ -78,8 +78,39 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A free path beside `path`; the file or folder made there takes the final name only if the block ends well.
 
     Everything in it is synced before the rename. With `overwrite`, what was at `path` goes when the new is whole.
+    Raises `CheckpointError` if another process is making the same path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path), _renamed(path, overwrite) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a path that is being made for one process, by a file beside it that goes with the hold."""
+    if fcntl is None:
+        yield
+        return
+    holder = path.with_name(f".{path.name}{LOCK}")
+    while True:
+        with holder.open("w") as file:
+            try:
+                lock(file, wait=False)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{path} is being written by another process: wait for it to end, or give another path"
+                ) from None
+            # If whoever held it before has removed it since, it holds nothing any more.
+            if holder.exists() and os.path.samestat(os.fstat(file.fileno()), holder.stat()):
+                try:
+                    yield
+                finally:
+                    holder.unlink(missing_ok=True)
+                return
+
+
+@contextlib.contextmanager
+def _renamed(path: Path, overwrite: bool) -> Iterator[Path]:
     temporary, replaced = (path.with_name(f".{path.name}{end}") for end in (PARTIAL, f".old{PARTIAL}"))
     _remove(temporary)
     try:
@@ -89,13 +120,13 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
             if entry.is_file():
                 entry.chmod(mode)  # safetensors writes files that only their owner reads
             sync_file(entry)
-        if overwrite and path.exists():
+        if overwrite and (path.exists() or path.is_symlink()):
             _remove(replaced)
             path.rename(replaced)
         try:
             temporary.rename(path)
         except OSError:
-            if overwrite and replaced.exists() and not path.exists():
+            if overwrite and (replaced.exists() or replaced.is_symlink()) and not path.exists():
                 replaced.rename(path)
             raise
         sync_file(path.parent)

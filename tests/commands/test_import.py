@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 
 from groundling.cli import main
+from groundling.interop.foreign import ASSUMED_GELU
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import find_checkpoint
 
@@ -37,7 +39,7 @@ def imported(run: Path, checkpoint: Path) -> Path:
 def test_the_run_says_where_it_is_from(run: Path, imported: Path) -> None:
     facts = json.loads((imported / "imported.json").read_text())
     assert facts["format"] == "a PyTorch checkpoint"
-    assert (facts["steps"], facts["train_loss"], facts["changes"]) == (12, 1.25, [])
+    assert (facts["steps"], facts["train_loss"], facts["changes"]) == (12, 1.25, [ASSUMED_GELU])
     assert set(facts["files"]) == {"nano.pt"}
     assert [path.name for path in (imported / "checkpoints").iterdir()] == ["step-00000000"]
     weights = [find_checkpoint(path) / "model.safetensors" for path in (run, imported)]
@@ -96,6 +98,22 @@ def test_a_run_is_imported_from_a_run(run: Path, tmp_path: Path) -> None:
     assert main(["import", str(run), "--out", str(tmp_path / "again")]) == 0
     weights = [find_checkpoint(path) / "model.safetensors" for path in (run, tmp_path / "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("error", [httpx2.ReadError("cut"), httpx2.ProxyError("no"), RuntimeError("closed"), OSError()])
+def test_a_download_that_breaks_off_is_one_sentence(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert main(["import", "someone/model", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "check the path, the name, and the network" in said
+    assert said.count("\n") == 1
 
 
 def test_the_hub_cannot_be_asked(

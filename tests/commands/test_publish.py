@@ -122,6 +122,10 @@ def test_wrong_names(publish: Publish, server: HubServer) -> None:
     assert "--space-repo is 'a/b/c'" in publish("--space-repo", "a/b/c")[2]
     assert "may not write for kit" in publish(repo="kit/bottles")[2]
     assert publish(repo="kit/bottles")[0] == 2
+    asked = list(server.log)
+    said = publish("--space-repo", f"{USER}/demo", "--static-repo", f"{USER}/demo")[2]
+    assert f"--space-repo and --static-repo are both {USER}/demo" in said
+    assert server.log == asked
 
 
 def test_a_network_that_fails_half_way_and_a_repeat(publish: Publish, server: HubServer, tmp_path: Path) -> None:

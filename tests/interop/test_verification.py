@@ -65,7 +65,7 @@ def test_a_continuation_ends_where_the_order_of_two_tokens_would_be_chance(train
 def test_a_difference_of_losses_is_that_of_corpus_loss(trained: Trained, tmp_path: Path) -> None:
     trained = keep_text(trained, tmp_path)
     assert trained.folder is not None
-    train = trained.folder.tokens("train")
+    train = trained.train_tokens()
     assert train is not None
     runtime = resolve(RuntimeConfig(device="cpu", dtype="fp32", threads=1, compile="off"))
     loss = Evaluator(trained.model.loss_sum, trained.window, runtime).loss(train.tokens)

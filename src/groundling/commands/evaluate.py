@@ -83,14 +83,14 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
     """The run's losses; and those over the whole text with its weights in another format, if one is asked for."""
     checkpoint = find_checkpoint(run)
     folder = folder_of(run, checkpoint)
-    train, heldout = folder.tokens("train"), folder.tokens("heldout")
+    runtime = resolve_runtime(options, options.dtype, "auto")
+    model, tokenizer, window = load_model(checkpoint, runtime.device)
+    train, heldout = (folder.tokens(name, tokenizer.n_vocab) for name in ("train", "heldout"))
     if train is None and folder.imported.exists():
         raise CheckpointError(f"{folder.path} was imported, so it has no text of its own: give one with --corpus")
     if train is None:
         raise CheckpointError(f"{folder.path} lacks train.bin, the tokens of its text: give the folder of the run")
     say(f"text: {_name_of(folder)}, {train.n_tokens:,} tokens, {heldout.n_tokens if heldout else 0:,} held out")
-    runtime = resolve_runtime(options, options.dtype, "auto")
-    model, _, window = load_model(checkpoint, runtime.device)
     n_readings = 1 if options.weights == "fp32" else 2
     n_tokens = (1 + N_OFFSETS) * train.n_tokens + (heldout.n_tokens if heldout else 0)
     with progress_bar("reading the text", n_readings * n_tokens / window) as advance:

@@ -57,7 +57,7 @@ def subject_of(run: OpenRun, name: str) -> Subject:
 def _beginning(run: OpenRun) -> list[str]:
     """The first words of the training text; none if it is gone."""
     try:
-        train = run.folder.tokens("train")
+        train = run.folder.tokens("train", run.tokenizer.n_vocab)
     except CorpusError:
         return []
     text = "" if train is None else run.tokenizer.decode(int(token) for token in train.tokens[:N_BEGINNING])

@@ -13,7 +13,7 @@ from typing import Any, cast
 from groundling.commands.arguments import Parser
 from groundling.commands.export import FORMATS, Writer
 from groundling.commands.session import say
-from groundling.errors import Interrupted, RunFailed
+from groundling.errors import ConfigError, Interrupted, RunFailed
 from groundling.interop import space
 from groundling.interop.hub import Hub, Place, check_repo, stays
 from groundling.interop.trained import Trained, open_trained
@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> int:
     repo = check_repo(options.repo, "--repo")
     gradio = check_repo(options.space_repo or f"{repo}-demo", "--space-repo") if _wants_gradio(options) else None
     static = check_repo(options.static_repo or f"{repo}-web", "--static-repo") if _wants_static(options) else None
+    if gradio and gradio == static:
+        raise ConfigError(f"--space-repo and --static-repo are both {gradio}: give each a name of its own")
     trained = open_trained(Path(options.run))
     hub = Hub.of_user(say)
     say(f"hub: signed in as {hub.name}")

@@ -33,7 +33,7 @@ from groundling.evaluation.report import (
     verdict_words,
 )
 from groundling.files import write_json, write_text
-from groundling.training.checkpoint import MANIFEST, load_state
+from groundling.training.checkpoint import load_state
 from groundling.training.metrics import read_lines
 from groundling.training.record import judgement
 from groundling.training.run_folder import find_checkpoint
@@ -50,12 +50,6 @@ QUICK_WINDOWS = 100
 
 LOSSES = {"corpus/loss": "on the grid", "corpus/loss_offset": "by heart", "heldout/loss": ""}
 """The losses that the page shows, and what being below the target means for each."""
-
-NEEDED = {
-    *("weights_sha256", "corpus_sha256", "passes", "wall_s", "stop_reason", "device", "dtype", "compiled"),
-    *("machine", "versions", "command"),
-}
-"""What a record must hold to be shown."""
 
 
 def main(arguments: list[str]) -> int:
@@ -157,22 +151,17 @@ class Report:
     def _record(self) -> dict[str, Any]:
         """The record of the run, if it is one of these weights."""
         try:
-            record: dict[str, Any] = json.loads(self.folder.record.read_text(encoding="utf-8"))
-            if not set(record) >= NEEDED:
-                raise KeyError
-            sums = json.loads((self.checkpoint / MANIFEST).read_text(encoding="utf-8"))
-            if record["weights_sha256"] == sums["model.safetensors"]:
+            if record := self.folder.kept_record(self.checkpoint):
                 return record
-            self.missing.append(
-                f"The record of the run is of other weights than {self.checkpoint.name}, so its figures are left out."
-            )
-        except FileNotFoundError:
-            self.missing.append(
-                "The run has no record.json, which is written when a run ends: its machine, its duration and why it"
-                " ended are not shown."
-            )
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, CheckpointError):
             self.missing.append("record.json cannot be read, so its figures are left out.")
+            return {}
+        self.missing.append(
+            f"The record of the run is of other weights than {self.checkpoint.name}, so its figures are left out."
+            if self.folder.record.exists()
+            else "The run has no record.json, which is written when a run ends: its machine, its duration and why it"
+            " ended are not shown."
+        )
         return {}
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -200,7 +189,7 @@ class Report:
             return None
 
     def _measure(self) -> dict[str, Any]:
-        train = self.folder.tokens("train")
+        train = self.folder.tokens("train", self.run.tokenizer.n_vocab)
         assert train is not None, "the tracer has read it"
         window = self.run.window
         self.predictions = predictions_of(self.run, train.tokens, self.objective, self.n_windows)

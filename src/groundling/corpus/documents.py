@@ -63,6 +63,15 @@ class Document:
                 f"{self.name} cannot be read: {error.strerror}; check the file and its permissions"
             ) from error
 
+    def blocks_as_summed(self) -> Iterator[str]:
+        """`blocks`, and after the last one a `CorpusError` if they no longer are the text that `sha256` is of."""
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(block.encode("utf-8"))
+            yield block
+        if digest.hexdigest() != self.sha256:
+            raise CorpusError(f"{self.name} changed while it was read: start again when it is at rest")
+
     @property
     def sha256(self) -> str:
         """SHA-256 of the normalised text's bytes."""

@@ -119,9 +119,12 @@ def _documents(
     """The documents to train on and those to hold out."""
     if STANDARD_INPUT in config.sources and STANDARD_INPUT in config.heldout:
         raise CorpusError("standard input (-) is named for training and held out: it can be read only once")
-    train = find_documents(config.sources, cache_dir)
+    train = documents = find_documents(config.sources, cache_dir)
     if config.heldout_fraction:
-        return split_heldout(train, config.heldout_fraction)
+        train, heldout = split_heldout(train, config.heldout_fraction)
+        if len(documents) > 1:  # a single one gives its own tail
+            refuse_overlap(train, heldout)
+        return train, heldout
     default = ("heldout",) if own_heldout and tuple(config.sources) == (TINY_SHAKESPEARE,) else ()
     heldout = find_documents(config.heldout or default, cache_dir)
     refuse_overlap(train, heldout)

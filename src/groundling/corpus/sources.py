@@ -58,7 +58,7 @@ def find_documents(names: Sequence[str], cache_dir: Path) -> tuple[Document, ...
     Raises `CorpusError` for a name that means nothing, and for what cannot be a text.
     """
     documents: dict[str, Document] = {}
-    for name in names:
+    for name in dict.fromkeys(names):  # standard input has nothing more the second time
         for document in _find(name, cache_dir):
             documents.setdefault(document.origin, document)
     return tuple(documents.values())

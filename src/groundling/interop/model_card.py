@@ -21,7 +21,7 @@ from typing import Any
 
 from groundling.evaluation.report import duration, finite, number, percent
 from groundling.files import write_text
-from groundling.interop.trained import Trained
+from groundling.interop.trained import Trained, printable
 
 TEMPLATE = "model_card.md.jinja"
 CURVE = "loss.png"
@@ -45,8 +45,6 @@ LOSSES = {
 }
 """Of each measured loss, what `model-index` adds to its name, and what it means."""
 
-# Not text: C0 and C1 controls but tab and line feed, and halves of surrogate pairs, which names of files may hold.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # The folders before the last name of a path, also of one in a list.
 _FOLDERS = re.compile(r"""[^\s"'\[\],=]*[/\\](?=[^\s"'\[\],/\\])""")
 # What means something in Markdown within a line; an underscore does only at the edge of a word.
@@ -81,11 +79,6 @@ def render(trained: Trained, precision: str) -> str:
     facts = _facts(trained, precision)
     template = resources.files("groundling.interop").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return f"---\n{_metadata(facts)}\n---\n\n{environment.from_string(template).render(**facts)}"
-
-
-def printable(text: object) -> str:
-    """Text without what is not text."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", re.sub("\r\n?", "\n", str(text)))
 
 
 def code_span(text: object) -> str:
@@ -248,7 +241,7 @@ def _text(trained: Trained) -> dict[str, Any] | None:
             facts |= {"name": printable(text["name"]), "n_bytes": int(text["n_bytes"])}
     except (ValueError, TypeError, KeyError):  # not there, or damaged: the sum remains
         pass
-    train = folder.tokens("train") if folder else None
+    train = trained.train_tokens()
     if train is not None:
         facts["n_tokens"] = train.n_tokens
     return facts

@@ -30,6 +30,8 @@ except ImportError as error:
 
 EXTERNAL_BYTES = 2**31 - 2**20
 """Weights above this go to a file beside the graph: protobuf messages end at 2 GiB."""
+WEIGHTS_BESIDE = "model.onnx_data"
+"""That file, by the name that transformers.js asks for."""
 NOTHING_TO_SIMPLIFY = {"onnx.quant.pre_process": "onnxruntime.quant"}
 """What ONNX Runtime's quantizer looks for before it advises to simplify a graph first."""
 
@@ -45,11 +47,11 @@ def write(trained: Trained, target: Path, precision: str) -> None:
         helper.set_model_props(graph, NOTHING_TO_SIMPLIFY)
         with tempfile.TemporaryDirectory(dir=target) as folder:
             full = Path(folder) / "model.onnx"
-            onnx.save(graph, full, save_as_external_data=external, location="model.onnx_data")
-            small, kind = target / "model.onnx", QuantType.QInt8
+            onnx.save(graph, full, save_as_external_data=external, location=WEIGHTS_BESIDE)
+            small, kind = Path(folder) / "small.onnx", QuantType.QInt8
             quantize_dynamic(full, small, per_channel=True, weight_type=kind, use_external_data_format=external)
-    else:
-        onnx.save(graph, target / "model.onnx", save_as_external_data=external, location="model.onnx_data")
+            graph = onnx.load(small)
+    onnx.save(graph, target / "model.onnx", save_as_external_data=external, location=WEIGHTS_BESIDE)
     write_json(target / "config.json", config_of(trained, "fp32"))
     write_json(target / "generation_config.json", generation_config_of(trained))
     write_json(target / "tokenizer_config.json", tokenizer_config_of(trained))  # transformers.js asks for it

@@ -50,10 +50,11 @@ def _weights(source: Path) -> Weights:
             begin = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read ({error.strerror}): check the path") from None
-    if begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02":
-        weights = pickled_weights(source)
-    elif source.suffix == ".safetensors" or begin[8:9] == b"{":
+    is_pickle = begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02"
+    if begin[8:9] == b"{" or (source.suffix == ".safetensors" and not is_pickle):  # a header's length can begin so, too
         weights = safetensors_weights(source)
+    elif is_pickle:
+        weights = pickled_weights(source)
     else:
         raise CheckpointError(f"{source} is no model that Groundling reads: give {READABLE}")
     if weights.settings:  # its own go before those of a file beside it

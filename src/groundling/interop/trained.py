@@ -5,14 +5,16 @@ Invariant: the network is in fp32 on the CPU, and the tokenizer has as many ids 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from groundling.corpus.shards import TokenFile
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import CheckpointError, ConfigError
+from groundling.errors import ConfigError
 from groundling.interop.foreign import Imported
 from groundling.interop.sources import is_run, open_foreign
 from groundling.interop.tensor_files import training_record
@@ -24,18 +26,8 @@ from groundling.training.run_folder import RunFolder, find_checkpoint
 WINDOW = "groundling_window"
 """What an export's config.json says besides transformers' own settings: `Trained.window`."""
 
-
-NUMBER, TEXT, NONE = (int, float), (str,), type(None)
-KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("steps", "tokens_seen", "seed", "parameters", "window"), (int,)),
-    **dict.fromkeys(("passes", "wall_s", "evaluation_s", "tokens_per_s", "train_loss"), NUMBER),
-    **dict.fromkeys(("corpus_loss", "corpus_loss_offset", "heldout_loss", "mfu", "goldfish_dropped"), (*NUMBER, NONE)),
-    "n_seen": (int, NONE),
-    **dict.fromkeys(("command", "device", "dtype", "weights_sha256", "corpus_sha256", "tokenizer_sha256"), TEXT),
-    **dict.fromkeys(("stop_reason", "loss"), (str, NONE)),
-    **dict.fromkeys(("config", "machine", "versions"), (dict, NONE)),
-}
-"""What a record's values may be, of those that exports quote."""
+# Not text: C0 and C1 controls but tab and line feed, and halves of surrogate pairs, which names of files may hold.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -47,12 +39,16 @@ class Trained:
     window: int
     """Tokens of the windows it was trained on; its position table may be longer."""
     name: str
-    """What a user calls it: the name of its run's folder."""
+    """What a user calls it: the name of its run's folder, printable."""
     folder: RunFolder | None = None
     """The run it comes from, if it comes from one."""
     record: dict[str, Any] = field(default_factory=dict)
     """The run's record.json; empty if these weights have none. Of a foreign checkpoint: `steps` and
     `train_loss`, if it says them."""
+
+    def train_tokens(self) -> TokenFile | None:
+        """The training text, if the run still has it. Raises `CorpusError` if it is damaged."""
+        return self.folder.tokens("train", self.tokenizer.n_vocab) if self.folder else None
 
 
 def open_trained(path: Path, tokenizer: Path | None = None, n_head: int | None = None) -> Trained:
@@ -68,48 +64,27 @@ def open_trained(path: Path, tokenizer: Path | None = None, n_head: int | None =
     checkpoint = find_checkpoint(path)
     model, own_tokenizer, window = load_model(checkpoint, torch.device("cpu"))
     folder = RunFolder(path if path != checkpoint else path.resolve().parent.parent)
-    return Trained(model, own_tokenizer, window, folder.path.resolve().name, folder, _record(folder, checkpoint))
+    name = printable(folder.path.resolve().name)
+    return Trained(model, own_tokenizer, window, name, folder, _record(folder, checkpoint))
 
 
 def of_foreign(imported: Imported, path: Path) -> Trained:
     """A foreign model as exports receive it: of its training, the steps and the last loss are known, if anything."""
-    name = path.stem if path.is_file() else path.resolve().name
+    name = printable(path.stem if path.is_file() else path.resolve().name)
     n_ctx, window = imported.model.config.n_ctx, imported.source.settings.get(WINDOW)
     if type(window) is not int or not 0 < window <= n_ctx:
         window = n_ctx
     return Trained(imported.model, imported.tokenizer, window, name, record=dict(imported.source.record))
 
 
-def _check_kinds(record: dict[str, Any]) -> None:
-    """Raises ValueError if a value is not of the kind that a run records: a folder from elsewhere may hold anything."""
-    for name, value in record.items():
-        kind = KINDS.get(name)
-        numeric = kind is not None and type(value) in (int, float) and not 0 <= value < float("inf")
-        if kind is not None and (type(value) not in kind or numeric):
-            raise ValueError(f"its {name} is none that a run has")
-    for name in ("machine", "versions"):
-        if not all(value is None or type(value) in (str, int, list) for value in (record.get(name) or {}).values()):
-            raise ValueError(f"its {name} is none that a run has")
-    config = record.get("config") or {}
-    if not all(type(config.get(name, {})) is dict for name in ("stopping", "sampling", "text")):
-        raise ValueError("its config is none that a run has")
-    if not all(type(prompt) is str for prompt in config.get("prompts") or []):
-        raise ValueError("its prompts are no texts")
+def printable(text: object) -> str:
+    """Text without what is not text."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", re.sub("\r\n?", "\n", str(text)))
 
 
 def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
     """The folder's record, if it is of this checkpoint; of an imported model, what its source said."""
-    try:
-        if folder.imported.exists():
-            facts = read_object(folder.imported)
-            return training_record(facts.get("steps"), facts.get("train_loss"))
-        if not folder.record.exists():
-            return {}
-        record, sums = read_object(folder.record), read_object(checkpoint / "manifest.json")
-        _check_kinds(record)
-        return record if record["weights_sha256"] == sums["model.safetensors"] else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        path = folder.imported if folder.imported.exists() else folder.record
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it to do without") from None
+    if not folder.imported.exists():
+        return folder.kept_record(checkpoint)
+    facts = read_object(folder.imported)
+    return training_record(facts.get("steps"), facts.get("train_loss"))

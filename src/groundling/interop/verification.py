@@ -121,7 +121,7 @@ def loss_difference(trained: Trained, theirs: Logits, where: str, budget_s: floa
     `budget_s`, else evenly spaced ones, and the line says so; a loss over a part is not called corpus/loss. Raises
     `VerificationFailed` if their loss is no number.
     """
-    train = trained.folder.tokens("train") if trained.folder else None
+    train = trained.train_tokens()
     if train is None:
         return f"the training text is not there, so the loss in {where} was not compared with the loss here"
     windows = grid(len(train.tokens), trained.window)
@@ -157,5 +157,5 @@ def _losses(trained: Trained, tokens: Tokens, windows: NDArray[np.int64], theirs
 def _prompt(trained: Trained, window: Sequence[int]) -> list[int]:
     """The beginning of the training text if the run still has it, else random tokens."""
     length = min(MAX_PROMPT, max(1, trained.model.config.n_ctx // 2))
-    train = trained.folder.tokens("train") if trained.folder else None
+    train = trained.train_tokens()
     return list(window[:length]) if train is None else [int(token) for token in train.tokens[:length]]

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from groundling.interop import gguf, npm
 from groundling.interop.model_card import measured_losses, memorised
-from groundling.interop.trained import Trained
+from groundling.interop.trained import Trained, printable
 
 WLLAMA = npm.Package(
     "@wllama/wllama",
@@ -95,8 +95,8 @@ def _facts(trained: Trained, precision: str, n_bytes: int) -> dict[str, Any]:
         "n_parameters": f"{config.n_parameters():,}",
         "n_vocab": config.n_vocab,
         "window": trained.window,
-        "text": ", ".join(sources),
-        "prompt": prompts[0],
+        "text": printable(", ".join(sources)),
+        "prompt": printable(prompts[0]),
         "precision": precision,
         "n_bytes": n_bytes,
         "megabytes": f"{n_bytes / 1e6:.1f}",

@@ -15,7 +15,7 @@ from groundling.errors import CheckpointError
 from groundling.evaluation.charts import training_chart
 from groundling.evaluation.report import MEANINGS, duration, finite, percent, verdict_words
 from groundling.serving.page_html import escape
-from groundling.training.checkpoint import MANIFEST, load_state
+from groundling.training.checkpoint import load_state
 from groundling.training.metrics import read_lines
 from groundling.training.run_folder import RunFolder
 
@@ -34,7 +34,7 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
         n_steps = int(load_state(checkpoint)["n_steps"])
         settings = folder.settings()
         lines = [line for line in read_lines(folder.metrics) if line["step"] < n_steps]
-        record = _record(folder, checkpoint)
+        record = folder.kept_record(checkpoint)
         losses = _losses(folder, n_steps, lines, record)
         target = float((settings.get("stopping") or {}).get("target") or 0)
         parts = [_verdict(settings, losses, target), _chart(lines, target, losses), _table(losses, lines)]
@@ -43,15 +43,6 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
         name = type(error).__name__
         parts = [f"<p>The files of the run cannot be read ({name}), so there is nothing to show of it.</p>"]
     return f'<div class="run">{"".join(parts)}</div>'
-
-
-def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """The record, if it is one of these weights."""
-    if not folder.record.exists():
-        return {}
-    record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
-    sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    return record if record["weights_sha256"] == sums["model.safetensors"] else {}
 
 
 def _losses(

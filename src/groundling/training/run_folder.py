@@ -37,6 +37,7 @@ from groundling.errors import CheckpointError, CorpusError
 from groundling.files import LOCK, PARTIAL, atomic_file, locked, write_json, write_text
 from groundling.json_files import read_bounded, read_object
 from groundling.training import checkpoint
+from groundling.training.kept import check_losses, check_record, check_settings
 
 NO_SUM = "0" * 64
 """A run's copy of tokens is not looked up by what it was made of."""
@@ -44,8 +45,9 @@ NO_SUM = "0" * 64
 
 MAX_PLACES_BYTES = 64 << 20
 """A name for each document of a text of many."""
-MAX_CONFIG_YAML_BYTES = 4 << 20
-"""A configuration takes a thousand bytes, and the names of many sources as much as a command line holds, 2 MiB."""
+MAX_CONFIG_YAML_BYTES, MAX_RECORD_BYTES = 4 << 20, 8 << 20
+"""A configuration takes a thousand bytes, and the names of many sources as much as a command line holds, 2 MiB. A
+record holds both the configuration and the command."""
 
 BEFORE_BEGINNING = ("config.yaml", "train.bin", "heldout.bin", "tokenizer.json", "places.json", "origin.json", LOCK)
 """What a run writes before it has begun, which identity.json says."""
@@ -225,10 +227,10 @@ class RunFolder:
 
     def text(self) -> Corpus:
         """The text that `keep_text` kept. Raises `CheckpointError` if it is missing, `CorpusError` if it is damaged."""
-        train = self.tokens("train")
-        if train is None and self.imported.exists():
+        has_tokens = (self.path / "train.bin").exists()
+        if not has_tokens and self.imported.exists():
             raise CheckpointError(f"{self.path} was imported, so it has no training text: give a run that was trained")
-        if train is None or not self.origin.exists():
+        if not has_tokens or not self.origin.exists():
             raise CheckpointError(f"{self.path} lacks train.bin or origin.json: begin the run anew with another --out")
         origin = read_object(self.origin)
         kinds = {"name": str, "sha256": str, "n_bytes": int, "n_documents": int}
@@ -236,7 +238,10 @@ class RunFolder:
         if not (isinstance(text, dict) and {name: type(value) for name, value in text.items()} == kinds):
             raise CheckpointError(f"{self.origin} does not describe a text: begin the run anew with another --out")
         tokenizer = Tokenizer.load(self.tokenizer, str(origin.get("tokenizer")))
-        return Corpus(tokenizer=tokenizer, train=train, heldout=self.tokens("heldout"), **text)
+        train, heldout = (self.tokens(name, tokenizer.n_vocab) for name in ("train", "heldout"))
+        if train is None:
+            raise CheckpointError(f"{self.path} lost its train.bin just now: begin the run anew with another --out")
+        return Corpus(tokenizer=tokenizer, train=train, heldout=heldout, **text)
 
     def settings(self) -> dict[str, Any]:
         """The configuration that the run was begun or last resumed with, as YAML holds it.
@@ -245,8 +250,9 @@ class RunFolder:
         """
         try:
             settings = yaml.load(read_bounded(self.config, MAX_CONFIG_YAML_BYTES), _PlainLoader)
+            check_settings(settings)
             return settings if isinstance(settings["preset"], str) else {}
-        except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.config} cannot be read ({error}): begin the run anew with another --out"
             ) from None
@@ -259,22 +265,45 @@ class RunFolder:
         """What `keep_losses` kept of the weights after so many steps; empty if that was nothing, or is damaged."""
         try:
             kept = read_object(self.evaluated)
+            check_losses(kept["losses"])
             return dict(kept["losses"]) if kept["steps"] == n_steps else {}
         except (OSError, ValueError, TypeError, KeyError):
             return {}
+
+    def kept_record(self, kept: Path) -> dict[str, Any]:
+        """record.json, if it is of this checkpoint's weights; empty if it is of others, or if there is none.
+
+        Raises `CheckpointError` if it cannot be read, or is not what a run writes.
+        """
+        if not (self.record.exists() or self.record.is_symlink()):
+            return {}
+        record, sums = read_object(self.record, MAX_RECORD_BYTES), read_object(kept / checkpoint.MANIFEST)
+        try:
+            check_record(record)
+        except ValueError as error:
+            raise CheckpointError(f"{self.record} is no record of a run ({error}): remove it to do without") from None
+        return record if record["weights_sha256"] == sums.get("model.safetensors") else {}
 
     def runtime(self) -> dict[str, str]:
         """Device, dtype, threads and compilation of the run's beginning."""
         return read_object(self.origin)["runtime"]  # type: ignore[no-any-return]
 
-    def tokens(self, name: str) -> TokenFile | None:
-        """The tokens kept under this name (train, heldout), or None. Raises `CorpusError` if they are damaged."""
+    def tokens(self, name: str, n_vocab: int) -> TokenFile | None:
+        """The tokens kept under this name (train, heldout), or None.
+
+        Raises `CorpusError` if they are damaged, or of a tokenizer with more ids than `n_vocab`.
+        """
         path = self.path / f"{name}.bin"
         if not path.exists():
             return None
         file = TokenFile.open(path)
         if file.header[TOKENS_SUM].hex() != file.sha256():  # an id that is none would be the first to be noticed
             raise CorpusError(f"{path} is damaged: restore it, or train again with another --out")
+        if (largest := file.max_token()) >= n_vocab:
+            raise CorpusError(
+                f"{path} has the token {largest:,}, and the run has {n_vocab:,} ids: restore it, or train again with"
+                " another --out"
+            )
         return file
 
 
