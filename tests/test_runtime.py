@@ -87,29 +87,41 @@ def test_the_ceiling_is_measured_in_flops() -> None:
     assert 1e8 < ceiling < 1e15
 
 
-@pytest.fixture(params=[True, False], ids=["bf16", "no bf16"])
-def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Two CUDA GPUs, as PyTorch would tell of them; whether they multiply bf16."""
+@pytest.fixture(params=["A100", "T4", "P100"])
+def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two CUDA GPUs, as PyTorch would tell of them."""
+    capability = {"A100": (8, 0), "T4": (7, 5), "P100": (6, 0)}[request.param]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
     monkeypatch.setattr(runtime, "_cuda_failure", lambda device: None)
-    return bool(request.param)
+    return str(request.param)
 
 
-def test_a_gpu_that_emulates_bf16_is_not_asked_for_it(gpus: bool) -> None:
+def test_a_gpu_computes_in_the_format_that_it_has_units_for(gpus: str) -> None:
     resolved = runtime.resolve(RuntimeConfig())
     assert resolved.device == torch.device("cuda")
-    assert resolved.dtype_name == ("bf16" if gpus else "fp32")
+    assert resolved.dtype_name == {"A100": "bf16", "T4": "fp16", "P100": "fp32"}[gpus]
+    assert resolved.facts()["dtype"] == resolved.dtype_name
     assert "1 more, of which a run uses none" in resolved.reasons[0][2]
-    if not gpus:
-        with pytest.raises(ConfigError, match="only emulates"):
+    assert runtime.resolve(RuntimeConfig(dtype="fp16")).dtype is torch.float16
+    assert [name for name in runtime.DTYPES if runtime.multiplies(name, resolved.device)] == (
+        ["fp32", "bf16", "fp16"] if gpus == "A100" else ["fp32", "fp16"]
+    )
+    if gpus != "A100":
+        with pytest.raises(ConfigError, match=r"only emulates.*use fp16"):
             runtime.resolve(RuntimeConfig(dtype="bf16"))
 
 
-def test_a_gpu_that_pytorch_has_no_code_for_is_left_alone(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_for_cuda() -> None:
+    with pytest.raises(ConfigError, match="for CUDA GPUs, but the device is cpu"):
+        runtime.resolve(RuntimeConfig(device="cpu", dtype="fp16"))
+
+
+def test_a_gpu_that_pytorch_has_no_code_for_is_left_alone(gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_cuda_failure", lambda device: "no kernel image is available")
     resolved = runtime.resolve(RuntimeConfig())
     assert (resolved.device.type, resolved.kernels) == ("cpu", "native")

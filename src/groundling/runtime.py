@@ -21,10 +21,14 @@ import torch
 from groundling.errors import ConfigError
 from groundling.machine import cpu_flags
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 """x86 instruction sets with which a bf16 matrix product is faster than the fp32 one."""
+FP16_UNITS = (7, 0)
+"""The compute capability from which NVIDIA's GPUs multiply fp16 in units for matrices (CUDA C++ Programming Guide)."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class RuntimeConfig:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the fastest that is there."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the matrix products, bf16 where the hardware has it; weights and optimizer stay in fp32."""
+    dtype: DtypeName = "auto"
+    """Number format of the matrix products: bf16 where the hardware has it, fp16 on a GPU that has only that; weights
+    and optimizer stay in fp32."""
     threads: int = 0
     """CPU threads; 0 means one per core that this process may use."""
     kernels: Literal["auto", "reference", "native"] = "auto"
@@ -107,7 +112,7 @@ def resolve(config: RuntimeConfig) -> Runtime:
     compiled, compile_why, uncompiled = _compile(config.compile, device, kernels)
     reasons = (
         ("device", str(device), device_why),
-        ("dtype", "fp32" if dtype is torch.float32 else "bf16", dtype_why),
+        ("dtype", next(name for name, known in DTYPES.items() if known is dtype), dtype_why),
         ("threads", str(threads), "asked for" if config.threads else "one per core that this process may use"),
         ("kernels", kernels, kernels_why),
         ("compile", "on" if compiled else "off", compile_why),
@@ -166,20 +171,31 @@ def _cuda_failure(device: torch.device) -> str | None:
 def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name == "bf16" and not multiplies_bf16(device):
         raise ConfigError(
-            "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0): use fp32"
+            "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0): use fp16"
+        )
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"runtime.dtype is 'fp16', which is for CUDA GPUs, but the device is {device}: use fp32 or bf16"
         )
     if name != "auto":
         return DTYPES[name], "asked for"
     if device.type == "cuda":
         if multiplies_bf16(device):
             return torch.bfloat16, "the GPU multiplies bf16"
-        return torch.float32, "the GPU has no bf16 units"
+        if torch.cuda.get_device_capability(device) >= FP16_UNITS:
+            return torch.float16, "the GPU has units for fp16, and none for bf16"
+        return torch.float32, "the GPU has no units for smaller formats"
     if device.type == "mps":
         return torch.float32, "bf16 on Apple GPUs has not been measured here; --dtype bf16 asks for it"
     found = [flag for flag in CPU_BF16_FLAGS if flag in cpu_flags()]
     if found:
         return torch.bfloat16, f"the CPU has {found[0]}"
     return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
+
+
+def multiplies(dtype: str, device: torch.device) -> bool:
+    """Whether a run can take this format there."""
+    return {"fp32": True, "bf16": multiplies_bf16(device), "fp16": device.type == "cuda"}[dtype]
 
 
 def multiplies_bf16(device: torch.device) -> bool:

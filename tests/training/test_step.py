@@ -81,3 +81,19 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert not training_step(model, loss_sum, optimizer, batch, RATE, 2, 1.0, cpu).finite
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
     torch.testing.assert_close(optimizer.state_dict()["state"], moments, rtol=0, atol=0)
+
+
+@either_optimizer
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_a_loss_scale_leaves_no_trace(
+    model: GPT2, tokens: NDArray[np.uint16], cpu: Runtime, native: bool, clip: float
+) -> None:
+    """In fp32, whose exponents reach; it is a power of two."""
+    scaled = copy.deepcopy(model)
+    batch = batch_of(tokens)
+    results = [
+        training_step(each, each.loss_sum, make_adamw(each, CONFIG, native), batch, RATE, 2, clip, cpu, scale)
+        for each, scale in ((model, 1.0), (scaled, 2.0**15))
+    ]
+    assert (results[0].loss, results[0].grad_norm) == (results[1].loss, results[1].grad_norm)
+    assert all(map(torch.equal, model.parameters(), scaled.parameters()))

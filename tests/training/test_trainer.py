@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,10 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import Estimate, FirstSteps, is_taken, measure
+from groundling.training.loss_scale import FIRST, LEAST, LossScale
 from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StoppingConfig
-from groundling.training.trainer import Trainer
+from groundling.training.trainer import BAD_STEPS, Trainer
 
 MakeTrainer = Any
 
@@ -68,21 +72,70 @@ def test_resuming_compares_two_runs_that_can_differ(make_trainer: MakeTrainer) -
     assert memory.losses()[1] != whole_memory.losses()[6]
 
 
-def test_bf16_learns_like_fp32_and_resumes_bit_for_bit(make_trainer: MakeTrainer) -> None:
-    """Products in bf16, everything else in fp32; slow on a CPU without bf16 units, but the same arithmetic."""
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_learns_like_fp32_and_resumes_bit_for_bit(
+    make_trainer: MakeTrainer, dtype: torch.dtype, error: float
+) -> None:
+    """Products in 16 bits, everything else in fp32; slow on a CPU without units for them, but the same arithmetic."""
     whole, whole_memory = make_trainer("fp32")
     whole.train()
-    bf16 = replace(whole.runtime, dtype=torch.bfloat16)
-    half, half_memory = make_trainer("bf16", runtime=bf16)
+    runtime = replace(whole.runtime, dtype=dtype)
+    half, half_memory = make_trainer("half", runtime=runtime)
     half.train()
     assert half_memory.losses() != whole_memory.losses()
-    assert half_memory.losses() == pytest.approx(whole_memory.losses(), abs=2e-2)
+    assert half_memory.losses() == pytest.approx(whole_memory.losses(), abs=error)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
-    make_trainer("cut", runtime=bf16, stopping=StoppingConfig(max_steps=4))[0].train()
-    second, memory = make_trainer("cut", runtime=bf16)
+    make_trainer("cut", runtime=runtime, stopping=StoppingConfig(max_steps=4))[0].train()
+    second, memory = make_trainer("cut", runtime=runtime)
     second.resume()
     second.train()
     assert memory.losses() == half_memory.losses()[4:]
+    scales = {line.get("train/loss_scale") for line in half_memory.metrics}
+    assert scales == ({FIRST} if dtype is torch.float16 else {None})
+
+
+def test_a_gradient_beyond_fp16_shrinks_the_scale_and_costs_a_step(make_trainer: MakeTrainer) -> None:
+    """More steps in a row than a run may lose otherwise before it goes back to its last checkpoint."""
+    trainer, memory = make_trainer(runtime=replace(make_trainer("fp32")[0].runtime, dtype=torch.float16))
+    trainer.state.loss_scale = LossScale(2.0**18)
+    before = trainer.model.head_weight.detach().clone()
+    trainer.loss_sum = BeforeLoss(trainer, lambda: scales.append(trainer.state.loss_scale.value))
+    scales: list[float] = []
+    assert trainer.train() == "max_steps"
+    assert trainer.state.n_bad == trainer.state.n_returns == 0
+    skipped = [line["step"] for line in memory.metrics if line.get("train/update_skipped")]
+    assert skipped[: BAD_STEPS + 1] == list(range(BAD_STEPS + 1))
+    assert len(skipped) < len(scales) == 10
+    for step, (scale, following) in enumerate(pairwise(scales)):
+        assert following == (scale / 2 if step in skipped else scale)
+    assert [line["train/loss_scale"] for line in memory.metrics if "train/loss_scale" in line] == scales
+    assert sum("beyond fp16" in note for note in memory.notes) == len(skipped)
+    assert not torch.equal(trainer.model.head_weight, before)
+
+
+def test_a_gradient_that_no_scale_mends_is_a_failure(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer(runtime=replace(make_trainer("fp32")[0].runtime, dtype=torch.float16))
+    trainer.state.loss_scale = LossScale(LEAST)
+    trainer.keep_beginning()
+    trainer.model.head_weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(RunFailed, match="not finite"):
+        trainer.train()
+    assert trainer.state.loss_scale.value == LEAST
+
+
+def test_checkpoints_from_before_there_was_a_loss_scale_are_continued(make_trainer: MakeTrainer) -> None:
+    first, _ = make_trainer(stopping=StoppingConfig(max_steps=4))
+    first.train()
+    [folder] = checkpoint.complete(first.checkpoints)
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("loss_scale") == {"value": FIRST, "n_steps": 0}
+    (folder / "state.json").write_text(json.dumps(state))
+    sums = json.loads((folder / "manifest.json").read_text())
+    sums["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(sums))
+    second, _ = make_trainer()
+    second.resume()
+    assert second.state == first.state
 
 
 def test_a_signal_saves_and_the_run_continues(make_trainer: MakeTrainer) -> None:

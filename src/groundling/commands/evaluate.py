@@ -13,7 +13,7 @@ from groundling.corpus.load import load_corpus
 from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
-from groundling.runtime import cache_dir
+from groundling.runtime import DTYPES, cache_dir
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.metrics import read_lines
 from groundling.training.progress import progress_bar
@@ -43,7 +43,7 @@ MEANINGS = {
 def main(arguments: list[str]) -> int:
     """Print the four losses of a run."""
     parser = model_parser("groundling evaluate", __doc__ or "", EXAMPLES)
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="format of the products")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="format of the products")
     parser.add_argument(
         "--weights",
         choices=list(WEIGHT_FORMATS),

@@ -22,7 +22,7 @@ from groundling.interop.sources import is_run
 from groundling.interop.trained import open_trained
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat
 from groundling.model.gpt2 import GPT2
-from groundling.runtime import Runtime, RuntimeConfig
+from groundling.runtime import DtypeName, Runtime, RuntimeConfig
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.run_folder import RunFolder, find_checkpoint
 
@@ -62,7 +62,7 @@ def add_decoding_options(parser: Parser) -> None:
 
 def resolve_runtime(
     options: argparse.Namespace,
-    dtype: Literal["auto", "fp32", "bf16"],
+    dtype: DtypeName,
     network: Literal["auto", "reference"] = "reference",
 ) -> Runtime:
     """The runtime these options mean, uncompiled: a single use does not repay compilation.

@@ -44,10 +44,12 @@ def training_step(
     micro_batch_size: int,
     clip: float,
     runtime: Runtime,
+    loss_scale: float = 1.0,
 ) -> StepResult:
     """Train on a batch with this learning rate; `loss_sum` is the model's own, possibly compiled.
 
     The loss is the mean over the targets that count. A batch without any has none (nan), and changes nothing.
+    `loss_scale` multiplies what is differentiated, and is divided out of the gradients again.
     """
     start = time.perf_counter()
     batch = batch.to(runtime.device)
@@ -56,16 +58,18 @@ def training_step(
     for inputs, targets in batch.split(micro_batch_size):
         with runtime.autocast():
             loss = loss_sum(inputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        scaled = loss if loss_scale == 1 else loss_scale * loss
+        scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    # Gradients are of the sum; the optimizer divides and clips them where it reads them.
+    # Gradients are of the scaled sum; the optimizer divides and clips them where it reads them.
     share = 1 / batch.n_targets if batch.n_targets else math.nan
+    gradient_share = share / loss_scale
     norm_of_sum = optimizer.gradient_norm()  # asked for before the device is waited for, once, by the next line
-    loss_value, norm = total.item() * share, norm_of_sum.item() * share
+    loss_value, norm = total.item() * share, norm_of_sum.item() * gradient_share
     if math.isfinite(loss_value) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step(scale=share * min(1.0, clip / (norm + CLIP_EPS)) if clip else share)
+        optimizer.step(scale=gradient_share * min(1.0, clip / (norm + CLIP_EPS)) if clip else gradient_share)
     runtime.synchronize()
     return StepResult(loss_value, norm, time.perf_counter() - start)
 

@@ -6,9 +6,11 @@ was interrupted; and a run ends only at the top of the loop, for the reason that
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.compiled import CompiledLoss
+from groundling.training.loss_scale import LossScale
 from groundling.training.metrics import Sinks
 from groundling.training.signals import StopSignals
 from groundling.training.step import StepResult, flops_per_token, training_step
@@ -64,6 +67,13 @@ class RunState:
     """Steps in a row, up to now, that were not finite."""
     n_returns: int = 0
     """Times that the run went back to a checkpoint."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """In fp16."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RunState:
+        """What `asdict` gave, or an older version's, which had no loss scale."""
+        return cls(**value | {"loss_scale": LossScale(**value.get("loss_scale", {}))})
 
 
 class Trainer:
@@ -139,7 +149,7 @@ class Trainer:
             checkpoint.restore(path, self.model, self.optimizer)
             state = checkpoint.load_state(path)
             self.stop_rule.state = StopState.from_json(state.pop("stop"))
-            self.state = RunState(**state)
+            self.state = RunState.from_json(state)
             self.saved_step = self.state.n_steps
         self.sinks.rewind(self.state.n_steps)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
@@ -206,6 +216,11 @@ class Trainer:
         return isinstance(self.loss_sum, CompiledLoss) and self.loss_sum.function is not self.loss_sum.eager
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether gradients are in a format that small ones vanish in."""
+        return self.runtime.dtype is torch.float16
+
+    @property
     def recompilations(self) -> int:
         """How often compiled code did not fit and was compiled anew; every shape is one shape, so never."""
         return self.loss_sum.n_recompilations if isinstance(self.loss_sum, CompiledLoss) else 0
@@ -245,6 +260,7 @@ class Trainer:
             recipe.windows.micro,
             recipe.optim.clip,
             self.runtime,
+            self.state.loss_scale.value if self.scales_loss else 1.0,
         )
         self.state.n_steps += 1
         self.state.tokens_seen += batch.n_read
@@ -271,6 +287,8 @@ class Trainer:
             "train/mfu": reached_flops / self.ceiling_flops,
             "train/step_s": result.seconds,
         }
+        if self.scales_loss:
+            metrics["train/loss_scale"] = self.state.loss_scale.value
         self.sinks.write(step, metrics if result.finite else metrics | {"train/update_skipped": 1})
 
     def _raise_ceiling(self, reached_flops: float) -> None:
@@ -288,8 +306,21 @@ class Trainer:
         )
 
     def _guard(self, step: int, result: StepResult) -> None:
-        """Goes back to the last checkpoint after `BAD_STEPS` steps in a row that were not finite."""
+        """Goes back to the last checkpoint after `BAD_STEPS` steps in a row that were not finite.
+
+        In fp16 a gradient may be beyond the format, which the next step's smaller scale mends; that is no bad step.
+        """
         state = self.state
+        if self.scales_loss and math.isfinite(result.loss):
+            scale, overflowed = state.loss_scale, not math.isfinite(result.grad_norm)
+            if scale.can_shrink or not overflowed:
+                state.loss_scale = scale.after(overflowed)
+            if scale.can_shrink and overflowed:
+                self.sinks.note(
+                    f"step {step}: its gradient is beyond fp16, so this update is skipped and the loss scale halved to"
+                    f" {state.loss_scale.value:g}"
+                )
+                return
         if result.finite:
             state.n_bad = 0
             return
