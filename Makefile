@@ -14,7 +14,7 @@ define run_preset
 	fi
 endef
 
-.PHONY: train test test-slow lint format penny demo clean
+.PHONY: train test test-slow lint format penny demo clean help
 
 ## train: GPT-2 (124M) on Tiny Shakespeare until it is known on the grid; goes on if it was interrupted
 train: $(VENV)/.installed
@@ -44,12 +44,18 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+## format: mends what it can of the style
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## clean: removes what was set up; runs stay
 clean:
 	rm -rf $(VENV) build dist
+
+## help: this list
+help:
+	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

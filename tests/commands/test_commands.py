@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -133,6 +134,28 @@ def test_a_text_too_short_for_its_schedule_is_told_what_would_learn_it(
     assert words[:2] == ["groundling", "train"]
     assert main(["estimate", *words[2:], *SMALL[2:]]) == 0
     assert "warm-up" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        (["--schedule.passes", "3", "--schedule.total_steps", "500"], {"schedule.passes"}),
+        (["--schedule.passes=3", "--schedule.total_steps=null"], set()),
+        (["--schedule.total_steps", "200", "--schedule.warmup_steps", "80"], {"schedule.warmup_steps"}),
+        (["--schedule.total_steps", "200", "--schedule.warmup_steps", "50"], set()),
+        (["--schedule.decay", "constant", "--schedule.hold_fraction", "0.1"], {"schedule.hold_fraction"}),
+        (["--loss", "goldfish", "--stopping.overtime", "1"], {"stopping.overtime"}),
+        (["--stopping.target", "0", "--stopping.expected_steps", "9"], {"stopping.expected_steps"}),
+        (["--stopping.heldout_every", "2"], {"stopping.heldout_every"}),
+        (["--stopping.overtime", "1"], set()),
+    ],
+)
+def test_settings_that_another_leaves_without_effect_are_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], unused: set[str]
+) -> None:
+    assert main(["estimate", "--corpus", "bottles.txt", *SMALL, *flags]) == 0
+    said = capsys.readouterr().err
+    assert set(re.findall(r"warning: ([\w.]+) is not used", said)) == unused
 
 
 def test_the_input_is_looked_at_before_anything_is_said_of_the_machine(

@@ -26,6 +26,7 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.optim.schedule import warmup
 from groundling.runtime import Runtime
 from groundling.training.estimate import Estimate
 from groundling.training.progress import clock, progress_bar
@@ -132,6 +133,8 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
         config = with_prompts(config, corpus)
         for line in short_text_lines(config, corpus.train.n_tokens):
             say(line)
+    for line in unused_lines(config, typed, corpus.train.n_tokens):
+        say(line)
     ceiling = _ceiling_flops(resolved)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
     network, weights_sum = (initial.model, initial.sha256) if initial else (None, None)
@@ -233,6 +236,29 @@ def objective_lines(config: RunConfig, corpus: Corpus) -> list[str]:
     share = dropped_share(corpus.train.tokens, objective)
     target = f"; stopping.target {stopping.target} is not used" if stopping.target else ""
     return [f"loss: {objective}: {100 * share:.1f} % dropped; the run ends with its schedule, at any loss{target}"]
+
+
+def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list[str]:
+    """A warning for each setting that was typed and that another setting leaves without effect."""
+    schedule, stopping = config.schedule, config.stopping
+    n_steps = planned_steps(config, n_tokens)
+    n_warmup = warmup(schedule, n_steps)
+    endless = not stopping.target and "without a target a run ends with its schedule"
+    level = schedule.decay == "constant" and "schedule.decay is constant, so the rate stays at its peak"
+    idle = {
+        "schedule.passes": schedule.total_steps is not None
+        and f"schedule.total_steps is {schedule.total_steps:,} (null counts passes)",
+        "schedule.warmup_steps": n_warmup < schedule.warmup_steps
+        and f"a quarter of the {n_steps:,} steps of the schedule is the most, {n_warmup:,}",
+        "schedule.hold_fraction": level,
+        "schedule.floor_fraction": level,
+        "stopping.measure": endless,
+        "stopping.overtime": endless,
+        "stopping.expected_steps": endless,
+        "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
+    }
+    flags = {word.partition("=")[0] for word in typed}
+    return [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and f"--{name}" in flags]
 
 
 def head_line(model: CompactGPT2, config: RunConfig) -> str:
