@@ -94,19 +94,20 @@ def test_without_a_compiler_numpy_draws(monkeypatch: pytest.MonkeyPatch) -> None
         build.library.cache_clear()
 
 
-def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As a power failure leaves it: a name without content."""
-    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path / "whole"))
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: float) -> None:
+    """As a power failure or a full disk leaves it: cut short, which ends the process where it is mapped and used."""
+    monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path))
     build.library.cache_clear()
     try:
-        build.library("draw")
-        (made,) = (tmp_path / "whole" / "kernels").glob("draw-*.so")
-        damaged = tmp_path / "damaged" / "kernels" / made.name
-        damaged.parent.mkdir(parents=True)
-        damaged.touch()
-        monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path / "damaged"))
+        assert build.library("draw")
+        (path,) = (tmp_path / "kernels").glob("draw-*.so")
+        whole = path.read_bytes()
+        path.unlink()  # it is mapped here
+        path.write_bytes(whole[: int(part * len(whole))])
         build.library.cache_clear()
-        build.library("draw")
-        assert damaged.read_bytes() == made.read_bytes()
+        assert build.library("draw")
+        assert path.read_bytes() == whole
+        assert sorted(found.suffix for found in (tmp_path / "kernels").iterdir()) == [".sha256", ".so"]
     finally:
         build.library.cache_clear()

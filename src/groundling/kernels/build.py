@@ -1,7 +1,8 @@
 """Our C++, compiled where it runs.
 
 Invariant: a library is used only if it was made from this very source, by this compiler, for this CPU; it
-appears under its final name whole or not at all, so processes may compile side by side.
+appears under its final name whole or not at all, so processes may compile side by side; and it is loaded only while its
+bytes have the sum that was written when it was made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 from pathlib import Path
 
 from groundling import machine, runtime
+from groundling.files import sha256_of, sync_file, write_text
 
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 """Products and sums are fused where the source says so and nowhere else: else equal sums could differ in last bits."""
@@ -57,13 +59,23 @@ def _load(compiler: str, flags: list[str], source: Path) -> ctypes.CDLL:
     path = runtime.cache_dir() / "kernels" / f"{source.stem}-{key[:24]}.so"
     command = [compiler, *flags, str(source)]
     try:
-        if path.exists():
-            with contextlib.suppress(OSError):  # damaged: made anew
-                return ctypes.CDLL(str(path))
-        _compile(command, path)
+        if not _intact(path):
+            _compile(command, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernel {path} cannot be made or loaded ({error})") from None
+
+
+def _sum_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _intact(path: Path) -> bool:
+    """Whether the library is what was compiled: one that was cut short would end the process when it is used."""
+    try:
+        return _sum_file(path).read_text(encoding="utf-8") == sha256_of(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _version(compiler: str) -> str:
@@ -75,9 +87,10 @@ def _compile(command: list[str], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _run([*command, "-o", str(temporary)])
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else its name may reach the disk before its content does
+        made = sha256_of(temporary)
+        sync_file(temporary)  # else its name may reach the disk before its content does
         temporary.replace(path)
+        write_text(_sum_file(path), made)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
