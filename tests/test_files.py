@@ -180,6 +180,14 @@ def test_two_processes_do_not_make_the_same_path(tmp_path: Path) -> None:
     assert sorted(found.name for found in tmp_path.iterdir()) == ["other", "thing"]
 
 
+def test_killed_processes_leave_no_locks_behind(tmp_path: Path) -> None:
+    for left in (".step-1.lock", ".step-2.partial"):
+        (tmp_path / left).touch()
+    with files.atomic_directory(tmp_path / "step-3"):
+        pass
+    assert [found.name for found in tmp_path.iterdir()] == ["step-3"]
+
+
 def test_a_link_that_leads_nowhere_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "thing"
     path.symlink_to(tmp_path / "gone")

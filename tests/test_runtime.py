@@ -112,7 +112,7 @@ def test_a_gpu_computes_in_the_format_that_it_has_units_for(gpus: str) -> None:
         ["fp32", "bf16", "fp16"] if gpus == "A100" else ["fp32", "fp16"]
     )
     if gpus != "A100":
-        with pytest.raises(ConfigError, match=r"only emulates.*use fp16"):
+        with pytest.raises(ConfigError, match=r"only emulates.*leave that setting out"):
             runtime.resolve(RuntimeConfig(dtype="bf16"))
 
 

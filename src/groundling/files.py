@@ -85,6 +85,14 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
 
 
+def is_at(path: Path, file: IO[Any]) -> bool:
+    """Whether an open file still is what stands at this path: whoever held it before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Hold a path that is being made for one process, by a file beside it that goes with the hold."""
@@ -100,8 +108,7 @@ def _held(path: Path) -> Iterator[None]:
                 raise CheckpointError(
                     f"{path} is being written by another process: wait for it to end, or give another path"
                 ) from None
-            # If whoever held it before has removed it since, it holds nothing any more.
-            if holder.exists() and os.path.samestat(os.fstat(file.fileno()), holder.stat()):
+            if is_at(holder, file):
                 try:
                     yield
                 finally:
@@ -142,8 +149,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     What earlier attempts at any directory left under temporary names beside it is removed, so one process at a time
     may use the parent, and nobody else.
     """
-    for left_over in path.parent.glob(f".*{PARTIAL}"):
-        shutil.rmtree(left_over)
+    for left_over in (*path.parent.glob(f".*{PARTIAL}"), *path.parent.glob(f".*{LOCK}")):
+        _remove(left_over)
     with atomic_path(path) as temporary:
         temporary.mkdir()
         yield temporary

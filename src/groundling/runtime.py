@@ -171,7 +171,8 @@ def _cuda_failure(device: torch.device) -> str | None:
 def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name == "bf16" and not multiplies_bf16(device):
         raise ConfigError(
-            "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0): use fp16"
+            "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0):"
+            " leave that setting out"
         )
     if name == "fp16" and device.type != "cuda":
         raise ConfigError(

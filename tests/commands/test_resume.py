@@ -207,6 +207,6 @@ def test_one_damaged_run_does_not_hide_the_others(
     for name in ("good", "damaged"):
         folder = RunFolder(Path("runs", name))
         write_json(folder.identity, {})
-        folder.config.write_text("preset: penny\n" if name == "good" else "{")
+        folder.config.write_text("preset: penny\ntext: {}\n" if name == "good" else "{")
     assert newest_run("penny") == Path("runs/good")
     assert "runs/damaged is passed over" in capsys.readouterr().err

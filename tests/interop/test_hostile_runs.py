@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -97,8 +98,9 @@ def record(run: Path) -> dict[str, Any]:
     ("place", "value"),
     [
         *[("steps", value) for value in ([1], -1, None, True)],
-        *[("passes", "x"), ("wall_s", float("inf")), ("corpus_loss", float("nan")), ("tokens_seen", 0.5)],
+        *[("passes", "x"), ("wall_s", float("inf")), ("corpus_loss", "x"), ("tokens_seen", 0.5), ("passes", 10**400)],
         *[("machine", [1]), ("machine.threads", "x"), ("machine.flags", [1]), ("versions", {"torch": [2]})],
+        ("machine.memory_bytes", 10**400),
         *[("first_batch_below_target", 5), ("first_batch_below_target.loss", "x")],
         *[("config", 3), ("config.sampling", 1), ("config.sampling.temperature", "hot"), ("config.sampling.stop", [0])],
         *[("config.stopping.target", {}), ("config.stopping.measure", 5), ("config.prompts", [1])],
@@ -117,12 +119,14 @@ def test_records_of_other_kinds(
     for form in ("hf", "safetensors"):
         assert main(["export", str(run), "--format", form, "--out", str(tmp_path / "export"), "--no-verify"]) == 2
         said = capsys.readouterr().err
-        assert f"its {name}" in said
+        assert re.search(rf"its ([\w.]+\.)?{name}", said)
         assert said.count("\n") == 1
         assert not list(tmp_path.glob("*export*"))
 
 
-@pytest.mark.parametrize("name", ["tokens_seen", "machine", "config", "device", "steps"])
+@pytest.mark.parametrize(
+    "name", ["tokens_seen", "machine", "config", "device", "steps", "tokens_per_s", "heldout_loss"]
+)
 def test_records_that_lack_something(
     name: str, run: Path, record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +134,29 @@ def test_records_that_lack_something(
     (run / "record.json").write_text(json.dumps(record))
     assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 2
     assert f"it lacks {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{" * 100_000, None])
+@pytest.mark.parametrize("name", ["record.json", "imported.json"])
+def test_what_cannot_be_read_may_be_removed(
+    name: str, content: str | None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "imported.json").unlink()
+    (run / name).mkdir() if content is None else (run / name).write_text(content)
+    assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 2
+    said = capsys.readouterr().err
+    assert "remove it to do without" in said
+    assert said.count("\n") == 1
+
+
+def test_losses_that_are_no_numbers_are_not_quoted(run: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    """A network that has overflowed gives them, and its run records them."""
+    record["corpus_loss"], record["corpus_loss_offset"] = float("nan"), float("inf")
+    (run / "record.json").write_text(json.dumps(record))
+    (run / "evaluated.json").write_text(json.dumps({"steps": record["steps"], "losses": {"corpus/loss": float("nan")}}))
+    assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 0
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "nan" not in card.lower().replace("nanogpt", "")
 
 
 def test_a_sound_record_of_many_files(run: Path, record: dict[str, Any], tmp_path: Path) -> None:
@@ -155,8 +182,14 @@ def test_tokens_that_are_no_ids(run: Path, tmp_path: Path, capsys: pytest.Captur
 def test_settings_of_other_kinds(section: str, run: Path) -> None:
     from groundling.training.run_folder import RunFolder
 
-    (run / "config.yaml").write_text(f"preset: gpt2\n{section}: 5\n")
-    with pytest.raises(CheckpointError, match=f"its {section} is none that a run has"):
+    sound = "preset: gpt2\ntext: {sources: [x]}\n"
+    (run / "config.yaml").write_text(sound)
+    assert RunFolder(run).settings() == {"preset": "gpt2", "text": {"sources": ["x"]}}
+    (run / "config.yaml").write_text(sound.replace("text: {sources: [x]}\n", "") + f"{section}: 5\n")
+    with pytest.raises(CheckpointError, match=f"its {section} is none that a run has|it lacks text"):
+        RunFolder(run).settings()
+    (run / "config.yaml").write_text(sound.replace("gpt2", "5"))
+    with pytest.raises(CheckpointError, match="its preset is none"):
         RunFolder(run).settings()
 
 

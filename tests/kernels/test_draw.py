@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -109,5 +110,13 @@ def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert build.library("draw")
         assert path.read_bytes() == whole
         assert sorted(found.suffix for found in (tmp_path / "kernels").iterdir()) == [".sha256", ".so"]
+        foreign = tmp_path / "shared" / "kernels" / path.name  # of another system, and whole, as its sum says
+        foreign.parent.mkdir(parents=True)
+        foreign.write_bytes(b"other")
+        foreign.with_suffix(".sha256").write_text(hashlib.sha256(b"other").hexdigest())
+        monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path / "shared"))
+        build.library.cache_clear()
+        assert build.library("draw")
+        assert foreign.read_bytes() == whole
     finally:
         build.library.cache_clear()

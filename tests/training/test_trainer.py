@@ -123,6 +123,18 @@ def test_a_gradient_that_no_scale_mends_is_a_failure(make_trainer: MakeTrainer) 
     assert trainer.state.loss_scale.value == LEAST
 
 
+def test_an_overflow_is_not_made_a_checkpoint_of(make_trainer: MakeTrainer) -> None:
+    """Going back to one would be going back into the overflow."""
+    runtime = replace(make_trainer("fp32")[0].runtime, dtype=torch.float16)
+    trainer, _ = make_trainer(runtime=runtime, checkpoint=CheckpointConfig(save_every="1", keep=99))
+    trainer.model.head_weight.register_hook(
+        lambda gradient: gradient * (torch.inf if 3 <= trainer.state.n_steps < 6 else 1)
+    )
+    assert trainer.train() == "max_steps"
+    kept = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(trainer.checkpoints)]
+    assert kept == [1, 2, 3, 7, 8, 9, 10]
+
+
 def test_checkpoints_from_before_there_was_a_loss_scale_are_continued(make_trainer: MakeTrainer) -> None:
     first, _ = make_trainer(stopping=StoppingConfig(max_steps=4))
     first.train()

@@ -242,14 +242,11 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
     """A warning for each setting that was typed and that another setting leaves without effect."""
     schedule, stopping = config.schedule, config.stopping
     n_steps = planned_steps(config, n_tokens)
-    n_warmup = warmup(schedule, n_steps)
     endless = not stopping.target and "without a target a run ends with its schedule"
     level = schedule.decay == "constant" and "schedule.decay is constant, so the rate stays at its peak"
     idle = {
         "schedule.passes": schedule.total_steps is not None
         and f"schedule.total_steps is {schedule.total_steps:,} (null counts passes)",
-        "schedule.warmup_steps": n_warmup < schedule.warmup_steps
-        and f"a quarter of the {n_steps:,} steps of the schedule is the most, {n_warmup:,}",
         "schedule.hold_fraction": level,
         "schedule.floor_fraction": level,
         "stopping.measure": endless,
@@ -258,7 +255,13 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
     }
     flags = {word.partition("=")[0] for word in typed}
-    return [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and f"--{name}" in flags]
+    lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and f"--{name}" in flags]
+    if "--schedule.warmup_steps" in flags and (n_warmup := warmup(schedule, n_steps)) < schedule.warmup_steps:
+        lines.append(
+            f"warning: schedule.warmup_steps {schedule.warmup_steps:,} is cut to {n_warmup:,}, a quarter of the"
+            f" schedule's {n_steps:,} steps"
+        )
+    return lines
 
 
 def head_line(model: CompactGPT2, config: RunConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -88,14 +87,12 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """The record of a run that has nothing left to do: made of its newest checkpoint, with these very settings."""
     if not folder.record.exists():
         return None
-    newest = [path.name for path in checkpoint.complete(folder.checkpoints)[-1:]]
+    newest = checkpoint.complete(folder.checkpoints)[-1:]
     try:
-        record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
-        made_by = checkpoint.NAME.format(record["steps"])
-        settings = _with_defaults(record["config"])
-    except (OSError, ValueError, TypeError, KeyError):  # a damaged record is made anew
+        record = folder.kept_record(newest[0]) if newest else {}
+    except (OSError, CheckpointError):  # a damaged record is made anew
         return None
-    return record if newest == [made_by] and settings == config.as_dict() else None
+    return record if record and _with_defaults(record["config"]) == config.as_dict() else None
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from groundling.corpus.documents import Document
 from groundling.corpus.shards import TokenFile
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CorpusError
-from groundling.files import HASH_BLOCK_BYTES, lock, sync_file, write_json
+from groundling.files import HASH_BLOCK_BYTES, is_at, lock, sync_file, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of text that are done, and all of them."""
@@ -174,8 +174,7 @@ class PartialFile:
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
                 lock(file, wait=True)
-                # If whoever had it before has renamed or removed it since, it is no longer the partial file.
-                if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                if is_at(partial, file):  # it may have been renamed meanwhile
                     yield cls(file, partial, path.with_name(f".{path.name}.journal.json"), source, dtype)
                     return
 

@@ -123,7 +123,7 @@ def _documents(
     if config.heldout_fraction:
         train, heldout = split_heldout(train, config.heldout_fraction)
         if len(documents) > 1:  # a single one gives its own tail
-            refuse_overlap(train, heldout)
+            refuse_overlap(train, heldout, "leave one of them out, or hold out no fraction (--heldout-fraction 0)")
         return train, heldout
     default = ("heldout",) if own_heldout and tuple(config.sources) == (TINY_SHAKESPEARE,) else ()
     heldout = find_documents(config.heldout or default, cache_dir)

@@ -64,16 +64,17 @@ def find_documents(names: Sequence[str], cache_dir: Path) -> tuple[Document, ...
     return tuple(documents.values())
 
 
-def refuse_overlap(train: Iterable[Document], heldout: Iterable[Document]) -> None:
-    """Raises `CorpusError` if a document, a part of one, or a copy of one is on both sides."""
+def refuse_overlap(
+    train: Iterable[Document], heldout: Iterable[Document], advice: str = "leave it out of one of the two"
+) -> None:
+    """Raises `CorpusError`, with this advice, if a document, a part of one, or a copy of one is on both sides."""
     by_origin = {origin: document for document in train for origin in document.origins}
     by_sum = {document.sha256: document for document in by_origin.values()}
     for document in heldout:
         shared = next((by_origin[origin] for origin in document.origins if origin in by_origin), None)
         if twin := shared or by_sum.get(document.sha256):
             raise CorpusError(
-                f"{document.name} is held out, but {twin.name} in the training text holds the same text: "
-                f"leave it out of one of the two"
+                f"{document.name} is held out, but {twin.name} in the training text holds the same text: {advice}"
             )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from groundling.corpus.shards import TokenFile
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.errors import ConfigError
+from groundling.errors import CheckpointError, ConfigError
 from groundling.interop.foreign import Imported
 from groundling.interop.sources import is_run, open_foreign
 from groundling.interop.tensor_files import training_record
@@ -86,5 +86,8 @@ def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
     """The folder's record, if it is of this checkpoint; of an imported model, what its source said."""
     if not folder.imported.exists():
         return folder.kept_record(checkpoint)
-    facts = read_object(folder.imported)
+    try:
+        facts = read_object(folder.imported)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder.imported} says nothing ({error}): remove it to do without") from None
     return training_record(facts.get("steps"), facts.get("train_loss"))

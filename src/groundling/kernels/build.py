@@ -59,8 +59,10 @@ def _load(compiler: str, flags: list[str], source: Path) -> ctypes.CDLL:
     path = runtime.cache_dir() / "kernels" / f"{source.stem}-{key[:24]}.so"
     command = [compiler, *flags, str(source)]
     try:
-        if not _intact(path):
-            _compile(command, path)
+        if _intact(path):
+            with contextlib.suppress(OSError):  # of another system that shares the cache: made anew
+                return ctypes.CDLL(str(path))
+        _compile(command, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernel {path} cannot be made or loaded ({error})") from None

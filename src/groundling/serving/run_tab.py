@@ -34,7 +34,7 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
         n_steps = int(load_state(checkpoint)["n_steps"])
         settings = folder.settings()
         lines = [line for line in read_lines(folder.metrics) if line["step"] < n_steps]
-        record = folder.kept_record(checkpoint)
+        record = _record(folder, checkpoint)
         losses = _losses(folder, n_steps, lines, record)
         target = float((settings.get("stopping") or {}).get("target") or 0)
         parts = [_verdict(settings, losses, target), _chart(lines, target, losses), _table(losses, lines)]
@@ -43,6 +43,14 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
         name = type(error).__name__
         parts = [f"<p>The files of the run cannot be read ({name}), so there is nothing to show of it.</p>"]
     return f'<div class="run">{"".join(parts)}</div>'
+
+
+def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
+    """The record, if it is one of these weights and whole: everything else is shown without it."""
+    try:
+        return folder.kept_record(checkpoint)
+    except CheckpointError:
+        return {}
 
 
 def _losses(

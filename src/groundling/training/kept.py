@@ -15,30 +15,39 @@ Kinds = Mapping[str, tuple[type, ...]]
 
 NONE = type(None)
 WHOLE, NUMBER, TEXT = (int,), (int, float), (str,)
+MOST = 2**63
+"""What no number in these files reaches, bytes of memory and operations a second among them."""
+
+LOSSES = ("corpus_loss", "corpus_loss_offset", "heldout_loss")
+"""None where they were not taken, and no number where the network gave none: readers ask `report.finite`."""
 
 RECORD: Kinds = {
     **dict.fromkeys(("steps", "tokens_seen", "seed", "parameters", "window"), WHOLE),
-    **dict.fromkeys(("passes", "wall_s"), NUMBER),
-    **dict.fromkeys(("command", "device", "dtype", "stop_reason"), TEXT),
+    **dict.fromkeys(("passes", "wall_s", "evaluation_s"), NUMBER),
+    **dict.fromkeys((*LOSSES, "tokens_per_s", "mfu", "goldfish_dropped"), (*NUMBER, NONE)),
+    "n_seen": (int, NONE),
+    **dict.fromkeys(("command", "device", "dtype", "stop_reason", "loss"), TEXT),
     **dict.fromkeys(("weights_sha256", "corpus_sha256", "tokenizer_sha256"), TEXT),
     **dict.fromkeys(("config", "machine", "versions"), (dict,)),
+    "first_batch_below_target": (dict, NONE),
     "compiled": (bool,),
 }
-"""Values of a record that each has."""
-RECORD_MAY: Kinds = {
-    **dict.fromkeys(("corpus_loss", "corpus_loss_offset", "heldout_loss", "mfu", "goldfish_dropped"), (*NUMBER, NONE)),
-    **dict.fromkeys(("tokens_per_s", "evaluation_s"), (*NUMBER, NONE)),
-    "n_seen": (int, NONE),
-    "loss": TEXT,
-    "first_batch_below_target": (dict, NONE),
+"""What a record holds, of all that is read again."""
+MACHINE: Kinds = {
+    **dict.fromkeys(("cpu", "system"), TEXT),
+    "gpu": (str, NONE),
+    "threads": WHOLE,
+    "memory_bytes": (int, NONE),
+    "flags": (list,),
 }
-MACHINE: Kinds = {"cpu": TEXT, "threads": WHOLE}
-MACHINE_MAY: Kinds = {"gpu": (str, NONE), "memory_bytes": (int, NONE), "flags": (list,), "system": TEXT}
 
-SETTINGS: Kinds = {
-    **dict.fromkeys(("text", "windows", "objective", "stopping", "sampling"), (dict,)),
+SETTINGS: Kinds = {"preset": TEXT, "text": (dict,)}
+SETTINGS_MAY: Kinds = {
+    **dict.fromkeys(("model", "windows", "objective", "optim", "schedule", "stopping", "sampling"), (dict,)),
+    **dict.fromkeys(("checkpoint", "evaluation", "runtime", "logging"), (dict,)),
     "prompts": (list,),
 }
+"""Settings that an older version may not have had."""
 SECTIONS: Mapping[str, Kinds] = {
     "text": {"sources": (list,)},
     "windows": {"order": TEXT},
@@ -53,43 +62,47 @@ SECTIONS: Mapping[str, Kinds] = {
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Raises ValueError if this is no whole record of a run (see `record.make_record`)."""
-    _check(record, RECORD, RECORD_MAY)
-    _check(record["machine"], MACHINE, MACHINE_MAY)
-    _check_texts(record["machine"].get("flags", []), "flags")
+    _check(record, RECORD)
+    _check(record["machine"], MACHINE, "machine.")
+    _check_texts(record["machine"]["flags"], "flags")
     _check_texts(record["versions"].values(), "versions")
-    if first := record.get("first_batch_below_target"):
-        _check(first, {"step": WHOLE, "loss": NUMBER})
+    if first := record["first_batch_below_target"]:
+        _check(first, {"step": WHOLE, "loss": NUMBER}, "first_batch_below_target.")
     check_settings(record["config"])
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises ValueError if a setting that is read of a run again is not of the kind that it has in `RunConfig`."""
-    _check(settings, {}, SETTINGS)
+    _check(settings, SETTINGS)
+    _check(settings, _present(SETTINGS_MAY, settings))
     for name, kinds in SECTIONS.items():
-        _check(settings.get(name, {}), {}, kinds)
-    stopping = settings.get("stopping", {})
-    if stopping.get("target"):
-        _check(stopping, {"measure": TEXT})
-    _check_texts(settings.get("text", {}).get("sources", []), "sources")
+        section = settings.get(name, {})
+        _check(section, _present(kinds, section), f"{name}.")
+    if settings.get("stopping", {}).get("target"):
+        _check(settings["stopping"], {"measure": TEXT}, "stopping.")
+    _check_texts(settings["text"].get("sources", []), "sources")
     _check_texts(settings.get("sampling", {}).get("stop", []), "stop")
     _check_texts(settings.get("prompts", []), "prompts")
 
 
 def check_losses(losses: Mapping[str, Any]) -> None:
     """Raises ValueError if these are not losses by name, in nats per token, None where one was not taken."""
-    _check(losses, dict.fromkeys(losses, (*NUMBER, NONE)))
+    if not all(type(loss) in (float, NONE) for loss in losses.values()):
+        raise ValueError("its losses are no numbers")
 
 
-def _check(values: Mapping[str, Any], needed: Kinds, optional: Kinds | None = None) -> None:
-    for name in needed:
+def _present(kinds: Kinds, values: Mapping[str, Any]) -> Kinds:
+    return {name: kind for name, kind in kinds.items() if name in values}
+
+
+def _check(values: Mapping[str, Any], kinds: Kinds, prefix: str = "") -> None:
+    for name, kind in kinds.items():
         if name not in values:
-            raise ValueError(f"it lacks {name}")
-    for name, kinds in {**needed, **(optional or {})}.items():
-        if name in values:
-            value = values[name]
-            numeric = type(value) in NUMBER and not 0 <= value < float("inf")
-            if type(value) not in kinds or numeric:
-                raise ValueError(f"its {name} is none that a run has")
+            raise ValueError(f"it lacks {prefix}{name}")
+        value = values[name]
+        beyond = name not in LOSSES and type(value) in NUMBER and not 0 <= value < MOST
+        if type(value) not in kind or beyond:
+            raise ValueError(f"its {prefix}{name} is none that a run has")
 
 
 def _check_texts(values: Any, name: str) -> None:

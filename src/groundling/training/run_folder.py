@@ -251,7 +251,7 @@ class RunFolder:
         try:
             settings = yaml.load(read_bounded(self.config, MAX_CONFIG_YAML_BYTES), _PlainLoader)
             check_settings(settings)
-            return settings if isinstance(settings["preset"], str) else {}
+            return dict(settings)
         except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.config} cannot be read ({error}): begin the run anew with another --out"
@@ -275,13 +275,14 @@ class RunFolder:
 
         Raises `CheckpointError` if it cannot be read, or is not what a run writes.
         """
-        if not (self.record.exists() or self.record.is_symlink()):
+        if not self.record.exists():
             return {}
-        record, sums = read_object(self.record, MAX_RECORD_BYTES), read_object(kept / checkpoint.MANIFEST)
         try:
+            record = read_object(self.record, MAX_RECORD_BYTES)
             check_record(record)
         except ValueError as error:
             raise CheckpointError(f"{self.record} is no record of a run ({error}): remove it to do without") from None
+        sums = read_object(kept / checkpoint.MANIFEST)
         return record if record["weights_sha256"] == sums.get("model.safetensors") else {}
 
     def runtime(self) -> dict[str, str]:

@@ -70,7 +70,8 @@ class StoppingConfig:
 
     def steps(self, total_steps: int) -> int:
         """Steps that a run with this schedule is expected to take."""
-        return min(self.expected_steps or total_steps, sys.maxsize if self.max_steps is None else self.max_steps)
+        expected = self.expected_steps if self.target else None
+        return min(expected or total_steps, sys.maxsize if self.max_steps is None else self.max_steps)
 
 
 REASONS = {

@@ -110,6 +110,8 @@ class Trainer:
         self.state, self.stop_rule = RunState(), self._new_stop_rule()
         self.saved_step: int | None = None
         self.ceiling_raised = False
+        self.trained = True
+        """Whether the last step updated the weights, as it should: a checkpoint is not made of one that could not."""
 
     def train(self) -> str:
         """Train until the stop rule gives a reason; saves the result and returns the reason.
@@ -264,6 +266,7 @@ class Trainer:
         )
         self.state.n_steps += 1
         self.state.tokens_seen += batch.n_read
+        self.trained = result.finite or not batch.n_targets
         if result.finite:
             self.stop_rule.observe(step, result.loss)
         self._write(step, result, rate, batch.n_read)
@@ -340,7 +343,7 @@ class Trainer:
         self.state.wall_s, self.state.n_returns, self.state.n_bad = state.wall_s, state.n_returns + 1, 0
 
     def _save_if_due(self) -> None:
-        if self.state.n_bad == 0 and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
+        if self.trained and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
             self.save()
 
     def _count_wall(self) -> None:
