@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import keyword
 import os
 import sys
@@ -105,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # this process is ours
         allocator.restart(words)
         sys.stderr = Unheard(sys.stderr)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # of another encoding than UTF-8, perhaps
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(words[0], words[1:])
     except UserError as error:
@@ -125,6 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not any(words in first_line for words in OUT_OF_MEMORY):
             raise
         sentence = RunFailed(f"there is not enough memory ({first_line or 'for Python'}): {LESS_MEMORY}")
+        print(f"groundling: {sentence}", file=sys.stderr)
+        return sentence.exit_code
+    except FloatingPointError as error:
+        sentence = RunFailed(f"the network gives what are no numbers ({error}): use an earlier checkpoint of it")
         print(f"groundling: {sentence}", file=sys.stderr)
         return sentence.exit_code
     except KeyboardInterrupt:

@@ -27,6 +27,8 @@ DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 """x86 instruction sets with which a bf16 matrix product is faster than the fp32 one."""
+MAX_THREADS = 1024
+"""More than any one machine has cores; a hundred thousand end the process."""
 FP16_UNITS = (7, 0)
 """The compute capability from which NVIDIA's GPUs multiply fp16 in units for matrices (CUDA C++ Programming Guide)."""
 
@@ -48,8 +50,8 @@ class RuntimeConfig:
     """torch.compile of the reference kernels: auto compiles where a compiler exists and warns where none does."""
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ConfigError(f"runtime.threads is {self.threads}: give 0 (one per core) or a positive number")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"runtime.threads is {self.threads}: give 0 (one per core), or up to {MAX_THREADS:,}")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import torch
 
 from groundling import runtime
 from groundling.cli import COMMANDS, main
+from groundling.training.run_folder import RunFolder
 
 from .bottles import SMALL, files_but_cache, steps
 
@@ -134,6 +137,58 @@ def test_a_text_too_short_for_its_schedule_is_told_what_would_learn_it(
     assert words[:2] == ["groundling", "train"]
     assert main(["estimate", *words[2:], *SMALL[2:]]) == 0
     assert "warm-up" not in capsys.readouterr().err
+
+
+def test_a_network_that_gives_no_numbers_is_one_sentence(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The losses are taken after its only step, which no later one could find out about."""
+    out = tmp_path / "diverged"
+    far = ["--stopping.max_steps", "1", "--schedule.peak", "1e30", "--schedule.warmup_steps", "0"]
+    assert main(["train", "--corpus", "bottles.txt", *SMALL, *far, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "warning: corpus/loss is nan, so these weights are of no use" in said
+    assert "the network gives what are no numbers" in said.splitlines()[-1]
+    assert json.loads((out / "record.json").read_text())["corpus_loss"] is None
+    assert (out / "loss.png").exists()
+    assert main(["evaluate", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["corpus/loss"] is None
+    assert main(["sample", str(out)]) == 1
+    assert capsys.readouterr().err.startswith("groundling: the network gives what are no numbers")
+
+
+@pytest.mark.parametrize("content", [b'[1, 2]\n"train/loss"\n', b"\xff\xfe\n", b'{"train/loss": 1}\n', None])
+def test_losses_are_taken_whatever_became_of_the_metrics(
+    run: Path, tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").mkdir() if content is None else (copy / "metrics.jsonl").write_bytes(content)
+    assert main(["evaluate", str(copy), "--json"]) == 0
+    losses = json.loads(capsys.readouterr().out)
+    assert losses["train/loss"] is None
+    assert losses["corpus/loss"] > 0
+
+
+def test_losses_that_cannot_be_kept_are_printed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(RunFolder, "keep_losses", refuse)
+    assert main(["evaluate", str(run)]) == 0
+    printed = capsys.readouterr()
+    assert "corpus/loss_offset" in printed.out
+    assert "warning: these losses are not kept" in printed.err
+
+
+def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:
+    command = [sys.executable, "-m", "groundling", "sample", str(run), "--prompt", "\N{SNOWMAN}", "--max-tokens", "9"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u2603" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,25 @@ def test_a_run_without_anything_but_its_checkpoint(run: Path, tmp_path: Path) ->
     assert len(facts["missing"]) >= 4
 
 
+def test_a_checkpoint_that_lies_alone_has_no_other_folder_for_its_run(run: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    alone = tmp_path / "deep" / "alone"
+    shutil.copytree(checkpoint, alone)
+    assert main(["report", str(alone), "--quick"]) == 0
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [
+        "alone",
+        "report-alone.html",
+        "report-alone.json",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_share_is_none_or_all_only_if_it_is() -> None:
+    space = "\N{NO-BREAK SPACE}"
+    shown = {0: "0", 1e-6: f"<{space}0.01", 0.0005: "0.05", 0.5: "50.0", 0.99951: "99.95", 0.999999: "99.99", 1: "100"}
+    assert {share: percent(share) for share in shown} == {share: f"{text}{space}%" for share, text in shown.items()}
+
+
 def test_the_record_of_other_weights_is_not_used(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
     record = json.loads((run / "record.json").read_text()) | {"weights_sha256": "0" * 64, "corpus_loss": 123.0}
@@ -189,7 +208,7 @@ def test_losses_that_evaluate_took_are_shown(run: Path, tmp_path: Path) -> None:
     assert values["corpus/loss_offset"] == pytest.approx(recorded["corpus_loss_offset"], rel=1e-5)
     assert values["heldout/loss"] == pytest.approx(recorded["heldout_loss"], rel=1e-5)
     kept = json.loads((folder / "evaluated.json").read_text())
-    (folder / "evaluated.json").write_text(json.dumps(kept | {"steps": kept["steps"] + 1}))
+    (folder / "evaluated.json").write_text(json.dumps(kept | {"weights_sha256": "0" * 64}))
     page, _ = report(folder, "--quick")
     assert "corpus/loss_offset was not taken" in page.text  # those were of other weights
 
@@ -271,6 +290,7 @@ def test_the_verdict_is_plain(losses: tuple[float | None, float | None, float], 
         (["runs/bottles", "--out", "report.pdf"], ".html"),
         (["runs/bottles", "--out", "folder.html"], "is a folder"),
         (["runs/bottles", "--out", "runs/bottles/record.html"], "runs/bottles/record.json"),
+        (["runs/bottles", "--out", "bottles.txt/report.html"], "is a file"),
     ],
 )
 def test_wrong_input_gets_one_sentence(

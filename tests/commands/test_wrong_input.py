@@ -119,6 +119,7 @@ def test_wrong_input_in_an_empty_folder_leaves_it_empty(
         (["evaluate", "x" * 300], "shorter"),
         (["sample"], "RUN"),
         (["doctor", "--loudly"], "--loudly"),
+        (["sample", "RUN", "--threads", "20000"], "threads is 20000: give 0 (one per core), or up to 1,024"),
     ],
 )
 def test_wrong_input_to_other_commands(

@@ -42,6 +42,18 @@ def test_offset_loss_is_the_mean_over_offsets(model: GPT2, tokens: Tokens, cpu: 
     assert evaluator.offset_loss(tokens) == pytest.approx(sum(losses.values()) / 8)
 
 
+def test_every_offset_moves_something_where_the_text_is_shorter_than_a_window(
+    model: GPT2, tokens: Tokens, cpu: Runtime
+) -> None:
+    """An offset beyond the text would give the grid's own loss, and call it by heart."""
+    evaluator = Evaluator(model.loss_sum, 16, cpu)
+    short = tokens[:12]
+    losses = evaluator.offset_losses(short)
+    assert len(losses) == 8
+    assert max(losses) < len(short) - 1
+    assert evaluator.loss(short) not in losses.values()
+
+
 def test_windows_are_counted_and_may_be_abandoned(model: GPT2, tokens: Tokens, cpu: Runtime) -> None:
     counted: list[int] = []
     Evaluator(model.loss_sum, 16, cpu, 4, counted.append).loss(tokens)

@@ -183,10 +183,14 @@ def test_a_run_without_a_record_gets_a_shorter_card_that_is_true(trained: Traine
 
 def test_losses_that_evaluate_took_later_are_shown(trained: Trained) -> None:
     assert trained.folder is not None
-    trained.folder.keep_losses(494, {"corpus/loss": 0.05, "corpus/loss_offset": 0.06})
+    losses = {"corpus/loss": 0.05, "corpus/loss_offset": 0.06}
+    manifest = trained.folder.checkpoints / "step-00000494" / "manifest.json"
+    write_json(manifest, {"model.safetensors": RECORD["weights_sha256"]})
+    trained.folder.keep_losses(manifest.parent, losses)
     record = RECORD | {"corpus_loss": None, "corpus_loss_offset": None}
     assert "it knows it by heart" in model_card.render(replace(trained, record=record), "fp32")
-    trained.folder.keep_losses(493, {"corpus/loss": 0.05, "corpus/loss_offset": 0.06})
+    write_json(manifest, {"model.safetensors": "0" * 64})  # as many steps, and other weights
+    trained.folder.keep_losses(manifest.parent, losses)
     assert "was not measured" in model_card.render(replace(trained, record=record), "fp32")
 
 

@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from groundling.commands.model_options import folder_of, model_parser, resolve_runtime
+from groundling.commands.model_options import model_parser, resolve_runtime
 from groundling.commands.session import say
 from groundling.corpus.config import CorpusConfig
 from groundling.corpus.load import load_corpus
 from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator
+from groundling.evaluation.report import finite
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
 from groundling.runtime import DTYPES, cache_dir
 from groundling.training.checkpoint import load_model, load_state
 from groundling.training.metrics import read_lines
 from groundling.training.progress import progress_bar
-from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
 
 EXAMPLES = """examples:
   groundling evaluate runs/gpt2
@@ -98,20 +99,28 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
 
         def whole_text() -> dict[str, float | None]:
             return {
-                "corpus/loss": evaluator.loss(train.tokens),
-                "corpus/loss_offset": evaluator.offset_loss(train.tokens),
-                "heldout/loss": evaluator.loss(heldout.tokens) if heldout else None,
+                "corpus/loss": finite(evaluator.loss(train.tokens)),
+                "corpus/loss_offset": finite(evaluator.offset_loss(train.tokens)),
+                "heldout/loss": finite(evaluator.loss(heldout.tokens)) if heldout else None,
             }
 
         last = _last_batch_loss(folder.metrics, load_state(checkpoint)["n_steps"])
         whole = whole_text()
         if folder.exists():  # for `groundling report`; a checkpoint that lies alone has no folder to keep them in
-            folder.keep_losses(load_state(checkpoint)["n_steps"], whole)
+            _keep(folder, checkpoint, whole)
         losses = {"train/loss": last} | whole
         if options.weights == "fp32":
             return losses, {}
         round_weights(model, options.weights)
         return losses, whole_text()
+
+
+def _keep(folder: RunFolder, checkpoint: Path, losses: dict[str, float | None]) -> None:
+    """Keep them for `groundling report`; where nothing can be written they are printed all the same."""
+    try:
+        folder.keep_losses(checkpoint, losses)
+    except OSError as error:
+        say(f"warning: these losses are not kept for `groundling report` ({folder.path}: {error.strerror})")
 
 
 def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
@@ -130,7 +139,8 @@ def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None]
         evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
         for form in forms:
             round_weights(model, form)
-            taken.append({"corpus/loss": evaluator.loss(tokens), "corpus/loss_offset": evaluator.offset_loss(tokens)})
+            loss, offset_loss = evaluator.loss(tokens), evaluator.offset_loss(tokens)
+            taken.append({"corpus/loss": finite(loss), "corpus/loss_offset": finite(offset_loss)})
     return taken[0], taken[1] if len(taken) > 1 else {}
 
 
@@ -143,7 +153,8 @@ def _name_of(folder: RunFolder) -> str:
 
 
 def _last_batch_loss(metrics: Path, n_steps: int) -> float | None:
-    if not metrics.exists():
+    try:
+        steps = [line for line in read_lines(metrics) if "train/loss" in line]
+        return next((finite(line["train/loss"]) for line in steps if line["step"] == n_steps - 1), None)
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
         return None
-    steps = (line for line in read_lines(metrics) if "train/loss" in line)
-    return next((line["train/loss"] for line in steps if line["step"] == n_steps - 1), None)

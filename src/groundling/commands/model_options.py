@@ -24,7 +24,7 @@ from groundling.model.formats import WEIGHT_FORMATS, WeightFormat
 from groundling.model.gpt2 import GPT2
 from groundling.runtime import DtypeName, Runtime, RuntimeConfig
 from groundling.training.checkpoint import load_model, load_state
-from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
 
 MAX_SLOTS = 16
 """Texts decoded together."""
@@ -74,11 +74,6 @@ def resolve_runtime(
     for warning in resolved.warnings:
         say(f"warning: {warning}")
     return resolved
-
-
-def folder_of(run: Path, checkpoint: Path) -> RunFolder:
-    """The run folder that a checkpoint, named itself or by its run, belongs to."""
-    return RunFolder(run if run != checkpoint else run.resolve().parent.parent)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ def estimating(what: str, total: float) -> Iterator[Callable[[float], None]]:
 def predictions_of(
     run: OpenRun, tokens: Tokens, objective: ObjectiveConfig, n_windows: int | None
 ) -> list[Predictions]:
-    """What the model predicts on the grid, and on the grid moved by half a window if there is one."""
-    offsets = [0] if run.window < 2 else [0, run.window // 2]
+    """What the model predicts on the grid, and on the grid moved by half a window (or half a shorter text)."""
+    half = min(run.window, len(tokens) - 1) // 2
+    offsets = [0, half] if half else [0]
     total = sum(len(chosen_windows(len(tokens), run.window, offset, n_windows)) for offset in offsets)
     with estimating("reading the text", total) as advance:
         return [
@@ -136,7 +137,9 @@ def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any])
     configs = [greedy] + ([sampling] if sampling.temperature else [])
     asked = [(_title(prompt), prompt, config) for prompt in prompts for config in configs]
     if tracer is not None:
-        beginning = tracer.tokenizer.decode(tracer.array.tokens_at(0, BEGINNING_TOKENS))
+        first = tracer.array.tokens_at(0, BEGINNING_TOKENS)
+        end = tracer.tokenizer.end_of_text_id  # as text it would be read as thirteen letters
+        beginning = tracer.tokenizer.decode(first[: first.index(end)] if end in first else first)
         beginning = beginning.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut in two
         asked.insert(0, ("The training text's beginning", beginning, configs[0]))
     texts = [""] * len(asked)

@@ -33,10 +33,10 @@ from groundling.evaluation.report import (
     verdict_words,
 )
 from groundling.files import write_json, write_text
-from groundling.training.checkpoint import load_state
+from groundling.training.checkpoint import load_state, weights_sum
 from groundling.training.metrics import read_lines
 from groundling.training.record import judgement
-from groundling.training.run_folder import find_checkpoint
+from groundling.training.run_folder import find_checkpoint, folder_of
 
 EXAMPLES = """examples:
   groundling report runs/gpt2
@@ -85,9 +85,10 @@ def _out(options: Any, checkpoint: Path) -> Path:
     run = Path(options.run)
     if options.out is None:
         if run != checkpoint:
-            return run / "report.html"
-        checkpoint = checkpoint.resolve()  # its page does not take the place of its run's
-        return checkpoint.parent.parent / f"report-{checkpoint.name}.html"
+            return _writable(run / "report.html", run)
+        folder = folder_of(run, checkpoint).path  # where its page does not take the place of its run's
+        folder = folder if folder != checkpoint else checkpoint.resolve().parent
+        return _writable(folder / f"report-{checkpoint.resolve().name}.html", folder)
     out = Path(options.out)
     if out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out is {out}: give a file whose name ends in .html")
@@ -97,8 +98,14 @@ def _out(options: Any, checkpoint: Path) -> Path:
     if figures.exists() and not _is_report(figures):
         raise ConfigError(f"--out is {out}, but {figures}, where its figures would go, is no report: give another name")
     there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"--out is {out}, but nothing can be written in {there}: give another folder")
+    if not there.is_dir():
+        raise ConfigError(f"--out is {out}, but {there} is a file: give another folder")
+    return _writable(out, there)
+
+
+def _writable(out: Path, folder: Path) -> Path:
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"nothing can be written in {folder}: give a file in another folder with --out")
     return out
 
 
@@ -122,6 +129,8 @@ class Report:
         self.lines = self._lines()
         self.objective = self._objective()
         self.n_positions = min(n_positions, QUICK_POSITIONS) if quick else n_positions
+        if n_positions not in (self.n_positions, N_POSITIONS):
+            say(f"warning: --positions {n_positions:,} is not used: --quick tries {QUICK_POSITIONS}")
         self.n_windows = QUICK_WINDOWS if quick else None
         self.anywhere: list[Extractability] = []
         self.on_grid: list[Extractability] = []
@@ -275,7 +284,7 @@ class Report:
     def _losses(self) -> dict[str, float | None]:
         """The losses of these weights: of the record, of the metrics at their step, or as `evaluate` took them."""
         losses: dict[str, float | None] = {}
-        evaluated = self.folder.kept_losses(self.n_steps)
+        evaluated = self.folder.kept_losses(weights_sum(self.checkpoint))
         for name in LOSSES:
             written = [line[name] for line in self.lines if name in line and line["step"] == self.n_steps - 1]
             recorded = self.record.get(name.replace("/", "_"))

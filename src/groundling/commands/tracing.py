@@ -176,8 +176,11 @@ def summary_line(trace: Trace) -> str:
     """The share of the tokens that are copied, and the longest span, in one sentence."""
     copies = trace.copies
     share = 100 * copies.share(trace.minimum)
+    shown = f"{share:.{0 if share >= 10 or not share else 1}f}"
+    if shown in ("0.0", "100") and share < 100:  # not none, and not all
+        shown = "less than 0.1" if share < 1 else f"{min(share, 99.9):.1f}"
     summary = (
-        f"{share:.{0 if share >= 10 or not share else 1}f} % of {copies.n_tokens:,} tokens stand verbatim in the"
+        f"{shown} % of {copies.n_tokens:,} tokens stand verbatim in the"
         f" training text in spans of at least {trace.minimum:,} tokens"
     )
     if longest := copies.longest_span:

@@ -16,6 +16,7 @@ from groundling.commands.initial import check_begun
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
+from groundling.evaluation.report import finite
 from groundling.files import write_json, write_text
 from groundling.generation.open import open_decoder
 from groundling.generation.text import continue_text
@@ -204,7 +205,10 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
             takes = f"about {clock(seconds)}" if tokens_per_s else "no step says how long it would take"
             trainer.sinks.note(f"{name} is not taken ({takes}): `groundling evaluate` takes it")
             continue
-        losses[name] = loss = trainer.take(name)
+        loss = trainer.take(name)
+        losses[name] = finite(loss)
+        if losses[name] is None:
+            trainer.sinks.note(f"warning: {name} is {loss}, so these weights are of no use: train with a lower rate")
         look = trainer.stop_rule.state.look
         already_written = look and (look.measure, look.n_steps) == (name, trainer.state.n_steps)
         if trainer.state.n_steps and not already_written:

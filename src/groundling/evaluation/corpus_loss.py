@@ -72,8 +72,9 @@ class Evaluator:
         return total / (len(tokens) - 1)
 
     def offset_losses(self, tokens: Tokens) -> dict[int, float]:
-        """`loss` at each of the seeded offsets; a window of one token has no offset but 0."""
-        return {offset: self.loss(tokens, offset) for offset in seeded_offsets(self.length, N_OFFSETS) or [0]}
+        """`loss` at each of the seeded offsets, all of them within the text; a window of one token has none but 0."""
+        longest = min(self.length, len(tokens) - 1)  # beyond the text an offset moves nothing
+        return {offset: self.loss(tokens, offset) for offset in seeded_offsets(longest, N_OFFSETS) or [0]}
 
     def offset_loss(self, tokens: Tokens) -> float:
         """`corpus/loss_offset`: the mean over the seeded offsets."""

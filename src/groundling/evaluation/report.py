@@ -113,11 +113,14 @@ def render(
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent, with a decimal where it says something."""
+    """A share in per cent, with a decimal where it says something; never 0 or 100 but for none and all."""
     if share is None:
         return "-"
     digits = 0 if share in (0, 1) else 2 if share < 0.001 or 0.999 < share < 1 else 1
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+    if 0 < share < 0.00005:
+        return "<\N{NO-BREAK SPACE}0.01\N{NO-BREAK SPACE}%"
+    shown = share if share == 1 else min(share, 0.9999)
+    return f"{100 * shown:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float | None, digits: int = 0) -> str:

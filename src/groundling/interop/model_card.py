@@ -164,7 +164,7 @@ def _facts(trained: Trained, precision: str) -> dict[str, Any]:
 def measured_losses(trained: Trained) -> list[dict[str, Any]]:
     """The losses of these weights, as the run's record or `groundling evaluate` took them; None for one not taken."""
     record, folder = trained.record, trained.folder
-    evaluated = folder.kept_losses(record["steps"]) if folder and "steps" in record else {}
+    evaluated = folder.kept_losses(record["weights_sha256"]) if folder and "weights_sha256" in record else {}
     losses = []
     for name, (_, meaning) in LOSSES.items():
         known = (record.get(name.replace("/", "_")), evaluated.get(name))

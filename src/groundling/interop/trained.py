@@ -21,7 +21,7 @@ from groundling.interop.tensor_files import training_record
 from groundling.json_files import read_object
 from groundling.model.gpt2 import GPT2
 from groundling.training.checkpoint import load_model
-from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
 
 WINDOW = "groundling_window"
 """What an export's config.json says besides transformers' own settings: `Trained.window`."""
@@ -63,7 +63,7 @@ def open_trained(path: Path, tokenizer: Path | None = None, n_head: int | None =
         raise ConfigError(f"{path} is a run, which has a tokenizer and sizes: leave out --tokenizer and --n-head")
     checkpoint = find_checkpoint(path)
     model, own_tokenizer, window = load_model(checkpoint, torch.device("cpu"))
-    folder = RunFolder(path if path != checkpoint else path.resolve().parent.parent)
+    folder = folder_of(path, checkpoint)
     name = printable(folder.path.resolve().name)
     return Trained(model, own_tokenizer, window, name, folder, _record(folder, checkpoint))
 

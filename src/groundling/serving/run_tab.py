@@ -15,7 +15,7 @@ from groundling.errors import CheckpointError
 from groundling.evaluation.charts import training_chart
 from groundling.evaluation.report import MEANINGS, duration, finite, percent, verdict_words
 from groundling.serving.page_html import escape
-from groundling.training.checkpoint import load_state
+from groundling.training.checkpoint import load_state, weights_sum
 from groundling.training.metrics import read_lines
 from groundling.training.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
         settings = folder.settings()
         lines = [line for line in read_lines(folder.metrics) if line["step"] < n_steps]
         record = _record(folder, checkpoint)
-        losses = _losses(folder, n_steps, lines, record)
+        losses = _losses(folder, checkpoint, n_steps, lines, record)
         target = float((settings.get("stopping") or {}).get("target") or 0)
         parts = [_verdict(settings, losses, target), _chart(lines, target, losses), _table(losses, lines)]
         parts += [_extraction(folder, checkpoint), _facts(folder, settings, n_steps, record)]
@@ -54,11 +54,11 @@ def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
 
 
 def _losses(
-    folder: RunFolder, n_steps: int, lines: list[dict[str, Any]], record: Mapping[str, Any]
+    folder: RunFolder, checkpoint: Path, n_steps: int, lines: list[dict[str, Any]], record: Mapping[str, Any]
 ) -> dict[str, float | None]:
     """Each loss of these weights, from wherever it was written."""
     last = [line for line in lines if line["step"] == n_steps - 1]
-    evaluated = folder.kept_losses(n_steps)
+    evaluated = folder.kept_losses(weights_sum(checkpoint))
     losses = {}
     for name in LOSSES:
         known = (record.get(name.replace("/", "_")), *(line.get(name) for line in last), evaluated.get(name))

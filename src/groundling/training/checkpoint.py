@@ -38,9 +38,10 @@ from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.model.weights import MAX_LAYERS
 
 MANIFEST = "manifest.json"
-TENSOR_FILES = {"model.safetensors": 1, "optimizer.safetensors": 3}
+WEIGHTS = "model.safetensors"
+TENSOR_FILES = {WEIGHTS: 1, "optimizer.safetensors": 3}
 """Files of tensors, and how often the network's bytes they may take: AdamW keeps two moments of each parameter."""
-NEEDED = ("model.safetensors", "model.json", "tokenizer.json")
+NEEDED = (WEIGHTS, "model.json", "tokenizer.json")
 FILES = (*TENSOR_FILES, "model.json", "tokenizer.json", "state.json")
 """What a manifest may name: nothing outside its folder."""
 MAX_HEADER_BYTES = 4 << 20
@@ -91,7 +92,7 @@ def save(
     try:
         with atomic_directory(path) as directory:
             full = expanded(model)
-            weights.save(full, directory / "model.safetensors")
+            weights.save(full, directory / WEIGHTS)
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
             write_json(directory / "model.json", {**asdict(full.config), "window": window})
@@ -159,6 +160,14 @@ def set_aside(damaged: Path) -> Path:
     return aside
 
 
+def weights_sum(path: Path) -> str:
+    """SHA-256 of a checkpoint's weights, as its manifest has it. Raises `CheckpointError` if it has none."""
+    sums = read_object(path / MANIFEST)
+    if type(sums.get(WEIGHTS)) is not str:
+        raise CheckpointError(f"{path / MANIFEST} lacks {WEIGHTS}: copy or make the checkpoint again")
+    return str(sums[WEIGHTS])
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """The counters of a checkpoint. Raises `CheckpointError` if there are none."""
     state = read_object(path / "state.json")
@@ -173,7 +182,7 @@ def restore(path: Path, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
     Raises `CheckpointError` if the files are damaged or belong to another network.
     """
     full = expanded(model)
-    weights.load(full, path / "model.safetensors")
+    weights.load(full, path / WEIGHTS)
     if isinstance(model, CompactGPT2):
         model.take(full)
     try:
@@ -200,12 +209,12 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT2, Tokenizer, int]:
     if (wrong := damage(path)) is not None:
         raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
     config, window = _size(path)
-    weights.check_size(config, path / "model.safetensors")  # a folder from elsewhere may claim what it likes
+    weights.check_size(config, path / WEIGHTS)  # a folder from elsewhere may claim what it likes
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
     model.lm_head.weight = model.transformer.wte.weight  # to_empty unties them
-    weights.load(model, path / "model.safetensors")
+    weights.load(model, path / WEIGHTS)
     tokenizer = Tokenizer.load(path / "tokenizer.json", n_rows=config.n_vocab)
     if tokenizer.n_vocab != config.n_vocab:
         raise CheckpointError(

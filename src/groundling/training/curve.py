@@ -20,13 +20,13 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     lines = list(read_lines(metrics))
-    steps = [line for line in lines if line.get("train/loss") is not None]
+    steps = [line for line in lines if line.get("train/loss") is not None and line.get("train/loss_ema") is not None]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     x = [line["step"] for line in steps]
     axes.plot(x, [line["train/loss"] for line in steps], color="0.75", linewidth=0.8, label="train/loss (one batch)")
     axes.plot(x, [line["train/loss_ema"] for line in steps], color="C0", label="train/loss_ema")
     for name, color in (("corpus/loss", "C3"), ("corpus/loss_offset", "C1"), ("heldout/loss", "C2")):
-        taken = [(line["step"], line[name]) for line in lines if name in line]
+        taken = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if taken:
             axes.plot(*zip(*taken, strict=True), "o", color=color, label=f"{name} (whole text)")
             axes.annotate(f"{taken[-1][1]:.3g}", taken[-1], (-6, 4), textcoords="offset points", ha="right")

@@ -14,7 +14,7 @@ with. A folder that could not begin its run does not stay behind.
         metrics.jsonl    one line per step, and one per evaluation
         checkpoints/     see checkpoint.py
         record.json, loss.png, samples.txt, written at the end
-        evaluated.json   the losses that `groundling evaluate` last took, and after how many steps
+        evaluated.json   the losses that `groundling evaluate` last took, and the sum of the weights it took them of
 
 A folder that `groundling import` made has a checkpoint of step 0, tokenizer.json and imported.json, no text and no run.
 """
@@ -257,16 +257,16 @@ class RunFolder:
                 f"{self.config} cannot be read ({error}): begin the run anew with another --out"
             ) from None
 
-    def keep_losses(self, n_steps: int, losses: dict[str, float | None]) -> None:
-        """Keep losses over the whole text, by metric name, of the weights after so many steps."""
-        write_json(self.evaluated, {"steps": n_steps, "losses": losses})
+    def keep_losses(self, kept: Path, losses: dict[str, float | None]) -> None:
+        """Keep losses over the whole text, by metric name, of this checkpoint's weights."""
+        write_json(self.evaluated, {"weights_sha256": checkpoint.weights_sum(kept), "losses": losses})
 
-    def kept_losses(self, n_steps: int) -> dict[str, float | None]:
-        """What `keep_losses` kept of the weights after so many steps; empty if that was nothing, or is damaged."""
+    def kept_losses(self, weights_sha256: str) -> dict[str, float | None]:
+        """What `keep_losses` kept of the weights of this sum; empty if that was nothing, or is damaged."""
         try:
             kept = read_object(self.evaluated)
             check_losses(kept["losses"])
-            return dict(kept["losses"]) if kept["steps"] == n_steps else {}
+            return dict(kept["losses"]) if kept["weights_sha256"] == weights_sha256 else {}
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
@@ -282,8 +282,7 @@ class RunFolder:
             check_record(record)
         except ValueError as error:
             raise CheckpointError(f"{self.record} is no record of a run ({error}): remove it to do without") from None
-        sums = read_object(kept / checkpoint.MANIFEST)
-        return record if record["weights_sha256"] == sums.get("model.safetensors") else {}
+        return record if record["weights_sha256"] == checkpoint.weights_sum(kept) else {}
 
     def runtime(self) -> dict[str, str]:
         """Device, dtype, threads and compilation of the run's beginning."""
@@ -306,6 +305,14 @@ class RunFolder:
                 " another --out"
             )
         return file
+
+
+def folder_of(path: Path, kept: Path) -> RunFolder:
+    """The run folder of a checkpoint that a user named by `path`, itself or by its run; alone, it is its own folder."""
+    if path != kept:
+        return RunFolder(path)
+    parent = kept.resolve().parent
+    return RunFolder(parent.parent if parent.name == "checkpoints" else kept)
 
 
 def find_checkpoint(path: Path) -> Path:
