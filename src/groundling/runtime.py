@@ -73,7 +73,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+        return _name_of(self.dtype)
 
     def without_native(self, why: str) -> Runtime:
         """The same with the reference kernels, uncompiled, and a warning that says why."""
@@ -114,7 +114,7 @@ def resolve(config: RuntimeConfig) -> Runtime:
     compiled, compile_why, uncompiled = _compile(config.compile, device, kernels)
     reasons = (
         ("device", str(device), device_why),
-        ("dtype", next(name for name, known in DTYPES.items() if known is dtype), dtype_why),
+        ("dtype", _name_of(dtype), dtype_why),
         ("threads", str(threads), "asked for" if config.threads else "one per core that this process may use"),
         ("kernels", kernels, kernels_why),
         ("compile", "on" if compiled else "off", compile_why),
@@ -194,6 +194,10 @@ def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if found:
         return torch.bfloat16, f"the CPU has {found[0]}"
     return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known is dtype)
 
 
 def multiplies(dtype: str, device: torch.device) -> bool:

@@ -118,3 +118,27 @@ def test_what_is_not_finite_shows(value: float, unit: bool) -> None:
 def test_a_target_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(IndexError, match="7"):
         head.linear_cross_entropy(torch.ones(1, 2), torch.ones(7, 2), torch.tensor([7]))
+
+
+@pytest.mark.parametrize("logit", [0.0, -100.0, -300.0, 1e5])
+def test_what_all_logits_share_changes_nothing(logit: float) -> None:
+    """GPT-2's are around -100: what they have in common must not round away what they differ by."""
+    hidden, weight = torch.full((3, 1), logit), torch.ones(1001, 1, requires_grad=True)
+    loss = head.linear_cross_entropy(hidden, weight, torch.tensor([0, 500, 1000]), 1)
+    loss.backward()
+    assert loss.item() == pytest.approx(3 * math.log(1001), rel=3e-7)
+    assert weight.grad is not None
+    expected = torch.full((1001, 1), 3 * logit / 1001)
+    expected[[0, 500, 1000]] -= logit
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", list(ERRORS))
+def test_no_targets_have_no_loss(dtype: torch.dtype) -> None:
+    hidden, weight = torch.empty(0, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        loss = head.linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long), 1)
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad is not None
+    assert not weight.grad.any()

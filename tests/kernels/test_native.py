@@ -67,8 +67,10 @@ def outputs_and_gradients(operation: Callable[..., Any], inputs: list[Tensor], d
 def assert_agrees(name: str, inputs: list[Tensor], dtype: torch.dtype, *arguments: int, factor: float = 1) -> None:
     """Of each result, the error's norm is small beside its own, up to a factor where the operation amplifies errors.
 
-    A gradient summed over many rows may come out near 0 by chance, and its rounding errors with it do not.
+    A gradient summed over many rows may come out near 0 by chance, and its rounding errors with it do not. Attention
+    gets its input in the format in which the product before it gives it.
     """
+    own = (lambda x: x.to(dtype)) if name == "self_attention" else (lambda x: x)
     least = 0.5 * inputs[0].shape[:-1].numel() ** 0.5
     inputs = [tensor.to(dtype).float() for tensor in inputs]
     theirs = outputs_and_gradients(
@@ -76,7 +78,7 @@ def assert_agrees(name: str, inputs: list[Tensor], dtype: torch.dtype, *argument
     )
     for unit in UNITS[dtype]:
         with matrix_unit(unit):
-            ours = outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype)
+            ours = outputs_and_gradients(lambda *x: getattr(native, name)(*map(own, x), *arguments), inputs, dtype)
         for our, exact in zip(ours, theirs, strict=True):
             assert our.shape == exact.shape
             error = (our.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=least)
@@ -134,6 +136,52 @@ def test_linear(name: str, shape: tuple[int, ...], width: int, n_out: int, dtype
 def test_self_attention(n_windows: int, length: int, n_head: int, width: int, dtype: torch.dtype, seed: int) -> None:
     qkv = randoms(seed, (n_windows, length, 3 * n_head * width))
     assert_agrees("self_attention", qkv, dtype, n_head)
+
+
+@pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize("largest", [5, 20, 80])
+def test_self_attention_of_scores_that_are_not_small(dtype: torch.dtype, largest: float) -> None:
+    """As a trained network's are: what is made again of them in bf16 must not be rounded before it is an exponent."""
+    heads = randoms(0, (2, 150, 3, 3, 32))[0]
+    scores = heads[:, :, 0].transpose(1, 2) @ heads[:, :, 1].permute(0, 2, 3, 1) / 32**0.5
+    heads[:, :, :2] *= (largest / scores.abs().max()) ** 0.5
+    assert_agrees("self_attention", [heads.view(2, 150, -1)], dtype, 3, factor=10 if dtype is torch.float32 else 2)
+
+
+def test_self_attention_of_what_all_positions_share() -> None:
+    """What keys and values have in common takes no part in the gradients of the scores."""
+    assert_agrees("self_attention", [10 + randoms(0, (1, 300, 3 * 64))[0]], torch.float32, 1, factor=100)
+
+
+@pytest.mark.parametrize("value", [2.3, 333.3, 9999.7])
+@pytest.mark.parametrize("width", [3, 48, 768, 1600])
+def test_a_constant_row_normalised_is_nothing(value: float, width: int) -> None:
+    x = torch.full((2, width), value)
+    normed = native.add_layer_norm(x, torch.zeros_like(x), torch.ones(width), torch.zeros(width))[1]
+    assert not normed.any()
+
+
+@pytest.mark.parametrize("dtype", list(ERRORS))
+def test_no_rows_are_no_error(dtype: torch.dtype) -> None:
+    matrix, vector = torch.ones(6, 6), torch.ones(6)
+    for name, inputs, arguments in (
+        ("linear", [torch.empty(0, 6), matrix, vector], ()),
+        ("linear_gelu", [torch.empty(2, 0, 6), matrix, vector], ()),
+        ("add_layer_norm", [torch.empty(0, 6), torch.empty(0, 6), vector, vector], ()),
+        ("self_attention", [torch.empty(0, 300, 24)], (2,)),
+    ):
+        for unit in UNITS[dtype]:
+            with matrix_unit(unit):
+                results = outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype)  # noqa: B023
+            assert not any(result.any() for result in results)
+
+
+def test_parameters_may_lie_anyhow() -> None:
+    x, weight, bias, rows, matrix = randoms(0, (5, 16), (32,), (1,), (5, 8), (16, 8))
+    weight, bias = weight[::2], bias.expand(16)
+    for name, inputs in (("add_layer_norm", (x, x, weight, bias)), ("linear_gelu", (rows, matrix, bias))):
+        expected = getattr(reference, name)(*(tensor.double() for tensor in inputs))
+        torch.testing.assert_close(getattr(native, name)(*inputs), expected, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tile_queries", [1, 5, 64])

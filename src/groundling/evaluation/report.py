@@ -26,8 +26,9 @@ MEANINGS = {
     "heldout/loss": "The same over text that was never trained on: what was learned of the language, not of this text.",
 }
 
-# Not text in HTML: C0 and C1 controls but tab and line feed, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Not text in HTML and Markdown: C0 and C1 controls but tab and line feed, and halves of surrogate pairs, which names of
+# files may hold.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def verdict_words(corpus: float | None, offset: float | None, target: float, goldfish: bool) -> tuple[str, str]:
@@ -109,7 +110,7 @@ def render(
         table=_table(facts.get("extraction")),
         charts={name: Markup(svg) if svg else None for name, svg in charts.items()},  # our own, with escaped labels
     )
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
 
 
 def percent(share: float | None) -> str:

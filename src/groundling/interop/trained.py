@@ -15,6 +15,7 @@ import torch
 from groundling.corpus.shards import TokenFile
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, ConfigError
+from groundling.evaluation.report import UNPRINTABLE
 from groundling.interop.foreign import Imported
 from groundling.interop.sources import is_run, open_foreign
 from groundling.interop.tensor_files import training_record
@@ -25,9 +26,6 @@ from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
 
 WINDOW = "groundling_window"
 """What an export's config.json says besides transformers' own settings: `Trained.window`."""
-
-# Not text: C0 and C1 controls but tab and line feed, and halves of surrogate pairs, which names of files may hold.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def of_foreign(imported: Imported, path: Path) -> Trained:
 
 def printable(text: object) -> str:
     """Text without what is not text."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", re.sub("\r\n?", "\n", str(text)))
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", re.sub("\r\n?", "\n", str(text)))
 
 
 def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:

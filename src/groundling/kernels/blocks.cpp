@@ -18,6 +18,7 @@ using namespace groundling;
 
 constexpr int64_t kBlockRows = 32;  // rows summed one after the other; blocks are then summed in their order
 constexpr float kEpsilon = 1e-5f;   // LayerNorm's, as in GPT-2's released code
+constexpr float kMostAbove = 60;  // of a score made again, above its row's log_sum: a sum of e^60 is still a number
 
 // Runs of columns are whole vectors, whose length is known when compiling, and a rest of fewer lanes.
 using Whole = std::integral_constant<int, kLanes>;
@@ -121,12 +122,15 @@ void add_layer_norm(int n_threads, int64_t n_rows, int64_t width, const float* x
       write<Fp32>(sums + at + c, value, n);
       total += value;
     });
-    const float mean = sum(total) / width;
+    const float near = sum(total) / width;
+    Vec rest{};
     each_run(width, [&](int64_t c, auto n) {
-      const Vec centred = first_lanes(read<Fp32>(sums + at + c, n) - mean, n);
+      const Vec centred = first_lanes(read<Fp32>(sums + at + c, n) - near, n);
+      rest += centred;
       squares = multiply_add(centred, centred, squares);
     });
-    const float scale = 1 / std::sqrt(sum(squares) / width + kEpsilon);
+    const float off = sum(rest) / width, mean = near + off;
+    const float scale = 1 / std::sqrt(std::max(sum(squares) / width - off * off, 0.f) + kEpsilon);
     each_run(width, [&](int64_t c, auto n) {
       const Vec value = (read<Fp32>(sums + at + c, n) - mean) * scale;
       write<Normed>(normed + at + c, multiply_add(value, read<Fp32>(weight + c, n), read<Fp32>(bias + c, n)), n);
@@ -163,35 +167,6 @@ void add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t width, const
       if (d_update) write<Update>(d_update + at + c, d, n);
     });
   });
-}
-
-template <class Format>
-void softmax_backward(int n_threads, int64_t n_rows, int64_t n_queries, int64_t n_keys, float scale,
-                      typename Format::Element* scores, const float* log_sums,
-                      typename Format::Element* d_probabilities) {
-#pragma omp parallel num_threads(n_threads)
-  {
-    const std::unique_ptr<float[]> probabilities(new float[n_keys]);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < n_rows; ++i) {
-      auto *row = scores + i * n_keys, *d_row = d_probabilities + i * n_keys;
-      const int64_t n_seen = n_keys - n_queries + i % n_queries + 1;
-      Vec products{};
-      each_run(n_seen, [&](int64_t c, auto n) {
-        const Vec probability = exponential(read<Format>(row + c, n) * scale - log_sums[i]);
-        write<Fp32>(probabilities.get() + c, probability, n);
-        products = multiply_add(probability, read<Format>(d_row + c, n), products);  // 0 in lanes that are none
-      });
-      const float mean = sum(products);
-      each_run(n_seen, [&](int64_t c, auto n) {
-        const Vec probability = read<Fp32>(probabilities.get() + c, n);
-        write<Format>(row + c, probability, n);
-        write<Format>(d_row + c, probability * (read<Format>(d_row + c, n) - mean) * scale, n);
-      });
-      std::fill(row + n_seen, row + n_keys, typename Format::Element{});
-      std::fill(d_row + n_seen, d_row + n_keys, typename Format::Element{});
-    }
-  }
 }
 
 }  // namespace
@@ -279,13 +254,33 @@ void groundling_sum_rows(int n_threads, int64_t n_rows, int64_t width, int bf16,
 // From scores (n_heads, n_queries, n_keys), the logarithms of the denominators of the softmax of scale * scores, and the
 // gradient of its probabilities: the probabilities in the scores' place, and in that of their gradient, the gradient of
 // the scores. The queries are the last of the keys' positions; each sees the keys up to its own.
-void groundling_causal_softmax_backward(int n_threads, int64_t n_heads, int64_t n_queries, int64_t n_keys, int bf16,
-                                        float scale, void* scores, const float* log_sums, void* d_probabilities) {
-  with_format(bf16, [=](auto format) {
-    using Format = decltype(format);
-    softmax_backward<Format>(n_threads, n_heads * n_queries, n_queries, n_keys, scale, elements<Format>(scores),
-                             log_sums, elements<Format>(d_probabilities));
-  });
+//
+// Scores that are made again differ by their rounding from those whose log_sums were kept: probabilities are divided by
+// their own sum, else the error would be taken times whatever the values have in common.
+void groundling_causal_softmax_backward(int n_threads, int64_t n_heads, int64_t n_queries, int64_t n_keys, float scale,
+                                        float* scores, const float* log_sums, float* d_probabilities) {
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+  for (int64_t i = 0; i < n_heads * n_queries; ++i) {
+    float *row = scores + i * n_keys, *d_row = d_probabilities + i * n_keys;
+    const int64_t n_seen = n_keys - n_queries + i % n_queries + 1;
+    Vec products{}, total{};
+    each_run(n_seen, [&](int64_t c, auto n) {
+      Vec below = read<Fp32>(row + c, n) * scale - log_sums[i];
+      below = below > kMostAbove ? splat(kMostAbove) : below;
+      const Vec probability = first_lanes(exponential(below), n);
+      write<Fp32>(row + c, probability, n);
+      total += probability;
+      products = multiply_add(probability, read<Fp32>(d_row + c, n), products);
+    });
+    const float inverse = 1 / sum(total), mean = sum(products) * inverse;
+    each_run(n_seen, [&](int64_t c, auto n) {
+      const Vec probability = read<Fp32>(row + c, n) * inverse;
+      write<Fp32>(row + c, probability, n);
+      write<Fp32>(d_row + c, probability * (read<Fp32>(d_row + c, n) - mean) * scale, n);
+    });
+    std::fill(row + n_seen, row + n_keys, 0.f);
+    std::fill(d_row + n_seen, d_row + n_keys, 0.f);
+  }
 }
 
 }  // extern "C"

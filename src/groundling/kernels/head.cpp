@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "vectors.h"
 
@@ -36,23 +37,23 @@ struct Row {
     function(rest);
   }
 
-  // The logarithm of the sum of e^logit; not a number if a logit is none, or is infinite.
-  float log_sum() const {
+  // The largest logit, and the logarithm of the sum of e^(logit - largest); not a number if a logit is none, or infinite.
+  std::pair<float, float> log_sum() const {
     Vec largest = splat(-INFINITY), total{};
     each([&](Vec v) { largest = v > largest ? v : largest; });
     float lanes[kLanes];
     store(lanes, largest);
     const float most = *std::max_element(lanes, lanes + kLanes);
     each([&](Vec v) { total += exponential(v - most); });
-    return most + std::log(sum(total)) + 0 * (most - most);
+    return {most, std::log(sum(total)) + 0 * (most - most)};
   }
 
   // Softmax, given the logarithm of its denominator, in the logits' place.
-  void to_softmax(float log_sum) {
+  void to_softmax(float most, float log_sum) {
     for (int64_t at = 0; at < whole; at += kLanes)
-      Format::write(logits + at, exponential(Format::read(logits + at) - log_sum));
+      Format::write(logits + at, exponential((Format::read(logits + at) - most) - log_sum));
     float lanes[kLanes];
-    store(lanes, exponential(rest - log_sum));
+    store(lanes, exponential((rest - most) - log_sum));
     for (int64_t i = 0; i < n_rest; ++i) logits[whole + i] = Format::element(lanes[i]);
   }
 };
@@ -70,13 +71,14 @@ void cross_entropy(int n_threads, typename Format::Element* logits, int64_t n_ro
       continue;
     }
     Row<Format> vectors(row, n_vocab, log_n_last);
-    const float log_sum = vectors.log_sum(), logit = Format::value(row[target]);
-    losses[i] = log_sum - logit;
+    const auto [most, log_sum] = vectors.log_sum();
+    const float logit = Format::value(row[target]);
+    losses[i] = log_sum + (most - logit);
     if (!with_gradient) continue;
-    vectors.to_softmax(log_sum);
+    vectors.to_softmax(most, log_sum);
     // From the logit again, not from the rounded probability: near 1 the difference would be lost.
     const float counted = target == n_vocab - 1 ? logit + log_n_last : logit;
-    row[target] = Format::element(std::expm1(counted - log_sum));
+    row[target] = Format::element(std::expm1((counted - most) - log_sum));
   }
 }
 

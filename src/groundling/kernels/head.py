@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from groundling.kernels import products
+from groundling.kernels import products, reference
 from groundling.kernels.build import library
 from groundling.kernels.weight_copies import weight_copy
 
@@ -27,6 +27,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     The gradients are computed with the loss, while the logits are at hand. Raises `IndexError` for a target that
     the weight has no row for.
     """
+    if not len(targets):
+        return reference.linear_cross_entropy(hidden, weight, targets, n_last)
     if int(targets.max()) >= len(weight):
         raise IndexError(f"target {int(targets.max())} is not one of {len(weight)} tokens")
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -71,7 +71,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def self_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal attention of whole windows to themselves; see `reference.py`."""
-    if qkv.dtype is torch.float32 and qkv.size(1) < TILED_FP32:
+    tiled = products.available() if _bf16(qkv) else qkv.size(1) >= TILED_FP32
+    if not tiled or not qkv.numel():
         return reference.self_attention(qkv, n_head)
     return SelfAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -81,7 +82,7 @@ class AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        x, update = x.contiguous(), update.contiguous()
+        x, update, weight, bias = x.contiguous(), update.contiguous(), weight.contiguous(), bias.contiguous()
         sums = torch.empty_like(x)
         normed = torch.empty_like(x, dtype=_product_format())
         statistics = torch.empty(x.numel() // len(weight), 2)
@@ -129,14 +130,14 @@ class Linear(torch.autograd.Function):
         rows, matrix = _factors(x, weight)
         ctx.save_for_backward(rows, matrix)
         ctx.x_format = x.dtype
-        return torch.addmm(bias.to(rows.dtype), rows, matrix.T).view(*x.shape[:-1], -1)
+        return torch.addmm(bias.to(rows.dtype), rows, matrix.T).view(*x.shape[:-1], len(matrix))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix = ctx.saved_tensors
-        d_rows = d.reshape(-1, len(matrix)).contiguous()
-        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
+        d_rows = d.reshape(d.numel() // len(matrix), len(matrix)).contiguous()
+        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
         if _bf16(d_rows) and products.available():
             return d_x, *products.weight_gradient(d_rows, rows.contiguous())
         d_bias = rows.new_empty(len(matrix), dtype=torch.float32)
@@ -149,13 +150,13 @@ class LinearGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows, matrix = _factors(x, weight)
+        rows, matrix, bias = *_factors(x, weight), bias.contiguous()
         sums = torch.mm(rows, matrix.T)
         activated = torch.empty_like(sums)
         _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated)
         ctx.save_for_backward(rows, matrix, bias)
         ctx.x_format, ctx.sums = x.dtype, sums
-        return activated.view(*x.shape[:-1], -1)
+        return activated.view(*x.shape[:-1], len(matrix))
 
     @staticmethod
     @once_differentiable
@@ -165,7 +166,7 @@ class LinearGelu(torch.autograd.Function):
         del ctx.sums  # overwritten here, so a second backward pass must fail
         d_bias = torch.empty_like(bias)
         _sweep("bias_gelu_backward", *_rows(d_rows), _bf16(d_rows), d_rows, bias, d.contiguous(), d_bias)
-        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], -1)
+        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
         if _bf16(d_rows) and products.available():
             return d_x, products.weight_gradient(d_rows, rows.contiguous())[0], d_bias
         return d_x, d_rows.T.mm(rows).float(), d_bias
@@ -177,7 +178,7 @@ class SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
         qkv = qkv.contiguous()
-        if _bf16(qkv) and products.available():
+        if _bf16(qkv):
             mixed, log_sums = products.attention(qkv, n_head)
             ctx.save_for_backward(qkv, log_sums)
             return mixed
@@ -192,7 +193,7 @@ class SelfAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         qkv, log_sums = ctx.saved_tensors
-        if _bf16(qkv) and products.available():
+        if _bf16(qkv):
             return products.attention_backward(qkv, log_sums, d.contiguous()), None
         (B, T, C), n_head = d.shape, log_sums.size(1)
         heads = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, -1)
@@ -223,7 +224,7 @@ def _attention_backward(
     torch.bmm(d_mixed, value.mT, out=d_scores)  # the gradient of the probabilities, so far
     scale = ctypes.c_float(1 / math.sqrt(query.size(2)))
     logarithms = log_sums[:, queries].contiguous()
-    _sweep("causal_softmax_backward", *shape, _bf16(scores), scale, scores, logarithms, d_scores)
+    _sweep("causal_softmax_backward", *shape, scale, scores, logarithms, d_scores)
     d_query[:, queries] = d_scores.bmm(key)
     for total, gradient in ((d_key, d_scores.mT.bmm(query)), (d_value, scores.mT.bmm(d_mixed))):
         if seen.stop == total.size(1):
@@ -234,7 +235,7 @@ def _attention_backward(
 
 def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x and the weight, as a product takes them."""
-    rows = x.reshape(-1, x.size(-1))
+    rows = x.reshape(x.numel() // x.size(-1), x.size(-1))
     if _product_format() is torch.float32:
         return rows, weight
     return rows.to(torch.bfloat16), weight_copy(weight)

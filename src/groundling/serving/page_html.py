@@ -9,11 +9,11 @@ from __future__ import annotations
 import codecs
 import html
 import math
-import re
 from collections.abc import Sequence
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.evaluation.memorisation import DEFAULT_MINIMUM
+from groundling.evaluation.report import UNPRINTABLE
 from groundling.generation.decode import Likelihood
 from groundling.serving.copy_meter import LISTED, Measured, Passage, percent
 from groundling.serving.visitors import Looked, Written
@@ -29,9 +29,6 @@ ENDINGS = {
     "failed": "Decoding has failed.",
 }
 
-# Not text in HTML: C0 and C1 controls but tab and line feed, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
 # Gradio puts a part's value through a template, in which these are not letters.
 _TEMPLATE = {ord(letter): f"&#{ord(letter)};" for letter in "${}`\\"}
 
@@ -41,7 +38,7 @@ N_OTHERS = 5
 
 def escape(text: str) -> str:
     """Text as HTML, in elements and in quoted attributes."""
-    printable = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+    printable = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
     return html.escape(printable).translate(_TEMPLATE)
 
 

@@ -37,7 +37,7 @@ from groundling.errors import CheckpointError, CorpusError
 from groundling.files import LOCK, PARTIAL, atomic_file, locked, write_json, write_text
 from groundling.json_files import read_bounded, read_object
 from groundling.training import checkpoint
-from groundling.training.kept import check_losses, check_record, check_settings
+from groundling.training.run_file_checks import check_losses, check_record, check_settings
 
 NO_SUM = "0" * 64
 """A run's copy of tokens is not looked up by what it was made of."""
