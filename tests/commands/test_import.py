@@ -94,6 +94,23 @@ def test_losses_over_a_text(run: Path, imported: Path, workplace: Path, capsys: 
     assert "heldout" not in printed.out
 
 
+def test_what_is_assumed_of_it_is_said_by_whatever_reads_it(
+    run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--tokenizer", str(run / "tokenizer.json")]
+    (tmp_path / "source").mkdir()
+    for name, source in (("tokenizer.json", run), (checkpoint.name, checkpoint.parent)):
+        (tmp_path / "source" / name).write_bytes((source / name).read_bytes())
+    beside = str(tmp_path / "source" / checkpoint.name)
+    for arguments in (
+        ["import", str(checkpoint), *own, "--out", str(tmp_path / "run")],
+        ["export", str(checkpoint), *own, "--format", "safetensors", "--out", str(tmp_path / "flat")],
+        ["train", "--init", beside, "--corpus", "bottles.txt", "--max-steps", "1", "--out", str(tmp_path / "trained")],
+    ):
+        assert main(arguments) == 0
+        assert f"changed: {ASSUMED_GELU}" in capsys.readouterr().err
+
+
 def test_a_run_is_imported_from_a_run(run: Path, tmp_path: Path) -> None:
     assert main(["import", str(run), "--out", str(tmp_path / "again")]) == 0
     weights = [find_checkpoint(path) / "model.safetensors" for path in (run, tmp_path / "again")]

@@ -129,6 +129,18 @@ def test_presets_are_settings_to_start_from(run: Path, capsys: pytest.CaptureFix
     assert by_name == samples(capsys, run, "--prompt", "40", *spelled, "--max-tokens", "9")
 
 
+def test_what_does_nothing_at_temperature_0_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    idle = ("--top-k", "5", "--top-p", "0.5", "--min-p", "0.1", "--seed", "3")
+    assert main(["sample", str(run), "--prompt", "40", "--temperature", "0", "-n", "2", *idle]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(said) == 5
+    assert "the 2 samples of a prompt are all the same" in said[0]
+    assert [line.split()[1] for line in said[1:]] == list(idle[::2])
+    assert main(["sample", str(run), "--prompt", "40", *idle]) == 0
+    assert main(["sample", str(run), "--prompt", "40", "--preset", "greedy"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

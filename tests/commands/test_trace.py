@@ -169,6 +169,24 @@ def test_a_prompt_is_not_counted(run: Path) -> None:
     assert file.getvalue() == COPIED + STRANGE + COPIED + "\n"
 
 
+def test_a_character_that_was_not_finished_is_not_counted(run: Path) -> None:
+    tracer = Tracer.of_run(run)
+    whole, cut = (tracer.trace_written("40 green", " bottles" + end) for end in ("", "\N{REPLACEMENT CHARACTER}"))
+    assert cut.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_every_span_has_the_line_in_which_its_first_word_stands(run: Path) -> None:
+    tracer = Tracer.of_run(run)
+    text = "\n\n".join(f"Stanza {number}\n{COPIED.replace('27', str(number))}" for number in range(20, 30))
+    trace = tracer.trace(tracer.tokenizer.encode(text), minimum=1)
+    assert len(trace.copies.spans) > 20
+    for span in trace.copies.spans:
+        before = tracer.tokenizer.decode(trace.tokens[: span.start].tolist())
+        words = trace.text_of(span)
+        n_blank = len(words) - len(words.lstrip())
+        assert trace.line_of(span) == 1 + (before + words[:n_blank]).count("\n")
+
+
 def test_nothing_written_is_no_copy(run: Path) -> None:
     trace = Tracer.of_run(run).trace(np.empty(0, dtype=np.uint32))
     assert trace_lines(trace) == ["0 % of 0 tokens stand verbatim in the training text in spans of at least 12 tokens"]

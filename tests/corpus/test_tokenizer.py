@@ -1,5 +1,6 @@
 """The tokenizer: exact both ways on any text, GPT-2's own to the token, and no other kind by mistake."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -67,6 +68,18 @@ def test_a_half_character_decodes_to_a_replacement_and_its_bytes_stay_exact():
     assert len(ids) > 1
     assert "\ufffd" in GPT2.decode(ids[:-1])
     assert "🎭".encode().startswith(GPT2.decode_bytes(ids[:-1]))
+
+
+@given(text=texts, cuts=st.lists(st.integers(0, 60)), missing=st.integers(0, 2))
+def test_parts_decode_to_the_whole(text, cuts, missing):
+    """Wherever it is cut, inside characters too, and where the last one is not whole."""
+    ids = SMALL.encode(text)
+    ids = ids[: max(0, len(ids) - missing)]
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    parts = [ids[begin:end] for begin, end in itertools.pairwise(edges)]
+    decoded = list(SMALL.decode_parts(parts))
+    assert len(decoded) == len(parts)
+    assert "".join(decoded) == SMALL.decode(ids)
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2, SMALL], ids=["gpt2", "trained"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from groundling.evaluation.corpus_loss import Evaluator
+from groundling.evaluation.corpus_loss import Evaluator, n_tokens_read
 from groundling.model.gpt2 import GPT2
 from groundling.runtime import Runtime
 
@@ -52,6 +52,17 @@ def test_every_offset_moves_something_where_the_text_is_shorter_than_a_window(
     assert len(losses) == 8
     assert max(losses) < len(short) - 1
     assert evaluator.loss(short) not in losses.values()
+
+
+@pytest.mark.parametrize(("n_tokens", "length"), [(203, 16), (12, 16), (5, 16), (203, 3), (203, 1), (2, 16)])
+def test_what_a_loss_reads_is_known_before(
+    model: GPT2, tokens: Tokens, cpu: Runtime, n_tokens: int, length: int
+) -> None:
+    """So that a progress bar comes to its end."""
+    text = tokens[:n_tokens]
+    n_offsets = len(Evaluator(model.loss_sum, length, cpu).offset_losses(text))
+    assert n_tokens_read("corpus/loss_offset", len(text), length) == n_offsets * len(text)
+    assert n_tokens_read("corpus/loss", len(text), length) == len(text)
 
 
 def test_windows_are_counted_and_may_be_abandoned(model: GPT2, tokens: Tokens, cpu: Runtime) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +58,20 @@ def test_a_copy_is_one_span(training: list[int], start: int, length: int) -> Non
     copies = copies_of(training, copy)
     assert [(span.start, span.length) for span in copies.spans] == ([(0, len(copy))] if copy else [])
     assert copies.share(len(copy)) == (1.0 if copy else 0.0)
+
+
+@given(sequences, sequences, st.integers(1, 5))
+def test_pieces_are_the_whole_text_each_with_its_longest_span(
+    training: list[int], text: list[int], minimum: int
+) -> None:
+    copies = copies_of(training, text, minimum)
+    pieces = copies.pieces()
+    assert [token for part, _ in pieces for token in text[part]] == text
+    assert all(first is not second for (_, first), (_, second) in itertools.pairwise(pieces))
+    for part, span in pieces:
+        for place in range(part.start, part.stop):
+            over = [span for span in copies.spans if span.start <= place < span.stop]
+            assert span == max(over, key=lambda span: span.length, default=None)
 
 
 def test_the_longest_come_first() -> None:

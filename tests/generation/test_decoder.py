@@ -116,6 +116,15 @@ def test_native_formats_are_the_rounded_network(form: WeightFormat, tolerance: f
         assert float((found - expected).abs().max() / expected.std()) < tolerance
 
 
+@both
+@pytest.mark.parametrize("token", [71, -1])
+def test_a_token_that_the_network_does_not_have_is_refused(decoder_of: Opener, token: int) -> None:
+    with decoder_of(odd_network(), 2) as decoder:
+        with pytest.raises(IndexError):
+            decoder.read([Chunk(0, [1, 2], 1), Chunk(1, [3, token], 1)])
+        assert (decoder.length(0), decoder.length(1)) == (0, 0)
+
+
 def test_a_long_prompt_is_read_in_several_passes() -> None:
     model = odd_network(n_ctx=600)
     text = torch.randint(71, (600,)).tolist()

@@ -115,9 +115,10 @@ def test_what_is_not_finite_shows(value: float, unit: bool) -> None:
         assert not math.isfinite(float(loss.detach()))
 
 
-def test_a_target_beyond_the_vocabulary_is_refused() -> None:
-    with pytest.raises(IndexError, match="7"):
-        head.linear_cross_entropy(torch.ones(1, 2), torch.ones(7, 2), torch.tensor([7]))
+@pytest.mark.parametrize("target", [7, -1, -99])
+def test_a_target_that_is_no_token_is_refused(target: int) -> None:
+    with pytest.raises(IndexError, match=str(target)):
+        head.linear_cross_entropy(torch.ones(3, 2), torch.ones(7, 2), torch.tensor([6, -100, target]))
 
 
 @pytest.mark.parametrize("logit", [0.0, -100.0, -300.0, 1e5])

@@ -161,6 +161,14 @@ def test_a_constant_row_normalised_is_nothing(value: float, width: int) -> None:
     assert not normed.any()
 
 
+@pytest.mark.parametrize("value", [0.1, -3.3])
+def test_many_equal_rows_do_not_drift(value: float) -> None:
+    rows, (matrix, bias) = torch.full((1 << 17, 2), 1.0), (torch.ones(3, 2), torch.zeros(3, requires_grad=True))
+    native.linear(rows, matrix, bias).backward(torch.full((len(rows), 3), value))
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, torch.full((3,), value * len(rows)), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", list(ERRORS))
 def test_no_rows_are_no_error(dtype: torch.dtype) -> None:
     matrix, vector = torch.ones(6, 6), torch.ones(6)

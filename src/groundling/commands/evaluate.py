@@ -11,7 +11,7 @@ from groundling.commands.session import say
 from groundling.corpus.config import CorpusConfig
 from groundling.corpus.load import load_corpus
 from groundling.errors import CheckpointError, ConfigError, CorpusError
-from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator
+from groundling.evaluation.corpus_loss import Evaluator, n_tokens_read
 from groundling.evaluation.report import finite
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
 from groundling.runtime import DTYPES, cache_dir
@@ -93,7 +93,7 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
         raise CheckpointError(f"{folder.path} lacks train.bin, the tokens of its text: give the folder of the run")
     say(f"text: {_name_of(folder)}, {train.n_tokens:,} tokens, {heldout.n_tokens if heldout else 0:,} held out")
     n_readings = 1 if options.weights == "fp32" else 2
-    n_tokens = (1 + N_OFFSETS) * train.n_tokens + (heldout.n_tokens if heldout else 0)
+    n_tokens = _n_tokens_of_text(train.n_tokens, window) + (heldout.n_tokens if heldout else 0)
     with progress_bar("reading the text", n_readings * n_tokens / window) as advance:
         evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
 
@@ -113,6 +113,11 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
             return losses, {}
         round_weights(model, options.weights)
         return losses, whole_text()
+
+
+def _n_tokens_of_text(n_tokens: int, window: int) -> int:
+    """What both losses over a text read of it."""
+    return sum(n_tokens_read(loss, n_tokens, window) for loss in ANOTHER_TEXT)
 
 
 def _keep(folder: RunFolder, checkpoint: Path, losses: dict[str, float | None]) -> None:
@@ -135,7 +140,7 @@ def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None]
     say(f"text: {corpus.name}, {len(tokens):,} tokens, in windows of {window:,}")
     forms: list[WeightFormat] = ["fp32"] if options.weights == "fp32" else ["fp32", options.weights]
     taken: list[dict[str, float | None]] = []
-    with progress_bar("reading the text", len(forms) * (1 + N_OFFSETS) * len(tokens) / window) as advance:
+    with progress_bar("reading the text", len(forms) * _n_tokens_of_text(len(tokens), window) / window) as advance:
         evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
         for form in forms:
             round_weights(model, form)

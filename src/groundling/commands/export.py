@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from groundling.commands.arguments import Parser
-from groundling.commands.session import say
+from groundling.commands.session import say, say_changes
 from groundling.errors import ConfigError
 from groundling.files import atomic_path
 from groundling.interop.trained import Trained, open_trained
@@ -81,6 +81,7 @@ def main(arguments: list[str]) -> int:
     if options.library:
         _keep_library(options)
     trained = open_trained(Path(options.run), options.tokenizer and Path(options.tokenizer), options.n_head)
+    say_changes(trained.changes)
     with atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
         if options.verify:

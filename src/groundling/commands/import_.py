@@ -8,7 +8,7 @@ from typing import Any
 from groundling import __version__
 from groundling.commands.arguments import Parser
 from groundling.commands.export import check_parent
-from groundling.commands.session import say
+from groundling.commands.session import say, say_changes
 from groundling.errors import ConfigError
 from groundling.files import atomic_path, sha256_of, write_json
 from groundling.interop.sources import is_run, open_foreign
@@ -53,14 +53,12 @@ def main(arguments: list[str]) -> int:
         facts = {
             "format": imported.source.form,
             "files": {file.name: sha256_of(file) for file in imported.source.files},
-            "changes": list(imported.changes),
         }
     with atomic_path(target) as partial:
         partial.mkdir()
-        write_run(partial, trained, {"source": options.source, **facts})
+        write_run(partial, trained, {"source": options.source, **facts, "changes": list(trained.changes)})
     config = trained.model.config
-    for change in facts["changes"]:
-        say(f"changed: {change}")
+    say_changes(trained.changes)
     say(
         f"imported: {target}, {config.n_parameters():,} parameters ({config.n_layer} layers, {config.n_head} heads,"
         f" n_embd {config.n_embd}, n_ctx {config.n_ctx}),"
@@ -71,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def _facts_of_run(source: Path) -> dict[str, Any]:
     weights = find_checkpoint(source) / "model.safetensors"
-    return {"format": "a run of Groundling", "files": {weights.name: sha256_of(weights)}, "changes": []}
+    return {"format": "a run of Groundling", "files": {weights.name: sha256_of(weights)}}
 
 
 def write_run(path: Path, trained: Trained, facts: dict[str, Any]) -> None:

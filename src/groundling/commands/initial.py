@@ -34,6 +34,8 @@ class Initial:
     window: int
     """Tokens of the windows that it was trained on."""
     source: str
+    changes: tuple[str, ...] = ()
+    """What was done to a foreign model to have it so."""
 
     @cached_property
     def sha256(self) -> str:
@@ -57,7 +59,7 @@ def open_initial(config: RunConfig, resumed: RunFolder | None) -> Initial | None
     if not config.init or (resumed and resumed.settings().get("init") == config.init):
         return None
     trained = open_trained(Path(config.init))
-    return Initial(trained.model, trained.tokenizer, trained.window, config.init)
+    return Initial(trained.model, trained.tokenizer, trained.window, config.init, trained.changes)
 
 
 def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> RunConfig:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from groundling import kernels, runtime
 from groundling.commands.arguments import Parser
-from groundling.commands.session import say
+from groundling.commands.session import say, say_changes
 from groundling.commands.tracing import Tracer
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, CorpusError
@@ -125,6 +125,7 @@ def open_model(options: Any) -> OpenRun:
     if is_run(path):
         return open_run(options)
     trained, resolved = open_trained(path), resolve_runtime(options, "fp32")
+    say_changes(trained.changes)
     model = trained.model.to(resolved.device)
     folder = RunFolder(path)
     return OpenRun(path, folder, model, trained.tokenizer, trained.window, resolved, options.weights, options.drafts)

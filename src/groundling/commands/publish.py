@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from groundling.commands.arguments import Parser
 from groundling.commands.export import FORMATS, Writer
-from groundling.commands.session import say
+from groundling.commands.session import say, say_changes
 from groundling.errors import ConfigError, Interrupted, RunFailed
 from groundling.interop import space
 from groundling.interop.hub import Hub, Place, check_repo, stays
@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
     if gradio and gradio == static:
         raise ConfigError(f"--space-repo and --static-repo are both {gradio}: give each a name of its own")
     trained = open_trained(Path(options.run))
+    say_changes(trained.changes)
     hub = Hub.of_user(say)
     say(f"hub: signed in as {hub.name}")
     model = hub.look(repo, "model", options.private)

@@ -5,7 +5,6 @@ Invariant: a long measurement says soon after its beginning how long it will tak
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -154,8 +153,7 @@ def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any])
         if tracer is None:
             sample.pieces = [Piece(prompt, -1), Piece(text, 0)]
         else:
-            prompt_ids = run.tokenizer.encode(prompt)
-            sample.trace = tracer.trace(prompt_ids + run.tokenizer.encode(text), len(prompt_ids))
+            sample.trace = tracer.trace_written(prompt, text)
             sample.pieces, sample.sources = marked(sample.trace)
         samples.append(sample)
     return samples
@@ -168,25 +166,15 @@ def _title(prompt: str) -> str:
 
 
 def marked(trace: Trace) -> tuple[list[Piece], list[str]]:
-    """The text in pieces, each of one copied span or of none, and the sources of the spans in their order.
-
-    Where spans overlap, the longer one is marked, of equals the first.
-    """
-    spans = trace.copies.spans
-    owners = np.full(len(trace.tokens), -1)  # of each token, the index of its span
-    owners[: trace.n_prompt] = -2
-    for index in sorted(range(len(spans)), key=lambda index: (spans[index].length, -spans[index].start)):
-        owners[trace.n_prompt + spans[index].start : trace.n_prompt + spans[index].stop] = index
-    cuts = np.flatnonzero(np.diff(owners)) + 1
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may lie in two pieces
-    pieces, sources = [], list[str]()
-    for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(owners)], strict=True):
-        text = decoder.decode(trace.tracer.tokenizer.decode_bytes(trace.tokens[begin:end].tolist()), end == len(owners))
-        owner = int(owners[begin]) if len(owners) else -1
-        if owner < 0:
-            pieces.append(Piece(text, owner + 1))
+    """The text in pieces, each of one copied span or of none, and the sources of the spans in their order."""
+    tokens = trace.tokens.tolist()
+    prompt, written, cut = tokens[: trace.n_prompt], tokens[trace.n_prompt :], trace.copies.pieces()
+    asked, *texts = trace.tracer.tokenizer.decode_parts([prompt, *(written[part] for part, _ in cut)])
+    pieces, sources = [Piece(asked, -1)] if asked else [], list[str]()
+    for text, (_, span) in zip(texts, cut, strict=True):
+        if span is None:
+            pieces.append(Piece(text, 0))
             continue
-        span = spans[owner]
         sources.append(_source(trace, span))
         band = int(np.searchsorted(BANDS, span.length, side="right"))
         pieces.append(Piece(text, band, len(sources), sources[-1]))

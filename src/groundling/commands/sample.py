@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   echo "First Citizen:" | groundling sample runs/gpt2 --prompt-file - --stats
 """
 
+SETTINGS_OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
 MAX_PROMPT_BYTES = 1 << 20
 """Far more than any window holds."""
 
@@ -56,8 +57,8 @@ def main(arguments: list[str]) -> int:
     sampling = _sampling(options)
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}: give a positive number of samples")
-    if options.n > 1 and sampling.temperature == 0:
-        say(f"warning: at temperature 0 the {options.n} samples of a prompt are all the same")
+    if sampling.temperature == 0:
+        _warn_of_greed(options)
     requests = repeated(_prompts(options), sampling, options.n)
     run = open_run(options)
     if options.trace:
@@ -108,6 +109,15 @@ def _sampling(options: Any) -> SamplingConfig:
     values |= {name: options[name] for name in values if options[name] not in (None, [])}
     values["stop"] = tuple(stop.replace("\\n", "\n").replace("\\t", "\t") for stop in values["stop"])
     return SamplingConfig(**values)
+
+
+def _warn_of_greed(options: Any) -> None:
+    """Say which options have no effect where the likeliest token is always taken."""
+    if options.n > 1:
+        say(f"warning: at temperature 0 the {options.n} samples of a prompt are all the same")
+    for name in SETTINGS_OF_DRAWS:
+        if options[name] is not None:
+            say(f"warning: --{name.replace('_', '-')} is not used: at temperature 0 nothing is drawn")
 
 
 def _prompts(options: Any) -> list[str]:
@@ -196,8 +206,7 @@ def _as_json(sample: Written, options: Any, run: OpenRun) -> dict[str, Any]:
 
 def _trace(sample: Written, run: OpenRun) -> Trace:
     """What of a sample is copied, its prompt not counted."""
-    prompt = run.tokenizer.encode(sample.prompt)
-    return run.tracer.trace(prompt + run.tokenizer.encode(sample.text), len(prompt))
+    return run.tracer.trace_written(sample.prompt, sample.text)
 
 
 def _stats_lines(stats: Stats, run: OpenRun) -> Iterator[str]:

@@ -98,6 +98,12 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def say_changes(changes: Sequence[str]) -> None:
+    """Say what a foreign model was changed by; see `Trained.changes`."""
+    for change in changes:
+        say(f"changed: {change}")
+
+
 def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence[str] = ()) -> Prepared:
     """Resolve device and text, and measure the machine's matrix ceiling, saying what was chosen and why.
 
@@ -120,6 +126,7 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
         say(f"warning: {warning}")
     if initial and not resumed:
         say(initial.line())
+        say_changes(initial.changes)
     n_vocab, config = config.model.n_vocab, with_vocabulary(config, corpus)
     if n_vocab not in (config.model.n_vocab, GPTConfig().n_vocab):
         say(f"warning: model.n_vocab {n_vocab:,} is not used: the tokenizer has {config.model.n_vocab:,} ids")

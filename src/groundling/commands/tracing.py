@@ -6,11 +6,11 @@ counted: spans are looked for in what follows it alone.
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,6 +70,12 @@ class Tracer:
         array = SuffixArray.open_or_build(corpus.train.tokens, corpus.train.sha256(), runtime.cache_dir(), warn)
         return cls(array, places, corpus.tokenizer)
 
+    def trace_written(self, prompt: str, text: str) -> Trace:
+        """`trace` of what a model wrote after a prompt, without a last character that it did not finish."""
+        prompt_ids = self.tokenizer.encode(prompt)
+        whole = text.removesuffix("\N{REPLACEMENT CHARACTER}")  # its three bytes are not what the model wrote
+        return self.trace(prompt_ids + self.tokenizer.encode(whole), len(prompt_ids))
+
     def trace(self, tokens: Sequence[int] | TokenArray, n_prompt: int = 0, minimum: int = DEFAULT_MINIMUM) -> Trace:
         """What of `tokens`, after the first `n_prompt`, stands in the training text."""
         ids = np.asarray(tokens, dtype=np.uint32)
@@ -114,12 +120,14 @@ class Trace:
         bands = np.full(len(self.tokens), -1)
         bands[self.n_prompt :] = np.searchsorted(self._bounds(), self.copies.covered, side="right") if coloured else 0
         cuts = np.flatnonzero(np.diff(bands)) + 1
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may lie in two pieces
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(bands)], strict=True):
-            for first in range(begin, end, BLOCK_TOKENS):
-                piece = self.tokens[first : min(end, first + BLOCK_TOKENS)]
-                yield int(bands[begin]), decoder.decode(self.tracer.tokenizer.decode_bytes(piece.tolist()))
-        yield 0, decoder.decode(b"", final=True)
+        parts = [
+            slice(first, min(end, first + BLOCK_TOKENS))
+            for begin, end in itertools.pairwise([0, *cuts.tolist(), len(bands)])
+            for first in range(begin, end, BLOCK_TOKENS)
+        ]
+        texts = self.tracer.tokenizer.decode_parts(self.tokens[part].tolist() for part in parts)
+        for part, text in zip(parts, texts, strict=True):
+            yield int(bands[part.start]), text
 
     def _bounds(self) -> list[int]:
         return [self.minimum * 2**n for n in range(len(STYLES) - 1)]
@@ -139,9 +147,14 @@ class Trace:
 
     def line_of(self, span: Span) -> int:
         """The line, counted from 1, in which the first word of a span stands, the prompt's lines included."""
-        before = self.tracer.tokenizer.decode_bytes(self.tokens[: self.n_prompt + span.start].tolist())
         text = self.text_of(span)
-        return 1 + before.count(b"\n") + text[: len(text) - len(text.lstrip())].count("\n")
+        before = int(self._line_ends[: self.n_prompt + span.start].sum())
+        return 1 + before + text[: len(text) - len(text.lstrip())].count("\n")
+
+    @cached_property
+    def _line_ends(self) -> NDArray[np.int64]:
+        """How many line ends each token holds."""
+        return np.array([token.count(b"\n") for token in self.tracer.tokenizer.token_bytes])[self.tokens]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything measured, for JSON."""

@@ -11,9 +11,10 @@ Learners", section 2.2): what a tokenizer.json may add to them is refused, so th
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -150,6 +151,18 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of some ids. Raises IndexError for an id that is not below `n_vocab`."""
         return b"".join([self.token_bytes[token] for token in ids])
+
+    def decode_parts(self, parts: Iterable[Iterable[int]]) -> Iterator[str]:
+        """The text of each part of some ids, as `decode` of them all; a character of two parts stands in the later."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        texts = (decoder.decode(self.decode_bytes(part)) for part in parts)
+        held = next(texts, None)
+        if held is None:
+            return
+        for text in texts:
+            yield held
+            held = text
+        yield held + decoder.decode(b"", final=True)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

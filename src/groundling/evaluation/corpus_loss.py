@@ -20,7 +20,7 @@ from groundling.corpus.windows import gather, grid, seeded_offsets
 from groundling.runtime import Runtime
 
 N_OFFSETS = 8
-"""Offsets at which `corpus/loss_offset` is taken."""
+"""Offsets at which `corpus/loss_offset` is taken, in any text that has so many."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class EvaluationConfig:
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """Summed cross-entropy of targets (B, T) given inputs (B, T), as `GPT2.loss_sum` computes it."""
+
+
+def loss_offsets(n_tokens: int, length: int) -> list[int]:
+    """The offsets of `corpus/loss_offset` in a text of so many tokens: all lie within it, or moved nothing.
+
+    A text or a window of one token has no other than 0.
+    """
+    return seeded_offsets(min(length, n_tokens - 1), N_OFFSETS) or [0]
+
+
+def n_tokens_read(loss: str, n_tokens: int, length: int) -> int:
+    """How many tokens the loss of this house name reads of a text of so many, in windows of `length`."""
+    return n_tokens * (len(loss_offsets(n_tokens, length)) if loss == "corpus/loss_offset" else 1)
 
 
 def _ignore(n_windows: int) -> None:
@@ -72,9 +85,8 @@ class Evaluator:
         return total / (len(tokens) - 1)
 
     def offset_losses(self, tokens: Tokens) -> dict[int, float]:
-        """`loss` at each of the seeded offsets, all of them within the text; a window of one token has none but 0."""
-        longest = min(self.length, len(tokens) - 1)  # beyond the text an offset moves nothing
-        return {offset: self.loss(tokens, offset) for offset in seeded_offsets(longest, N_OFFSETS) or [0]}
+        """`loss` at each of the `loss_offsets`."""
+        return {offset: self.loss(tokens, offset) for offset in loss_offsets(len(tokens), self.length)}
 
     def offset_loss(self, tokens: Tokens) -> float:
         """`corpus/loss_offset`: the mean over the seeded offsets."""

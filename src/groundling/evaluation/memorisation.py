@@ -14,6 +14,7 @@ extended to the left; it is a span if the next token does not extend it to the r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -73,6 +74,18 @@ class Copies:
     def longest(self, n_spans: int) -> list[Span]:
         """The longest spans, longest first; of equals the one that comes first."""
         return sorted(self.spans, key=lambda span: (-span.length, span.start))[:n_spans]
+
+    def pieces(self) -> list[tuple[slice, Span | None]]:
+        """The text cut where listed spans begin and end: tokens, and the span to which they belong.
+
+        Where spans overlap, a token belongs to the longest, of equals to the first.
+        """
+        owners = np.full(self.n_tokens, -1)
+        for index in sorted(range(len(self.spans)), key=lambda index: (self.spans[index].length, -index)):
+            owners[self.spans[index].start : self.spans[index].stop] = index
+        cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), self.n_tokens]
+        parts = [slice(begin, end) for begin, end in itertools.pairwise(cuts) if begin < end]
+        return [(part, self.spans[owners[part.start]] if owners[part.start] >= 0 else None) for part in parts]
 
 
 def _ignore(n_tokens: int) -> None:

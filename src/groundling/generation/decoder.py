@@ -10,6 +10,7 @@ verification of drafted tokens is several tokens with all their logits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, Self
 
@@ -44,7 +45,8 @@ class Decoder(Protocol):
     def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Read each chunk after what its sequence holds; fp32 logits (n_outputs, n_vocab) for each, on the CPU.
 
-        A slot may be named once. The tensors are valid until the next `read`.
+        A slot may be named once. The tensors are valid until the next `read`. Raises `IndexError` for a token that the
+        network does not have, and has read nothing then.
         """
 
     def close(self) -> None:
@@ -53,6 +55,13 @@ class Decoder(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *error: object) -> None: ...
+
+
+def check_tokens(chunks: Sequence[Chunk], n_vocab: int) -> None:
+    """Raises `IndexError` if one of the tokens is not below n_vocab."""
+    for token in itertools.chain.from_iterable(chunk.tokens for chunk in chunks):
+        if not 0 <= token < n_vocab:
+            raise IndexError(f"token {token} is not one of {n_vocab}")
 
 
 class TorchDecoder:
@@ -72,6 +81,7 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        check_tokens(chunks, self.model.config.n_vocab)
         counts = [len(chunk.tokens) for chunk in chunks]
         rows = torch.zeros(len(chunks), max(counts), dtype=torch.long)
         for row, chunk in zip(rows, chunks, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from groundling.errors import ConfigError
-from groundling.generation.decoder import Chunk
+from groundling.generation.decoder import Chunk, check_tokens
 from groundling.kernels.build import library
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, pack
 from groundling.model.gpt2 import GPT2
@@ -67,6 +67,7 @@ class NativeDecoder:
             self._logits = torch.empty(1, self._n_vocab)
 
     def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        check_tokens(chunks, self._n_vocab)  # the kernel would read beside the table
         tokens, slots, positions, outputs = list[int](), list[int](), list[int](), list[int]()
         for slot, new, n_outputs in chunks:
             start, n = self._lengths[slot], len(new)

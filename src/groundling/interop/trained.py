@@ -43,6 +43,8 @@ class Trained:
     record: dict[str, Any] = field(default_factory=dict)
     """The run's record.json; empty if these weights have none. Of a foreign checkpoint: `steps` and
     `train_loss`, if it says them."""
+    changes: tuple[str, ...] = ()
+    """What was assumed, left out or converted to have a foreign model so."""
 
     def train_tokens(self) -> TokenFile | None:
         """The training text, if the run still has it. Raises `CorpusError` if it is damaged."""
@@ -72,7 +74,8 @@ def of_foreign(imported: Imported, path: Path) -> Trained:
     n_ctx, window = imported.model.config.n_ctx, imported.source.settings.get(WINDOW)
     if type(window) is not int or not 0 < window <= n_ctx:
         window = n_ctx
-    return Trained(imported.model, imported.tokenizer, window, name, record=dict(imported.source.record))
+    record = dict(imported.source.record)
+    return Trained(imported.model, imported.tokenizer, window, name, record=record, changes=imported.changes)
 
 
 def printable(text: object) -> str:

@@ -95,11 +95,16 @@ void sum_rows(int n_threads, int64_t n_rows, int64_t n_sums, float* totals, Swee
   const int64_t n_vectors = (n_sums + kLanes - 1) / kLanes;
 #pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t i = 0; i < n_vectors; ++i) {
-    Vec total{};
     const int64_t c = i * kLanes;
     each_run(std::min<int64_t>(kLanes, n_sums - c), [&](int64_t, auto n) {
-      for (int64_t block = 0; block < n_blocks; ++block) total += read<Fp32>(partial.get() + block * n_sums + c, n);
-      write<Fp32>(totals + c, total, n);
+      double total[kLanes] = {};  // thousands of blocks with one sign would drift in fp32
+      for (int64_t block = 0; block < n_blocks; ++block) {
+        const Vec some = read<Fp32>(partial.get() + block * n_sums + c, n);
+        for (int lane = 0; lane < kLanes; ++lane) total[lane] += some[lane];
+      }
+      Vec rounded;
+      for (int lane = 0; lane < kLanes; ++lane) rounded[lane] = static_cast<float>(total[lane]);
+      write<Fp32>(totals + c, rounded, n);
     });
   }
 }

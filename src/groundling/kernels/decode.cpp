@@ -137,19 +137,21 @@ struct Network {
 
   void normalise(const float* from, const Norm& norm, float* to) const {
     const int64_t whole = n_embd / kLanes * kLanes;
-    Vec sums{};
+    Vec sums{}, rests{};
     for (int64_t c = 0; c < whole; c += kLanes) sums += load<Vec>(from + c);
     float total = sum(sums);
     for (int64_t c = whole; c < n_embd; ++c) total += from[c];
-    const float mean = total / n_embd;
+    const float near = total / n_embd;  // rounded, as far as a large row's sum is
     sums = Vec{};
     for (int64_t c = 0; c < whole; c += kLanes) {
-      const Vec centred = load<Vec>(from + c) - mean;
+      const Vec centred = load<Vec>(from + c) - near;
+      rests += centred;
       sums = multiply_add(centred, centred, sums);
     }
-    float squares = sum(sums);
-    for (int64_t c = whole; c < n_embd; ++c) squares += (from[c] - mean) * (from[c] - mean);
-    const float scale = 1.f / std::sqrt(squares / n_embd + kLayerNormEps);
+    float rest = sum(rests), squares = sum(sums);
+    for (int64_t c = whole; c < n_embd; ++c) rest += from[c] - near, squares += (from[c] - near) * (from[c] - near);
+    const float off = rest / n_embd, mean = near + off;
+    const float scale = 1.f / std::sqrt(std::max(squares / n_embd - off * off, 0.f) + kLayerNormEps);
     for (int64_t c = 0; c < n_embd; ++c) to[c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
   }
 

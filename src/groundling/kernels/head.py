@@ -29,8 +29,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     """
     if not len(targets):
         return reference.linear_cross_entropy(hidden, weight, targets, n_last)
-    if int(targets.max()) >= len(weight):
-        raise IndexError(f"target {int(targets.max())} is not one of {len(weight)} tokens")
+    strange = targets[((targets < 0) | (targets >= len(weight))) & (targets != reference.IGNORED_TARGET)]
+    if len(strange):
+        raise IndexError(f"target {int(strange[0])} is not one of {len(weight)} tokens")
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, n_last, with_gradient)  # type: ignore[no-untyped-call]
     return loss

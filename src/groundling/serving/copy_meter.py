@@ -6,13 +6,9 @@ overlap, a token belongs to the longest.
 
 from __future__ import annotations
 
-import codecs
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from groundling.corpus.places import Place, Places
 from groundling.corpus.tokenizer import Tokenizer
@@ -103,19 +99,11 @@ class CopyMeter:
     def measure(self, tokens: Sequence[int]) -> Measured:
         """What of these tokens, which a model wrote, stands in the training text."""
         copies = find_copies(self.array, tokens, self.minimum)
-        spans = sorted(copies.spans, key=lambda span: (span.length, -span.start))
-        owners = np.full(len(tokens), -1)
-        for number, span in enumerate(spans):
-            owners[span.start : span.stop] = number
-        passages = [self._passage(tokens, span) for span in spans]
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may lie in two pieces
-        cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(tokens)]
-        pieces: list[tuple[str, Passage | None]] = []
-        for begin, end in itertools.pairwise(cuts):
-            text = decoder.decode(self.tokenizer.decode_bytes(list(tokens[begin:end])), final=end == len(tokens))
-            owner = int(owners[begin]) if begin < end else -1
-            pieces.append((text, passages[owner] if owner >= 0 else None))
-        return Measured(tuple(pieces), copies.share(self.minimum), len(tokens), self.minimum)
+        passages = {span: self._passage(tokens, span) for span in copies.spans}
+        pieces = copies.pieces()
+        texts = self.tokenizer.decode_parts(tokens[part] for part, _ in pieces)
+        marked = ((text, passages[span] if span else None) for text, (_, span) in zip(texts, pieces, strict=True))
+        return Measured(tuple(marked), copies.share(self.minimum), len(tokens), self.minimum)
 
     def _passage(self, tokens: Sequence[int], span: Span) -> Passage:
         text = self.tokenizer.decode(list(tokens[span.start : span.stop]))

@@ -20,7 +20,7 @@ from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import WindowConfig, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
-from groundling.evaluation.corpus_loss import N_OFFSETS, Evaluator, LossSum
+from groundling.evaluation.corpus_loss import Evaluator, LossSum, n_tokens_read
 from groundling.model.compact import CompactGPT2, HeadVocabulary
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.adamw import AdamWConfig, make_adamw
@@ -188,7 +188,7 @@ class Trainer:
             return look.loss
         tokens = self.heldout_tokens if name == "heldout/loss" else self.train_tokens
         assert tokens is not None, f"{name} asked for without its text"
-        n_tokens = len(tokens) * (N_OFFSETS if name == "corpus/loss_offset" else 1)
+        n_tokens = n_tokens_read(name, len(tokens), self.recipe.windows.length)
         n_read = 0
 
         def count(n_windows: int) -> None:
@@ -202,10 +202,11 @@ class Trainer:
 
     def final_reads(self) -> dict[str, int]:
         """The losses that are taken when a run ends, and how many tokens each reads."""
-        reads = {"corpus/loss": len(self.train_tokens), "corpus/loss_offset": N_OFFSETS * len(self.train_tokens)}
+        texts = {"corpus/loss": self.train_tokens, "corpus/loss_offset": self.train_tokens}
         if self.heldout_tokens is not None:
-            reads["heldout/loss"] = len(self.heldout_tokens)
-        return reads
+            texts["heldout/loss"] = self.heldout_tokens
+        length = self.recipe.windows.length
+        return {name: n_tokens_read(name, len(tokens), length) for name, tokens in texts.items()}
 
     @property
     def expected_steps(self) -> int:
