@@ -96,6 +96,40 @@ def test_add_layer_norm_of_what_spreads() -> None:
     assert_agrees("add_layer_norm", randoms(0, (3, 5, 24), (5, 24), (24,), (24,)), torch.float32)
 
 
+@settings(max_examples=40, deadline=None)
+@given(shape=st.sampled_from([(0,), (1,), (77,), (3, 11)]), width=widths, n_vocab=st.integers(1, 50), seed=seeds)
+def test_tied_embedding(shape: tuple[int, ...], width: int, n_vocab: int, seed: int) -> None:
+    (weight,) = randoms(seed, (n_vocab, width))
+    tokens = torch.randint(n_vocab, shape, generator=torch.Generator().manual_seed(seed))
+    ours = outputs_and_gradients(lambda x: native.tied_embedding(tokens, x), [weight], torch.float32)
+    theirs = outputs_and_gradients(lambda x: reference.tied_embedding(tokens, x), [weight.double()], torch.float64)
+    for our, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_tied_embedding_of_which_one_output_is_used(used: int) -> None:
+    gradients = []
+    for backend in (native, reference):
+        (weight,) = randoms(0, (9, 6))
+        weight.requires_grad_()
+        backend.tied_embedding(torch.tensor([[3, 3], [8, 0]]), weight)[used].square().sum().backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_tied_matrix_has_one_gradient_and_it_is_the_heads() -> None:
+    """A second one of 154 MB for the embedding would cost an AMX machine a fortieth of its step."""
+    (weight, hidden) = randoms(0, (9, 6), (4, 6))
+    weight.requires_grad_()
+    rows, tied = native.tied_embedding(torch.tensor([3, 3, 8, 0]), weight)
+    places = list[int]()
+    tied.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    native.linear_cross_entropy(hidden + rows, tied, torch.tensor([1, 2, 3, 4])).backward()
+    assert weight.grad is not None
+    assert places == [weight.grad.data_ptr()]
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_add_layer_norm_of_which_one_output_is_used(used: int) -> None:
     inputs = randoms(0, (7, 24), (7, 24), (24,), (24,))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from groundling.kernels import native
 from groundling.kernels.weight_copies import memory_of_copy, weight_copy
 from groundling.optim.native import NativeAdamW
 
@@ -151,3 +152,14 @@ def test_a_weight_whose_changes_are_not_counted_is_rounded_each_time() -> None:
         assert is_rounded(weight_copy(weight), weight)
         weight.mul_(3)
         assert is_rounded(weight_copy(weight), weight)
+
+
+def test_autograds_view_of_a_parameter_shares_its_copy() -> None:
+    weight = new_weight()
+    tied = native.tied_embedding(torch.tensor([1, 2]), weight)[1]
+    assert tied is not weight
+    assert weight_copy(tied) is weight_copy(weight)
+    edit(weight)
+    assert is_rounded(weight_copy(tied), weight)
+    for view in (weight[:5], weight.T):
+        assert torch.equal(weight_copy(view), view.detach().to(torch.bfloat16))

@@ -47,6 +47,11 @@ def select_for(runtime: Runtime) -> Runtime:
     return runtime
 
 
+def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `weight` at the tokens, and the weight for its other use, as the head's; see `reference.py`."""
+    return _backend.tied_embedding(tokens, weight)  # type: ignore[no-any-return]
+
+
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`x + update`, and the LayerNorm of that; see `reference.py`."""
     return _backend.add_layer_norm(x, update, weight, bias)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +34,7 @@ __all__ = [
     "linear_gelu",
     "load",
     "self_attention",
+    "tied_embedding",
 ]
 
 TILE_QUERIES = 128
@@ -52,6 +54,11 @@ def load() -> None:
     for each in needed:
         each.result()
     products.available()
+
+
+def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the weight, and the weight for its other use, whose gradient must be nobody else's; see `reference.py`."""
+    return TiedEmbedding.apply(tokens, weight)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +82,27 @@ def self_attention(qkv: Tensor, n_head: int) -> Tensor:
     if not tiled or not qkv.numel():
         return reference.self_attention(qkv, n_head)
     return SelfAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """Adds the rows' gradients to the head's where it lies: PyTorch would make, fill and add a whole matrix for them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens)
+        ctx.shape = weight.shape
+        ctx.set_materialize_grads(False)
+        return F.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: Tensor | None, d_weight: Tensor | None) -> tuple[None, Tensor | None]:
+        (tokens,) = ctx.saved_tensors
+        if d_rows is None:
+            return None, d_weight
+        if d_weight is None:
+            d_weight = d_rows.new_zeros(ctx.shape)
+        return None, d_weight.index_add_(0, tokens.flatten(), d_rows.reshape(tokens.numel(), ctx.shape[1]))
 
 
 class AddLayerNorm(torch.autograd.Function):

@@ -15,6 +15,11 @@ IGNORED_TARGET = -100
 """Target that no loss counts (PyTorch's own default): the filling after the end of a short window."""
 
 
+def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `weight` (n_vocab, C) at tokens (...), (..., C), and the weight for its other use, as the head's."""
+    return F.embedding(tokens, weight), weight
+
+
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`x + update`, and its LayerNorm over the last dimension, scaled by `weight` and shifted by `bias`.
 

@@ -33,9 +33,10 @@ _copies: MutableMapping[Tensor, _Copy] = WeakTensorKeyDictionary()
 def weight_copy(weight: Tensor) -> Tensor:
     """The bf16 copy of a weight, of its shape and contiguous, rounded anew only if the weight has changed.
 
-    Give the parameter itself: its views and its `detach()` would have copies of their own. A copy is overwritten
-    when its weight changes, so it is no copy to keep.
+    Give the parameter itself, or autograd's view of the whole of it: other views and its `detach()` would have copies
+    of their own. A copy is overwritten when its weight changes, so it is no copy to keep.
     """
+    weight = _parameter(weight)
     if weight.is_inference():  # PyTorch counts no changes of these
         return weight.to(torch.bfloat16)
     copy = _fitting(weight)
@@ -46,6 +47,12 @@ def weight_copy(weight: Tensor) -> Tensor:
         values.copy_(weight)
         _copies[weight] = _Copy(values, weight.detach(), weight._version)
     return values
+
+
+def _parameter(weight: Tensor) -> Tensor:
+    """The parameter that a weight is a view of, if it is one of the whole, as functions of autograd return it."""
+    base = weight._base
+    return weight if base is None or base.shape != weight.shape or base.stride() != weight.stride() else base
 
 
 def memory_of_copy(weight: Tensor) -> Tensor | None:

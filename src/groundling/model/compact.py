@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from groundling import kernels
 from groundling.errors import ConfigError
 from groundling.kernels.reference import IGNORED_TARGET
 from groundling.model.cache import Reading
@@ -65,9 +64,7 @@ class CompactGPT2(GPT2):
         """As `GPT2.loss_sum`, over the full vocabulary."""
         targets = targets.flatten()
         rows = torch.where(targets == IGNORED_TARGET, targets, self.places[targets.clamp(min=0)])
-        return kernels.linear_cross_entropy(
-            self.hidden(inputs).flatten(0, 1), self.head_weight, rows, n_last=self.n_unseen
-        )
+        return self._loss_sum(self.places[inputs], rows, self.n_unseen)
 
     def expanded(self) -> GPT2:
         """The full GPT-2 that this network is: it shares all tensors but the table, which is a copy."""

@@ -135,9 +135,10 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = AddLayerNorm(config.n_embd)
 
-    def forward(self, tokens: Tensor, reading: Reading | None) -> Tensor:
-        positions = torch.arange(tokens.size(1), device=tokens.device) if reading is None else reading.positions
-        x, update = self.wte(tokens), self.wpe(positions)  # (B, T, C), and (T, C) or (B, T, C)
+    def forward(self, x: Tensor, reading: Reading | None) -> Tensor:
+        """Final hidden states for the rows of `wte` at the tokens, both (B, T, C)."""
+        positions = torch.arange(x.size(1), device=x.device) if reading is None else reading.positions
+        update = self.wpe(positions)  # (T, C) or (B, T, C)
         for layer, block in enumerate(self.h):
             x, update = block(x, update, None if reading is None else reading.layers[layer])
         return self.ln_f(x, update)[1]  # type: ignore[no-any-return]
@@ -178,7 +179,7 @@ class GPT2(nn.Module):
 
         With a `Reading` of a cache, the tokens follow the positions that it holds, and are kept there.
         """
-        return self.transformer(tokens, reading)  # type: ignore[no-any-return]
+        return self.transformer(self.transformer.wte(tokens), reading)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities (..., n_vocab) for hidden states (..., C)."""
@@ -186,4 +187,9 @@ class GPT2(nn.Module):
 
     def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats of targets (B, T) given inputs (B, T); ignored targets add nothing."""
-        return kernels.linear_cross_entropy(self.hidden(inputs).flatten(0, 1), self.head_weight, targets.flatten())
+        return self._loss_sum(inputs, targets.flatten())
+
+    def _loss_sum(self, inputs: Tensor, targets: Tensor, n_last: int = 1) -> Tensor:
+        embedded, weight = kernels.tied_embedding(inputs, self.head_weight)
+        hidden = self.transformer(embedded, None).flatten(0, 1)
+        return kernels.linear_cross_entropy(hidden, weight, targets, n_last)
