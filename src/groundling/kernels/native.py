@@ -57,7 +57,7 @@ def load() -> None:
 
 
 def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the weight, and the weight for its other use, whose gradient must be nobody else's; see `reference.py`."""
+    """Rows of the weight, and the weight for its other use, whose gradient is then written to; see `reference.py`."""
     return TiedEmbedding.apply(tokens, weight)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -85,7 +85,7 @@ def self_attention(qkv: Tensor, n_head: int) -> Tensor:
 
 
 class TiedEmbedding(torch.autograd.Function):
-    """Adds the rows' gradients to the head's where it lies: PyTorch would make, fill and add a whole matrix for them."""
+    """Adds the rows' gradients to the head's where it lies; PyTorch would make, fill and add a matrix for them."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
