@@ -26,14 +26,29 @@ def groundling(folder: Path, *words: str, **settings: str) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, input=TEXT, capture_output=True, text=True, env=environment, timeout=300)
 
 
-@unset
-def test_train_starts_again_once_and_reads_its_input_then(tmp_path: Path) -> None:
-    done = groundling(tmp_path, *TRAIN, *SMALL, "--out", "run")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run's folder, and what its command said, every module that it imported included."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = groundling(folder, *TRAIN, *SMALL, "--out", "run", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("allocator:")]
+    return folder / "run", done.stderr.splitlines()
+
+
+@unset
+def test_train_starts_again_once_and_reads_its_input_then(trained: tuple[Path, list[str]]) -> None:
+    run, said = trained
+    lines = [line for line in said if line.startswith("allocator:")]
     assert len(lines) == 1
     assert f"{allocator.SWITCH}={allocator.OFF}" in lines[0]
-    assert json.loads((tmp_path / "run" / "record.json").read_text())["allocator"] == allocator.SETTINGS
+    assert json.loads((run / "record.json").read_text())["allocator"] == allocator.SETTINGS
+
+
+def test_nothing_waits_for_what_is_not_used(trained: tuple[Path, list[str]]) -> None:
+    """PyTorch's compiler and what it needs take three seconds to import here, for a run that compiles nothing."""
+    imported = {line.rpartition("|")[2].strip() for line in trained[1] if line.startswith("import time:")}
+    assert {"torch", "matplotlib.figure"} <= imported
+    assert not imported & {"torch._dynamo", "torch._inductor", "sympy", "matplotlib.pyplot", "gradio", "transformers"}
 
 
 @unset

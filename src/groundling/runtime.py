@@ -108,7 +108,7 @@ def resolve(config: RuntimeConfig) -> Runtime:
     torch.set_num_threads(threads)
     if device.type == "cpu":
         # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # decides nothing here
     kernels, kernels_why, slower = _kernels(config, device)
     compiled, compile_why, uncompiled = _compile(config.compile, device, kernels)

@@ -21,12 +21,10 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.files import write_json
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed
-from groundling.model.gpt2 import GPT2
-from groundling.model.weights import TIED
+from groundling.model.gpt2 import GPT2, TABLE, TIED
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
-EMBEDDING = "transformer.wte.weight"
 
 
 def write(trained: Trained, target: Path, precision: str) -> None:
@@ -69,7 +67,7 @@ def to_flat(model: GPT2) -> dict[str, Tensor]:
     """The model's tensors in that layout, on the CPU, no two of which share memory."""
     config = model.config
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    tensors[TIED] = tensors[EMBEDDING].clone()
+    tensors[TIED] = tensors[TABLE].clone()
     mask = torch.ones(config.n_ctx, config.n_ctx).tril().view(1, 1, config.n_ctx, config.n_ctx)
     return tensors | {f"transformer.h.{layer}.attn.bias": mask.clone() for layer in range(config.n_layer)}
 

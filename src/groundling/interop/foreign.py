@@ -25,13 +25,13 @@ from groundling.errors import CheckpointError, ConfigError
 from groundling.interop.tensor_files import Shape, Weights
 from groundling.json_files import read_bounded, read_object
 from groundling.model import weights as own_weights
-from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.model.weights import MAX_LAYERS, TIED, TRANSPOSED
+from groundling.model.gpt2 import GPT2, TABLE, TIED, GPTConfig, unfilled
+from groundling.model.weights import MAX_LAYERS, TRANSPOSED
 
 WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.){0,4}")
 """What torch.compile and DistributedDataParallel put before a name."""
 BODY = "transformer."
-EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
+POSITIONS = "transformer.wpe.weight"
 MASKS = re.compile(r"transformer\.h\.(0|[1-9][0-9]{0,8})\.attn\.(bias|masked_bias)")
 """Buffers of the causal mask, which follow from the position table's length."""
 BLOCK = re.compile(r"transformer\.h\.(0|[1-9][0-9]{0,8})\.")
@@ -107,10 +107,7 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
     converted = sorted({str(source.dtypes[raw]).removeprefix("torch.") for raw in names.values()} - {"float32"})
     if converted:
         changes.append(f"converted from {' and '.join(converted)} to float32")
-    with torch.device("meta"):
-        model = GPT2(config)
-    model.to_empty(device="cpu")
-    model.lm_head.weight = model.transformer.wte.weight  # to_empty unties them
+    model = unfilled(config, torch.device("cpu"))
     _check_tied(source, names)
     own_weights.from_huggingface(model, _Conv1D(source, names, config, linear), source.where)
     return Imported(model.eval(), tokenizer, source, tuple(changes))
@@ -157,7 +154,7 @@ def _short(value: Any) -> str:
 def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, changes: list[str]) -> GPTConfig:
     """The sizes that the tensors have, which are also those that the settings say."""
     shapes = {name: source.shapes[raw] for name, raw in names.items()}
-    for name in (EMBEDDING, POSITIONS):
+    for name in (TABLE, POSITIONS):
         if len(shapes.get(name, ())) != 2 or 0 in shapes[name]:
             raise CheckpointError(f"{source.where} lacks {name}, a matrix: it holds no GPT-2, give another model")
     blocks = {int(match[1]) for name in shapes if (match := BLOCK.match(name))}
@@ -167,9 +164,9 @@ def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, change
         )
     sizes = {
         "n_layer": max(blocks) + 1,
-        "n_embd": shapes[EMBEDDING][1],
+        "n_embd": shapes[TABLE][1],
         "n_ctx": shapes[POSITIONS][0],
-        "n_vocab": shapes[EMBEDDING][0],
+        "n_vocab": shapes[TABLE][0],
     }
     said = {name: _said(source, name) for name in SIZE_NAMES}
     for name, size in sizes.items():
@@ -211,7 +208,7 @@ def _said(source: Weights, size: str) -> int | None:
 def _expected(config: GPTConfig, linear: bool) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of a GPT-2 of this size, the head left out."""
     C = config.n_embd
-    yield EMBEDDING, (config.n_vocab, C)
+    yield TABLE, (config.n_vocab, C)
     yield POSITIONS, (config.n_ctx, C)
     matrices = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     for layer in range(config.n_layer):
@@ -248,7 +245,7 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
         wrong = f"lacks {missing[0]}" if missing else f"holds the unknown {unknown[0][:100]}"
         raise CheckpointError(f"{source.where} {wrong}: it is no whole GPT-2, give another model")
     if TIED in shapes:
-        expected[TIED] = expected[EMBEDDING]
+        expected[TIED] = expected[TABLE]
     for name, raw in names.items():
         if shapes[name] != expected[name]:
             raise CheckpointError(
@@ -318,7 +315,7 @@ def _cut(source: Weights, found: GPTConfig, tokenizer: Tokenizer, changes: list[
 
 def _check_tied(source: Weights, names: Mapping[str, str]) -> None:
     """Raises `CheckpointError` if the head's matrix differs from the embedding."""
-    if TIED in names and not torch.equal(source.read(names[TIED]), source.read(names[EMBEDDING])):
+    if TIED in names and not torch.equal(source.read(names[TIED]), source.read(names[TABLE])):
         raise CheckpointError(
             f"{source.where} has a head (lm_head.weight) that is not its embedding, and GPT-2's are one matrix:"
             " give another model"
@@ -340,7 +337,7 @@ class _Conv1D(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"{self._source.where}: {self._names[name]} holds NaN or an infinity: it is damaged, give another"
             )
-        if name == EMBEDDING:
+        if name == TABLE:
             tensor = tensor[: self._n_vocab]
         return tensor.t() if self._linear and name.endswith(TRANSPOSED) else tensor
 

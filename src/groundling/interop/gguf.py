@@ -25,8 +25,7 @@ from groundling.errors import ConfigError
 from groundling.interop.llama_server import LlamaCpp
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
-from groundling.model.gpt2 import GPT2, Block
-from groundling.model.weights import TIED
+from groundling.model.gpt2 import GPT2, TIED, Block
 
 try:
     import gguf
@@ -331,7 +330,7 @@ def _read_network(model: GPT2, reader: Any) -> Any:
     with torch.device("meta"):
         network = GPT2(model.config)
     read = {name: torch.from_numpy(_dequantized(_tensor(reader, _their_name(name)))) for name, _ in _tensors(model)}
-    network.load_state_dict(read | {TIED: read["transformer.wte.weight"]}, assign=True)
+    network.adopt(read)
 
     def logits(tokens: list[int]) -> Tensor:
         return network.logits(network.hidden(torch.tensor([tokens])))[0]

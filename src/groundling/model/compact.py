@@ -17,12 +17,9 @@ from torch import Tensor
 from groundling.errors import ConfigError
 from groundling.kernels.reference import IGNORED_TARGET
 from groundling.model.cache import Reading
-from groundling.model.gpt2 import GPT2
+from groundling.model.gpt2 import GPT2, TABLE, TIED
 
 HeadVocabulary = Literal["full", "seen"]
-
-TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
-"""Two names of the tied matrix."""
 
 
 class CompactGPT2(GPT2):
@@ -48,8 +45,7 @@ class CompactGPT2(GPT2):
         places[seen] = torch.arange(n_seen)
         self.register_buffer("places", places, persistent=False)
         self.n_seen, self.n_unseen = n_seen, n_vocab - n_seen
-        self.load_state_dict(self._compacted(full), assign=True)
-        self.lm_head.weight = self.transformer.wte.weight  # assignment unties them
+        self.adopt(self._compacted(full))
         self.head_weight.register_hook(self._as_of_one_row)  # type: ignore[no-untyped-call]
 
     def hidden(self, tokens: Tensor, reading: Reading | None = None) -> Tensor:
@@ -70,9 +66,7 @@ class CompactGPT2(GPT2):
         """The full GPT-2 that this network is: it shares all tensors but the table, which is a copy."""
         with torch.device("meta"):
             full = GPT2(replace(self.config, n_vocab=len(self.places)))
-        table = self.head_weight.detach()[self.places]
-        full.load_state_dict(self.state_dict() | {TABLE: table, HEAD: table}, assign=True)
-        full.lm_head.weight = full.transformer.wte.weight
+        full.adopt(self.state_dict() | {TABLE: self.head_weight.detach()[self.places]})
         return full
 
     def take(self, full: GPT2) -> None:
@@ -88,7 +82,7 @@ class CompactGPT2(GPT2):
         kept, shared = table[places < self.n_seen], table[places == self.n_seen]
         mean = shared.cpu().double().mean(dim=0, keepdim=True).to(table)
         rows = torch.cat([kept, mean])
-        return full.state_dict() | {TABLE: rows, HEAD: rows}
+        return full.state_dict() | {TABLE: rows, TIED: rows}
 
     def _as_of_one_row(self, gradient: Tensor) -> Tensor:
         """The gradient with that of the last row shared out evenly: what each row of the full model would get.

@@ -10,6 +10,7 @@ Legend: B windows, T positions, C = n_embd, H = n_head, D = C / H.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 INIT_STD = 0.02
 """Standard deviation of the initial weights (GPT-2's released code)."""
+
+TABLE, TIED = "transformer.wte.weight", "lm_head.weight"
+"""The two names of the one matrix that is the token embedding and the head."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,14 @@ SIZES: dict[str, GPTConfig] = {
     "1.5B": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
 """The four released sizes, by the parameter counts of their model cards."""
+
+
+class Embedding(nn.Embedding):
+    """A table of rows. On the meta device nothing is drawn: PyTorch would import its compiler for that, for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Linear(nn.Linear):
@@ -130,8 +142,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.n_vocab, config.n_embd)
-        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.wte = Embedding(config.n_vocab, config.n_embd)
+        self.wpe = Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = AddLayerNorm(config.n_embd)
 
@@ -164,10 +176,15 @@ class GPT2(nn.Module):
 
     @staticmethod
     def _draw(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=INIT_STD)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have these tensors as its weights, under their names; the head's is the table, and need not be among them."""
+        self.load_state_dict({**tensors, TIED: tensors[TABLE]}, assign=True)
+        self.lm_head.weight = self.transformer.wte.weight  # assignment unties them
 
     @property
     def head_weight(self) -> Tensor:
@@ -193,3 +210,12 @@ class GPT2(nn.Module):
         embedded, weight = kernels.tied_embedding(inputs, self.head_weight)
         hidden = self.transformer(embedded, None).flatten(0, 1)
         return kernels.linear_cross_entropy(hidden, weight, targets, n_last)
+
+
+def unfilled(config: GPTConfig, device: torch.device) -> GPT2:
+    """A network of this size for who fills all its weights: nothing is drawn, and they are what the memory held."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    # Not `to_empty`, for which PyTorch imports a second's worth of symbolic algebra.
+    model.adopt({name: torch.empty(own.shape, device=device) for name, own in model.named_parameters()})
+    return model

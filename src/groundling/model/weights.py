@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundling.errors import CheckpointError
-from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.gpt2 import GPT2, TABLE, TIED, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-TIED = "lm_head.weight"
-TABLES = ("transformer.wte.weight", "transformer.wpe.weight")
+TABLES = (TABLE, "transformer.wpe.weight")
 MAX_LAYERS = 1000
 """GPT-2 XL has 48. Each block costs time, however narrow it is."""
 TENSORS, TENSORS_PER_BLOCK = 4, 12

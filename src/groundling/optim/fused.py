@@ -6,14 +6,23 @@ of a sum, cost one pass over them together.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class FusedAdamW(torch.optim.AdamW):
     """AdamW as PyTorch fuses it for the device on which the parameters are."""
+
+    # PyTorch keeps these out of compiled graphs, and imports its compiler to do so, which takes one to three seconds of
+    # every start. No graph of ours has them.
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, fused=True, **settings)

@@ -13,15 +13,13 @@ from groundling.training.metrics import read_lines
 
 def draw_curve(metrics: Path, target: float, path: Path) -> None:
     """Write `loss.png`: loss by step, on a logarithmic scale, with the target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which is for windows on a screen
     from matplotlib.ticker import LogLocator, NullFormatter
 
     lines = list(read_lines(metrics))
     steps = [line for line in lines if line.get("train/loss") is not None and line.get("train/loss_ema") is not None]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     x = [line["step"] for line in steps]
     axes.plot(x, [line["train/loss"] for line in steps], color="0.75", linewidth=0.8, label="train/loss (one batch)")
     axes.plot(x, [line["train/loss_ema"] for line in steps], color="C0", label="train/loss_ema")
@@ -40,4 +38,3 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
     axes.legend(loc="lower left")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
