@@ -107,7 +107,8 @@ def resolve(config: RuntimeConfig) -> Runtime:
     threads = config.threads or cores
     torch.set_num_threads(threads)
     if device.type == "cpu":
-        # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive.
+        # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive. Asked for in
+        # this way because the other imports the compiler, for seconds; `CompiledLoss` does it where one is used.
         torch.set_deterministic_debug_mode("warn")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # decides nothing here
     kernels, kernels_why, slower = _kernels(config, device)

@@ -51,6 +51,16 @@ def test_compiled_steps_repeat_bit_for_bit_on_several_threads() -> None:
     assert sums[0] == sums[1] == sums[2]
 
 
+def test_the_compiler_is_asked_for_deterministic_code(make_trainer: MakeTrainer) -> None:
+    from torch._inductor import config
+
+    eager, _ = make_trainer("unused")
+    torch.use_deterministic_algorithms(False)
+    runtime.resolve(RuntimeConfig(device="cpu"))
+    make_trainer("run", runtime=replace(eager.runtime, compile=True))
+    assert config.deterministic
+
+
 def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
     """Its text is no multiple of its windows, its evaluations have short batches, and it goes on after a stop."""
     eager, _ = make_trainer("unused")

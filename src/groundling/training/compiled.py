@@ -21,6 +21,8 @@ class CompiledLoss:
     """
 
     def __init__(self, loss_sum: LossSum, warn: Callable[[str], None]) -> None:
+        if torch.are_deterministic_algorithms_enabled():  # this way of asking for them asks the compiler, too
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.eager, self.warn = loss_sum, warn
         self.function: LossSum = torch.compile(loss_sum, dynamic=False)
         self.n_recompilations = 0
