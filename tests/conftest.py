@@ -15,12 +15,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from groundling import kernels
+from groundling import kernels, runtime
 from groundling.kernels import build, draw, products
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
 
 from .interop.hub_server import TOKEN, HubServer
+
+
+def new_cache(folder: Path) -> Path:
+    """A cache of its own, but for the kernels: what they are made of is in their names, and making them takes long."""
+    kernels_here = runtime.cache_dir() / "kernels"
+    kernels_here.mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "kernels").symlink_to(kernels_here, target_is_directory=True)
+    return folder / "cache"
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from groundling.corpus.plays import render_play
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import find_checkpoint
 
+from .conftest import new_cache
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -54,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     path = tmp_path_factory.mktemp("readme")
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
-    patch.setenv("GROUNDLING_CACHE", str(path / "cache"))
+    patch.setenv("GROUNDLING_CACHE", str(new_cache(path)))
     Path("texts").mkdir()
     for name, play in {"my-novel.txt": "hamlet", "texts/one.txt": "macbeth", "texts/two.txt": "othello"}.items():
         Path(name).write_text(render_play(play))

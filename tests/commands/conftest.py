@@ -8,6 +8,7 @@ import pytest
 
 from groundling.cli import main
 
+from ..conftest import new_cache
 from .bottles import TEXT, train
 
 
@@ -18,7 +19,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (path / "bottles.txt").write_text(TEXT)
     before = Path.cwd(), os.environ.get("GROUNDLING_CACHE")
     os.chdir(path)
-    os.environ["GROUNDLING_CACHE"] = str(path / "cache")
+    os.environ["GROUNDLING_CACHE"] = str(new_cache(path))
     yield path
     os.chdir(before[0])
     if before[1] is None:

@@ -14,6 +14,9 @@ from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names, pres
 from .bottles import steps, train
 
 
+ONE_STEP = ("--max-steps", "1", "--evaluation.final", "none")
+
+
 def parse(*arguments: str) -> RunConfig:
     preset = before_parsing(arguments).preset
     return parse_run(run_parser("train", "", "", preset_path(preset or "gpt2")), arguments)
@@ -77,7 +80,7 @@ def test_prompts_are_the_text_s_own_unless_others_are_given(workplace: Path) -> 
     """Resolved into config.yaml, also where a preset has prompts for its own text."""
 
     def prompts(name: str, *arguments: str) -> list[str]:
-        assert main([*arguments, "--max-steps", "1", "--out", f"runs/{name}"]) == 0
+        assert main([*arguments, *ONE_STEP, "--out", f"runs/{name}"]) == 0
         resolved: list[str] = yaml.safe_load((workplace / "runs" / name / "config.yaml").read_text())["prompts"]
         return resolved
 

@@ -117,6 +117,19 @@ def test_native_formats_are_the_rounded_network(form: WeightFormat, tolerance: f
 
 
 @both
+@pytest.mark.parametrize("common", [333.3, -9999.7])
+def test_what_all_of_a_position_shares_changes_nothing(decoder_of: Opener, common: float) -> None:
+    """LayerNorm takes it away again, and what is left of it by rounding must not show."""
+    model = odd_network()
+    model.transformer.wpe.weight.data += common
+    exact = fresh(odd_network().double(), [5, 7, 11])  # where nothing is shared
+    with decoder_of(model, 1) as decoder:
+        found = decoder.read([Chunk(0, [5, 7, 11], 3)])[0]
+    error = (found.double() - exact).norm() / exact.norm()
+    assert float(error) < 4e-7 * abs(common)  # fp32's own, of sums that large
+
+
+@both
 @pytest.mark.parametrize("token", [71, -1])
 def test_a_token_that_the_network_does_not_have_is_refused(decoder_of: Opener, token: int) -> None:
     with decoder_of(odd_network(), 2) as decoder:

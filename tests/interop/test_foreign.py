@@ -19,8 +19,8 @@ from groundling.interop import huggingface
 from groundling.interop.foreign import ASSUMED_GELU
 from groundling.interop.sources import open_foreign
 from groundling.interop.trained import Trained, open_trained
-from groundling.model.gpt2 import GPT2, TIED, GPTConfig
-from groundling.model.weights import to_huggingface
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.weights import TIED, to_huggingface
 
 from .conftest import SHAPES, MakeTrained, random_network
 

@@ -118,6 +118,30 @@ def test_tied_embedding_of_which_one_output_is_used(used: int) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_the_gradient_of_a_tied_matrix_may_lie_anyhow() -> None:
+    """A sum's gradient is one number spread over all, which nothing can be added to in place."""
+    gradients = []
+    for backend in (native, reference):
+        (weight,) = randoms(0, (9, 6))
+        weight.requires_grad_()
+        rows, tied = backend.tied_embedding(torch.tensor([[3, 3], [8, 0]]), weight)
+        (rows.square().sum() + tied.sum()).backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_gradient_of_a_tied_matrix_has_the_same_bits_with_any_number_of_threads() -> None:
+    tokens, results, before = torch.randint(7, (40, 50)), [], torch.get_num_threads()
+    for n_threads in (1, 1, 2, 3):
+        torch.set_num_threads(n_threads)
+        inputs = randoms(0, (7, 64))
+        results.append(outputs_and_gradients(lambda x: native.tied_embedding(tokens, x), inputs, torch.float32))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_a_tied_matrix_has_one_gradient_and_it_is_the_heads() -> None:
     """A second one of 154 MB for the embedding would cost an AMX machine a fortieth of its step."""
     (weight, hidden) = randoms(0, (9, 6), (4, 6))

@@ -161,5 +161,10 @@ def test_autograds_view_of_a_parameter_shares_its_copy() -> None:
     assert weight_copy(tied) is weight_copy(weight)
     edit(weight)
     assert is_rounded(weight_copy(tied), weight)
-    for view in (weight[:5], weight.T):
-        assert torch.equal(weight_copy(view), view.detach().to(torch.bfloat16))
+    square = nn.Parameter(torch.randn(16, 16))
+    weight_copy(square)
+    for view in (weight[:5], weight.T, square.T, square[:, 3:]):
+        assert is_rounded(weight_copy(view).contiguous(), view)
+    give_other_memory(weight)
+    assert torch.equal(weight_copy(tied), tied.detach().to(torch.bfloat16))
+    assert is_rounded(weight_copy(weight), weight)

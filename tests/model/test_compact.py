@@ -169,3 +169,12 @@ def test_a_full_network_is_its_own_expansion(model: GPT2) -> None:
 def test_a_text_with_all_ids_is_refused(model: GPT2) -> None:
     with pytest.raises(ConfigError, match="all 31 ids"):
         CompactGPT2(model, torch.arange(31))
+
+
+@pytest.mark.parametrize("target", [-1, -99])
+def test_a_target_that_is_no_token_is_refused(target: int) -> None:
+    compact, _ = make(20, 9, 0)
+    inputs = torch.tensor([[1, 2]])
+    for network in (compact, expanded(compact)):
+        with pytest.raises(IndexError):
+            network.loss_sum(inputs, torch.tensor([[IGNORED_TARGET, target]]))

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from groundling.errors import ConfigError
 from groundling.model import weights
 from groundling.model.cache import KVCache
-from groundling.model.gpt2 import GPT2, SIZES, TIED, GPTConfig
+from groundling.model.gpt2 import GPT2, SIZES, GPTConfig
 
 SHAPES = [
     GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=5, n_vocab=7),
@@ -39,7 +39,7 @@ def huggingface(config: GPTConfig, seed: int = 0) -> GPT2LMHeadModel:
 def test_logits_equal_those_of_transformers(config: GPTConfig) -> None:
     theirs = huggingface(config)
     ours = GPT2(config)
-    tensors = {name: tensor for name, tensor in theirs.state_dict().items() if name != TIED}
+    tensors = {name: tensor for name, tensor in theirs.state_dict().items() if name != weights.TIED}
     weights.from_huggingface(ours, tensors)
     tokens = torch.randint(config.n_vocab, (2, config.n_ctx))
     with torch.no_grad():

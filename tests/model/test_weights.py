@@ -21,6 +21,18 @@ def test_loading_what_was_saved_is_the_identity(model: GPT2, tmp_path: Path) -> 
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
+def test_an_unfilled_network_is_whole_and_nothing_was_drawn_for_it(model: GPT2) -> None:
+    before = torch.get_rng_state()
+    unfilled = weights.unfilled(model.config, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert unfilled.lm_head.weight is unfilled.transformer.wte.weight
+    own = dict(model.named_parameters())
+    assert [(name, p.shape, p.dtype) for name, p in unfilled.named_parameters()] == [
+        (name, p.shape, p.dtype) for name, p in own.items()
+    ]
+    assert all(p.requires_grad and p.device.type == "cpu" for p in unfilled.parameters())
+
+
 def test_transformers_reads_the_file(model: GPT2, tmp_path: Path) -> None:
     config = asdict(model.config)
     config["vocab_size"], config["n_positions"] = config.pop("n_vocab"), config.pop("n_ctx")

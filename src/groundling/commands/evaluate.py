@@ -117,7 +117,7 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
 
 def _n_tokens_of_text(n_tokens: int, window: int) -> int:
     """What both losses over a text read of it."""
-    return sum(n_tokens_read(loss, n_tokens, window) for loss in ANOTHER_TEXT)
+    return sum(n_tokens_read(loss, n_tokens, window) for loss in ("corpus/loss", "corpus/loss_offset"))
 
 
 def _keep(folder: RunFolder, checkpoint: Path, losses: dict[str, float | None]) -> None:

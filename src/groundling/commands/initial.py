@@ -35,7 +35,7 @@ class Initial:
     """Tokens of the windows that it was trained on."""
     source: str
     changes: tuple[str, ...] = ()
-    """What was done to a foreign model to have it so."""
+    """As in `Trained`."""
 
     @cached_property
     def sha256(self) -> str:

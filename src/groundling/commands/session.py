@@ -99,7 +99,7 @@ def say(message: str) -> None:
 
 
 def say_changes(changes: Sequence[str]) -> None:
-    """Say what a foreign model was changed by; see `Trained.changes`."""
+    """Say what was assumed, left out or converted of a foreign model."""
     for change in changes:
         say(f"changed: {change}")
 

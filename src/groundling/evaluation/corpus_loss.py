@@ -36,9 +36,9 @@ LossSum = Callable[[Tensor, Tensor], Tensor]
 
 
 def loss_offsets(n_tokens: int, length: int) -> list[int]:
-    """The offsets of `corpus/loss_offset` in a text of so many tokens: all lie within it, or moved nothing.
+    """The offsets of `corpus/loss_offset` in a text of so many tokens: within it, as none beyond moves anything.
 
-    A text or a window of one token has no other than 0.
+    0 alone, where the text has one prediction or a window one token.
     """
     return seeded_offsets(min(length, n_tokens - 1), N_OFFSETS) or [0]
 

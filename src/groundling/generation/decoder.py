@@ -58,7 +58,7 @@ class Decoder(Protocol):
 
 
 def check_tokens(chunks: Sequence[Chunk], n_vocab: int) -> None:
-    """Raises `IndexError` if one of the tokens is not below n_vocab."""
+    """Raises `IndexError` for a token that is not one of n_vocab."""
     for token in itertools.chain.from_iterable(chunk.tokens for chunk in chunks):
         if not 0 <= token < n_vocab:
             raise IndexError(f"token {token} is not one of {n_vocab}")

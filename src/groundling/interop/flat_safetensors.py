@@ -21,7 +21,8 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.files import write_json
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed
-from groundling.model.gpt2 import GPT2, TABLE, TIED
+from groundling.model.gpt2 import GPT2
+from groundling.model.weights import TABLE, TIED
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"

@@ -25,8 +25,8 @@ from groundling.errors import CheckpointError, ConfigError
 from groundling.interop.tensor_files import Shape, Weights
 from groundling.json_files import read_bounded, read_object
 from groundling.model import weights as own_weights
-from groundling.model.gpt2 import GPT2, TABLE, TIED, GPTConfig, unfilled
-from groundling.model.weights import MAX_LAYERS, TRANSPOSED
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.weights import MAX_LAYERS, TABLE, TIED, TRANSPOSED, unfilled
 
 WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.){0,4}")
 """What torch.compile and DistributedDataParallel put before a name."""

@@ -25,7 +25,8 @@ from groundling.errors import ConfigError
 from groundling.interop.llama_server import LlamaCpp
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
-from groundling.model.gpt2 import GPT2, TIED, Block
+from groundling.model.gpt2 import GPT2, Block
+from groundling.model.weights import TIED, adopt
 
 try:
     import gguf
@@ -330,7 +331,7 @@ def _read_network(model: GPT2, reader: Any) -> Any:
     with torch.device("meta"):
         network = GPT2(model.config)
     read = {name: torch.from_numpy(_dequantized(_tensor(reader, _their_name(name)))) for name, _ in _tensors(model)}
-    network.adopt(read)
+    adopt(network, read)
 
     def logits(tokens: list[int]) -> Tensor:
         return network.logits(network.hidden(torch.tensor([tokens])))[0]

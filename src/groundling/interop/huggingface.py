@@ -27,7 +27,7 @@ from groundling.interop import model_card
 from groundling.interop.trained import WINDOW, Trained
 from groundling.interop.verification import Probe, VerificationFailed
 from groundling.model import weights
-from groundling.model.gpt2 import GPT2, INIT_STD, TIED, unfilled
+from groundling.model.gpt2 import GPT2, INIT_STD
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -227,10 +227,10 @@ def _load(transformers: Any, held: Trained, probe: Probe, target: Path) -> Itera
 
 def _read_back(held: Trained, target: Path) -> Iterator[str]:
     """What the files hold, read by our own hand."""
-    model = unfilled(held.model.config, torch.device("cpu"))
+    model = weights.unfilled(held.model.config, torch.device("cpu"))
     weights.load(model, target / WEIGHTS)
     own = held.model.state_dict()
-    same = all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items() if name != TIED)
+    same = all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items() if name != weights.TIED)
     _hold(same, "the weights were not written as they are")
     vocab = json.loads((target / VOCAB).read_text(encoding="utf-8"))
     lines = (target / MERGES).read_text(encoding="utf-8").split("\n")[1:-1]

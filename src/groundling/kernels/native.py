@@ -57,7 +57,7 @@ def load() -> None:
 
 
 def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the weight, and the weight for its other use, whose gradient is then written to; see `reference.py`."""
+    """Rows of the weight, and the weight for its other use; see `reference.py`."""
     return TiedEmbedding.apply(tokens, weight)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -102,7 +102,7 @@ class TiedEmbedding(torch.autograd.Function):
             return None, d_weight
         if d_weight is None:
             d_weight = d_rows.new_zeros(ctx.shape)
-        return None, d_weight.index_add_(0, tokens.flatten(), d_rows.reshape(tokens.numel(), ctx.shape[1]))
+        return None, d_weight.contiguous().index_add_(0, tokens.flatten(), d_rows.reshape(tokens.numel(), ctx.shape[1]))
 
 
 class AddLayerNorm(torch.autograd.Function):

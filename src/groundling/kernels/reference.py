@@ -16,7 +16,10 @@ IGNORED_TARGET = -100
 
 
 def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `weight` (n_vocab, C) at tokens (...), (..., C), and the weight for its other use, as the head's."""
+    """The rows of `weight` (n_vocab, C) at tokens (...), (..., C), and the weight for its other use, as the head's.
+
+    That must be its only other use, and one whose gradient for it is nobody else's: a backend may write to it.
+    """
     return F.embedding(tokens, weight), weight
 
 

@@ -52,7 +52,9 @@ def weight_copy(weight: Tensor) -> Tensor:
 def _parameter(weight: Tensor) -> Tensor:
     """The parameter that a weight is a view of, if it is one of the whole, as functions of autograd return it."""
     base = weight._base
-    return weight if base is None or base.shape != weight.shape or base.stride() != weight.stride() else base
+    if base is None or base.shape != weight.shape or base.stride() != weight.stride():
+        return weight
+    return base if base.data_ptr() == weight.data_ptr() else weight
 
 
 def memory_of_copy(weight: Tensor) -> Tensor | None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from groundling.errors import ConfigError
-from groundling.kernels.reference import IGNORED_TARGET
 from groundling.model.cache import Reading
-from groundling.model.gpt2 import GPT2, TABLE, TIED
+from groundling.model.gpt2 import GPT2
+from groundling.model.weights import TABLE, TIED, adopt
 
 HeadVocabulary = Literal["full", "seen"]
 
@@ -45,7 +45,7 @@ class CompactGPT2(GPT2):
         places[seen] = torch.arange(n_seen)
         self.register_buffer("places", places, persistent=False)
         self.n_seen, self.n_unseen = n_seen, n_vocab - n_seen
-        self.adopt(self._compacted(full))
+        adopt(self, self._compacted(full))
         self.head_weight.register_hook(self._as_of_one_row)  # type: ignore[no-untyped-call]
 
     def hidden(self, tokens: Tensor, reading: Reading | None = None) -> Tensor:
@@ -59,14 +59,14 @@ class CompactGPT2(GPT2):
     def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """As `GPT2.loss_sum`, over the full vocabulary."""
         targets = targets.flatten()
-        rows = torch.where(targets == IGNORED_TARGET, targets, self.places[targets.clamp(min=0)])
+        rows = torch.where(targets < 0, targets, self.places[targets.clamp(min=0)])  # ignored, or no tokens at all
         return self._loss_sum(self.places[inputs], rows, self.n_unseen)
 
     def expanded(self) -> GPT2:
         """The full GPT-2 that this network is: it shares all tensors but the table, which is a copy."""
         with torch.device("meta"):
             full = GPT2(replace(self.config, n_vocab=len(self.places)))
-        full.adopt(self.state_dict() | {TABLE: self.head_weight.detach()[self.places]})
+        adopt(full, self.state_dict() | {TABLE: self.head_weight.detach()[self.places]})
         return full
 
     def take(self, full: GPT2) -> None:

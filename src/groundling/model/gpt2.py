@@ -10,7 +10,6 @@ Legend: B windows, T positions, C = n_embd, H = n_head, D = C / H.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 INIT_STD = 0.02
 """Standard deviation of the initial weights (GPT-2's released code)."""
-
-TABLE, TIED = "transformer.wte.weight", "lm_head.weight"
-"""The two names of the one matrix that is the token embedding and the head."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +177,6 @@ class GPT2(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
-        """Have these tensors as its weights, under their names; the head's is the table, and need not be among them."""
-        self.load_state_dict({**tensors, TIED: tensors[TABLE]}, assign=True)
-        self.lm_head.weight = self.transformer.wte.weight  # assignment unties them
-
     @property
     def head_weight(self) -> Tensor:
         """The head's matrix (n_vocab, C), which is also the token embedding."""
@@ -208,14 +199,4 @@ class GPT2(nn.Module):
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor, n_last: int = 1) -> Tensor:
         embedded, weight = kernels.tied_embedding(inputs, self.head_weight)
-        hidden = self.transformer(embedded, None).flatten(0, 1)
-        return kernels.linear_cross_entropy(hidden, weight, targets, n_last)
-
-
-def unfilled(config: GPTConfig, device: torch.device) -> GPT2:
-    """A network of this size for who fills all its weights: nothing is drawn, and they are what the memory held."""
-    with torch.device("meta"):
-        model = GPT2(config)
-    # Not `to_empty`, for which PyTorch imports a second's worth of symbolic algebra.
-    model.adopt({name: torch.empty(own.shape, device=device) for name, own in model.named_parameters()})
-    return model
+        return kernels.linear_cross_entropy(self.transformer(embedded, None).flatten(0, 1), weight, targets, n_last)

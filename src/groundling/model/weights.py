@@ -17,14 +17,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundling.errors import CheckpointError
-from groundling.model.gpt2 import GPT2, TABLE, TIED, GPTConfig
+from groundling.model.gpt2 import GPT2, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TABLE, TIED = "transformer.wte.weight", "lm_head.weight"
+"""The two names of the one matrix that is the token embedding and the head."""
 TABLES = (TABLE, "transformer.wpe.weight")
 MAX_LAYERS = 1000
 """GPT-2 XL has 48. Each block costs time, however narrow it is."""
 TENSORS, TENSORS_PER_BLOCK = 4, 12
 """The two tables, the last LayerNorm's two; in each block two LayerNorms and four projections, each with a bias."""
+
+
+def adopt(model: GPT2, tensors: Mapping[str, Tensor]) -> None:
+    """Make these tensors the model's weights, under its names; the head's is the table, and need not be among them."""
+    model.load_state_dict({**tensors, TIED: tensors[TABLE]}, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # assignment unties them
+
+
+def unfilled(config: GPTConfig, device: torch.device) -> GPT2:
+    """A network of this size for who fills all its weights: nothing is drawn, and they are what the memory held."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    # Not by `to_empty`, for which PyTorch imports symbolic algebra.
+    adopt(model, {name: torch.empty(own.shape, device=device) for name, own in model.named_parameters()})
+    return model
 
 
 def to_huggingface(model: GPT2) -> dict[str, Tensor]:

@@ -17,11 +17,9 @@ from torch.optim import Optimizer
 class FusedAdamW(torch.optim.AdamW):
     """AdamW as PyTorch fuses it for the device on which the parameters are."""
 
-    # PyTorch keeps these out of compiled graphs, and imports its compiler to do so, which takes one to three seconds of
-    # every start. No graph of ours has them.
+    # PyTorch wraps these, and `step`, to keep them out of compiled graphs, and its wrapper imports the compiler, which
+    # takes seconds (LOG.md). No graph of ours has them.
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
-    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
-    state_dict = inspect.unwrap(Optimizer.state_dict)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
     def __init__(self, params: Any, **settings: Any) -> None:
@@ -31,11 +29,12 @@ class FusedAdamW(torch.optim.AdamW):
         """The Euclidean norm () of all gradients together, on their device, for which this does not wait."""
         return torch.nn.utils.get_total_norm(self._gradients())
 
+    @torch.no_grad()
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]  # takes no closure
         """Update the parameters with their gradients times `scale`, which `.grad` holds afterwards."""
         if scale != 1:
             torch._foreach_mul_(self._gradients(), scale)
-        super().step()
+        inspect.unwrap(torch.optim.AdamW.step)(self)
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -34,7 +34,7 @@ from groundling.files import atomic_directory, sha256_of, write_json
 from groundling.json_files import read_object, regular_file
 from groundling.model import weights
 from groundling.model.compact import CompactGPT2, expanded
-from groundling.model.gpt2 import GPT2, GPTConfig, unfilled
+from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.model.weights import MAX_LAYERS
 
 MANIFEST = "manifest.json"
@@ -210,7 +210,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT2, Tokenizer, int]:
         raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
     config, window = _size(path)
     weights.check_size(config, path / WEIGHTS)  # a folder from elsewhere may claim what it likes
-    model = unfilled(config, device)
+    model = weights.unfilled(config, device)
     weights.load(model, path / WEIGHTS)
     tokenizer = Tokenizer.load(path / "tokenizer.json", n_rows=config.n_vocab)
     if tokenizer.n_vocab != config.n_vocab:
