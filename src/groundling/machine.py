@@ -23,7 +23,7 @@ CEILING_SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (2048, 768, 2304), (1024
 """(M, K, N) of the matrix products that a GPT-2 block of 2,048 tokens is made of, and one cube."""
 GPU_CEILING_SHAPE = (4096, 4096, 4096)
 """What fills a GPU, which those above do not."""
-CEILING_REPEATS = 3
+CEILING_REPEATS = 7
 """Products of each shape at least, after the first ones."""
 QUEUED_SECONDS = 5e-3
 """On a GPU, products are queued until they take so long together: launching and waiting cost as much as one does."""
@@ -116,7 +116,7 @@ def matrix_ceiling_flops(
     """Measured FLOP/s of this machine's matrix product: the fastest of all products taken.
 
     The fastest and not the median, because a ceiling that was measured too low would flatter every share of
-    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes one to three seconds on two cores.
+    it. Shapes are (M, K, N); a product counts 2 M K N operations. Takes one to five seconds on two cores.
     """
     best, on_gpu = 0.0, device.type != "cpu"
     generator = torch.Generator(device).manual_seed(0)  # PyTorch's own one is a run's

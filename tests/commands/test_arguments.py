@@ -13,7 +13,6 @@ from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names, pres
 
 from .bottles import steps, train
 
-
 ONE_STEP = ("--max-steps", "1", "--evaluation.final", "none")
 
 
