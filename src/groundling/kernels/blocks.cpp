@@ -57,13 +57,10 @@ inline Vec first_lanes(Vec value, N n) {
   return value;
 }
 
-// gelu(x) = x s(2u), with the logistic function s and u = sqrt(2 / pi) (x + 0.044715 x^3).
-inline Vec gelu_slope(Vec x) {
-  const Vec x2 = x * x;
-  const Vec twice_u = 1.59576912f * x * multiply_add(x2, splat(0.044715f), splat(1.f));
-  const Vec twice_u_slope = 1.59576912f * multiply_add(x2, splat(3 * 0.044715f), splat(1.f));
-  const Vec s = 1.f / (1.f + exponential(-twice_u));
-  return s * multiply_add(x * (1.f - s), twice_u_slope, splat(1.f));
+// The derivative of x s(2u), from s(2u).
+inline Vec gelu_slope(Vec x, Vec share) {
+  const Vec twice_u_slope = 1.59576912f * multiply_add(x * x, splat(3 * 0.044715f), splat(1.f));
+  return share * multiply_add(x * (1.f - share), twice_u_slope, splat(1.f));
 }
 
 template <class Function>
@@ -210,35 +207,36 @@ void groundling_add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t w
   });
 }
 
-// activated = gelu(products + bias), (n_rows, width).
-void groundling_bias_gelu(int n_threads, int64_t n_rows, int64_t width, int bf16, const void* products,
-                          const float* bias, void* activated) {
+// activated = gelu(products + bias), (n_rows, width); with `slopes`, its derivative in the products' place.
+void groundling_bias_gelu(int n_threads, int64_t n_rows, int64_t width, int bf16, void* products, const float* bias,
+                          void* activated, int slopes) {
   with_format(bf16, [=](auto format) {
     using Format = decltype(format);
-    const auto* from = elements<Format>(products);
+    auto* products_at = elements<Format>(products);
     auto* to = elements<Format>(activated);
 #pragma omp parallel for schedule(static) num_threads(n_threads)
     for (int64_t row = 0; row < n_rows; ++row)
       each_run(width, [&](int64_t c, auto n) {
         const int64_t at = row * width + c;
-        write<Format>(to + at, gelu(read<Format>(from + at, n) + read<Fp32>(bias + c, n)), n);
+        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias + c, n), share = gelu_share(x);
+        write<Format>(to + at, x * share, n);
+        if (slopes) write<Format>(products_at + at, gelu_slope(x, share), n);
       });
   });
 }
 
-// The gradient of the products, in their place, and that of the bias (width,).
-void groundling_bias_gelu_backward(int n_threads, int64_t n_rows, int64_t width, int bf16, void* products,
-                                   const float* bias, const void* d_activated, float* d_bias) {
+// The gradient of the products, in the place of the slopes, and that of the bias (width,).
+void groundling_bias_gelu_backward(int n_threads, int64_t n_rows, int64_t width, int bf16, void* slopes,
+                                   const void* d_activated, float* d_bias) {
   with_format(bf16, [=](auto format) {
     using Format = decltype(format);
-    auto* products_at = elements<Format>(products);
+    auto* slopes_at = elements<Format>(slopes);
     const auto* d_at = elements<Format>(d_activated);
     sum_rows(n_threads, n_rows, width, d_bias, [=](int64_t row, float* totals) {
       each_run(width, [&](int64_t c, auto n) {
         const int64_t at = row * width + c;
-        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias + c, n);
-        const Vec d = read<Format>(d_at + at, n) * gelu_slope(x);
-        write<Format>(products_at + at, d, n);
+        const Vec d = read<Format>(d_at + at, n) * read<Format>(slopes_at + at, n);
+        write<Format>(slopes_at + at, d, n);
         add_to(totals + c, d, n);
       });
     });

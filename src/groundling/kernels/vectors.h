@@ -280,7 +280,7 @@ inline void write_some(typename Format::Element* to, Vec value, int64_t n) {
 // e^x by x = n ln 2 + r and the Taylor series of e^r, |r| <= ln 2 / 2, to r^7 / 7!: within 2 units of the last place.
 inline Vec exponential(Vec x) {
   x = x < -87.f ? splat(-87.f) : x;
-  x = x > 88.f ? splat(88.f) : x;
+  x = x > 87.f ? splat(87.f) : x;  // whose inverse is no subnormal number either
   const Vec shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = multiply_add(x, splat(1.44269504f), shift) - shift;
   // ln 2 in two parts (Cody and Waite 1980)
@@ -290,10 +290,13 @@ inline Vec exponential(Vec x) {
   return y * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
-// GPT-2's GELU, 0.5 x (1 + tanh(u)), with the tanh written as a logistic function: x / (1 + e^(-2u)).
-inline Vec gelu(Vec x) {
-  const Vec u = 0.79788456f * (x + 0.044715f * x * x * x);  // sqrt(2 / pi)
-  return x / (1.f + exponential(-2.f * u));
+// GPT-2's GELU is 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), and so x s(2u), with the logistic
+// function s: this share of x.
+inline Vec gelu_share(Vec x) {
+  const Vec twice_u = 1.59576912f * x * multiply_add(x * x, splat(0.044715f), splat(1.f));
+  return 1.f / (1.f + exponential(-twice_u));
 }
+
+inline Vec gelu(Vec x) { return x * gelu_share(x); }
 
 }  // namespace groundling
