@@ -14,7 +14,7 @@ define run_preset
 	fi
 endef
 
-.PHONY: train test test-slow lint format penny demo clean help
+.PHONY: train test test-slow lint format penny demo setup clean help
 
 ## train: GPT-2 (124M) on Tiny Shakespeare until it is known on the grid; goes on if it was interrupted
 train: $(VENV)/.installed
@@ -29,7 +29,7 @@ demo: $(VENV)/.installed-serve
 	@if [ ! -e runs/penny/record.json ]; then $(MAKE) --no-print-directory -f $(firstword $(MAKEFILE_LIST)) penny; fi
 	$(BIN)/groundling serve runs/penny
 
-## test: everything that needs no GPU, no network and not much time
+## test: everything that needs no GPU, no network but PyPI's and npm's, and not much time
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
@@ -48,6 +48,9 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+## setup: what `make train` installs, and nothing run
+setup: $(VENV)/.installed
 
 ## clean: removes what was set up; runs stay
 clean:

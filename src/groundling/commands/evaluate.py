@@ -29,14 +29,14 @@ EXAMPLES = """examples:
 
 ANOTHER_TEXT = {
     "corpus/loss": "the whole text, on the grid",
-    "corpus/loss_offset": "the whole text, at 8 other offsets",
+    "corpus/loss_offset": "the whole text, at other offsets of the grid",
 }
 """What the losses over a text mean that the run was not trained on."""
 
 MEANINGS = {
     "train/loss": "the last step's batch, before its update",
     "corpus/loss": "the whole training text, on the training grid",
-    "corpus/loss_offset": "the whole training text, at 8 other offsets",
+    "corpus/loss_offset": "the whole training text, at other offsets of the grid",
     "heldout/loss": "the whole held-out text",
 }
 

@@ -42,9 +42,9 @@ class GPTConfig:
     """Token ids; a run takes this number from its tokenizer."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive number")
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"model.{name} is {value}: give a positive number")
         if self.n_embd % self.n_head:
             raise ConfigError(f"model.n_embd is {self.n_embd}: give a multiple of model.n_head, {self.n_head}")
 
@@ -155,8 +155,7 @@ class Transformer(nn.Module):
 class GPT2(nn.Module):
     """The network. `hidden` and `logits` are its two verbs; the loss is made of their ingredients.
 
-    Construction draws from PyTorch's global generator, in an order that the reference run's first
-    loss depends on; `torch.manual_seed` before it makes the weights reproducible.
+    Construction draws from PyTorch's global generator, in the order that the reference run's first loss depends on.
     """
 
     def __init__(self, config: GPTConfig) -> None:
