@@ -143,15 +143,15 @@ def _renamed(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory that takes its final name, which must be free, only if the block ends well.
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory that takes its final name, which must be free unless `overwrite` is set, only if the block ends well.
 
     What earlier attempts at any directory left under temporary names beside it is removed, so one process at a time
     may use the parent, and nobody else.
     """
     for left_over in (*path.parent.glob(f".*{PARTIAL}"), *path.parent.glob(f".*{LOCK}")):
         _remove(left_over)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, overwrite) as temporary:
         temporary.mkdir()
         yield temporary
 

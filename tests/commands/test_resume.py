@@ -13,6 +13,7 @@ import yaml
 
 from groundling.cli import main
 from groundling.commands.session import newest_run
+from groundling.errors import Interrupted
 from groundling.files import write_json
 from groundling.training.run_folder import RunFolder
 
@@ -142,6 +143,39 @@ def test_a_finished_run_is_not_trained_or_evaluated_again(workplace: Path, capsy
         "objective": {"loss": "plain", "drop_every": 4, "context": 13},
         "sampling": record["config"]["sampling"] | {"min_p": 0.0},
     }
+
+
+@pytest.mark.parametrize("function", ["draw_curve", "continue_text"])
+def test_an_interrupt_before_the_last_files_loses_none(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise Interrupted("SIGINT received")
+
+    folder = workplace / "runs" / f"without-{function}"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"groundling.commands.train.{function}", interrupted)
+        assert main(train("--max-steps", "3", "--out", str(folder))) == 130
+    assert not (folder / "samples.txt").exists()
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    assert (folder / "record.json").exists()
+    assert (folder / "loss.png").exists()
+    assert (folder / "samples.txt").read_text().count("--- sample ") == 3
+
+
+def test_losses_that_ended_a_run_are_taken_once_and_kept(workplace: Path) -> None:
+    folder = workplace / "runs" / "patient"
+    held_out = ("--heldout-fraction", "0.3", "--stopping.patience", "1", "--stopping.heldout_every", "0.1")
+    still = ("--schedule.peak", "1e-9", "--schedule.total_steps", "50", "--stopping.target", "6.5")
+    arguments = train("--out", str(folder), "--evaluation.final", "none", *held_out, *still)
+    assert main(arguments) == 0
+    record = json.loads((folder / "record.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert record["stop_reason"] == "target"
+    for name in ("corpus/loss", "heldout/loss"):
+        taken = [line[name] for line in lines if name in line]
+        assert record[name.replace("/", "_")] == taken[-1]
+        assert len([line for line in lines if name in line and line["step"] == record["steps"] - 1]) == 1
 
 
 def test_a_resumed_run_says_what_is_left(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

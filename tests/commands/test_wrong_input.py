@@ -61,6 +61,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--seed", "18446744073709551616"], "seed"),
     (["--schedule.passes", ".inf"], "passes"),
     (["--schedule.passes", "1e308"], "schedule.passes is 1e+308: give"),
+    (["--schedule.total_steps", f"1{'0' * 400}"], "schedule.total_steps is 1000"),
+    (["--stopping.heldout_every", "1e308"], "stopping.heldout_every is 1e+308: give"),
     (["--stopping.overtime", "1e308"], "stopping.overtime is 1e+308: give"),
     (["--optim.eps", "0"], "optim.eps is 0.0: give 1e-30 or more"),
     (["--prompts", "\udcff"], "is not valid UTF-8"),

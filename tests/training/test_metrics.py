@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from groundling.training.metrics import JsonLines, TensorBoard, read_lines
+from groundling.errors import CheckpointError
+from groundling.training.metrics import JsonLines, Sinks, TensorBoard, read_lines
 from groundling.training.progress import Terminal
 
 
@@ -45,6 +48,37 @@ def test_rewinding_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> Non
     sink.write(3, {"train/loss": 30.0})
     sink.close()
     assert [(line["step"], line["train/loss"]) for line in read_lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30.0)]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "train', "\0\0\0", "[]", '{"train/loss": 1}', '{"step": null}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(CheckpointError, match=r"line 2 of .*metrics\.jsonl is damaged: remove that line"):
+        list(read_lines(path))
+
+
+class Full:
+    """A file on a full disk: what was not written is tried again when it is closed."""
+
+    def write(self, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        self.write("")
+
+
+def test_a_full_disk_is_said_of_the_file_and_closes_the_other_sinks(tmp_path: Path) -> None:
+    lines, terminal = JsonLines(tmp_path / "metrics.jsonl"), Terminal(1)
+    closed: list[bool] = []
+    terminal.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    lines.file = Full()  # type: ignore[assignment]
+    sinks = Sinks(lines, terminal)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        sinks.write(0, {"train/loss": 1.0})
+    sinks.close()
+    assert raised.value.filename == str(tmp_path / "metrics.jsonl")
+    assert closed
 
 
 def test_rewinding_keeps_the_losses_after_the_last_step_until_they_are_taken_again(tmp_path: Path) -> None:

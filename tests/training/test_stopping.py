@@ -96,6 +96,8 @@ def test_every_reason_is_said_in_words() -> None:
     for reason in (*REASONS, "schedule"):
         assert f"({reason})" in reason_in_words(reason, StoppingConfig(), ScheduleConfig())
     assert reason_in_words("schedule", StoppingConfig(), ScheduleConfig(passes=13)).endswith("--schedule.passes 26")
+    assert "too low" in reason_in_words("schedule", StoppingConfig(), ScheduleConfig())
+    assert "too low" not in reason_in_words("schedule", StoppingConfig(), ScheduleConfig(decay="constant"))
     by_steps = ScheduleConfig(passes=None, total_steps=40)
     assert reason_in_words("schedule", StoppingConfig(), by_steps).endswith("--schedule.total_steps 80")
 

@@ -20,8 +20,9 @@ from groundling.model.gpt2 import GPT2
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import Estimate, FirstSteps, is_taken, measure
+from groundling.training.estimate import Estimate, FirstSteps, is_taken, measure, remaining
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
+from groundling.training.progress import clock
 from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import BAD_STEPS, Trainer
@@ -335,6 +336,46 @@ def test_after_two_returns_the_run_has_failed(make_trainer: MakeTrainer) -> None
     assert memory.notes.count("continuing after 4 steps") == 2
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_of_ruined_weights_is_set_aside(make_trainer: MakeTrainer, keep: int) -> None:
+    """An update can ruin weights after a good loss, and a checkpoint is written before the next loss says so."""
+    clean, clean_memory = make_trainer("clean")
+    clean.train()
+    first, _ = make_trainer("ruined", checkpoint=CheckpointConfig("2", keep), stopping=StoppingConfig(max_steps=4))
+    first.train()
+    with torch.no_grad():
+        first.model.head_weight.fill_(torch.inf)
+    first.state.n_steps = 5
+    first.save()
+    trainer, memory = make_trainer("ruined")
+    trainer.resume()
+    if keep == 1:
+        with pytest.raises(RunFailed, match="step-00000005 give no finite loss, and no older"):
+            trainer.train()
+        return
+    assert trainer.train() == "max_steps"
+    assert memory.losses() == clean_memory.losses()[4:]
+    assert any("step-00000005 give no finite loss" in note for note in memory.notes)
+    assert (trainer.checkpoints / "damaged-step-00000005").exists()
+
+
+def test_losses_in_other_windows_are_other_losses(make_trainer: MakeTrainer) -> None:
+    """A run that goes on with another length has neither met its target nor a checkpoint that names its windows."""
+    first, _ = make_trainer(stopping=StoppingConfig(target=3.46))
+    assert first.train() == "target"
+    limit = StoppingConfig(target=3.46, max_steps=first.state.n_steps)
+    same, _ = make_trainer(stopping=limit)
+    same.resume()
+    assert same.known("corpus/loss") == first.known("corpus/loss") is not None
+    other, memory = make_trainer(stopping=limit, windows=WindowConfig(8, 4))
+    other.resume()
+    assert other.known("corpus/loss") is None
+    other.train()
+    assert memory.losses() == []
+    assert other.known("corpus/loss") not in (None, first.known("corpus/loss"))
+    assert checkpoint.window_of(checkpoint.complete(other.checkpoints)[-1]) == 8
+
+
 def test_without_a_checkpoint_the_run_goes_back_to_its_start(make_trainer: MakeTrainer) -> None:
     clean, clean_memory = make_trainer("clean")
     clean.train()
@@ -383,6 +424,19 @@ def test_a_run_is_estimated_once_from_its_own_first_steps(make_trainer: MakeTrai
     assert told[0].step_s == pytest.approx(0.55)
     assert told[0].train_s == pytest.approx(10 * 0.55)
     assert told[0].tokens_per_s == pytest.approx(64 / 0.55)
+
+
+def test_the_evaluations_that_patience_asks_for_are_estimated(
+    make_trainer: MakeTrainer, tokens: NDArray[np.uint16]
+) -> None:
+    """Three in ten steps, for 13 windows in batches of four; forward is a third of a step."""
+    trainer, _ = make_trainer(heldout=tokens, stopping=StoppingConfig(max_steps=10, patience=99))
+    told: list[Estimate] = []
+    sink = FirstSteps(trainer, "none", told.append)
+    for step in range(4):
+        sink.write(step, {"train/step_s": 0.5})
+    assert told[0].evaluation_s == pytest.approx(3 * len(tokens) / 3 / (64 / 0.5))
+    assert remaining(trainer, 3600.0).startswith(f"left: {clock(10 * 3600 + 3 * len(tokens) / 3 / (64 / 3600))}")
 
 
 def test_a_run_that_goes_on_has_no_first_steps(make_trainer: MakeTrainer) -> None:

@@ -23,6 +23,7 @@ from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, load_corpus
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
+from groundling.corpus.windows import steps_per_pass
 from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
@@ -261,8 +262,14 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "stopping.expected_steps": endless,
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
     }
-    flags = {word.partition("=")[0] for word in typed}
+    words = [word.partition("=")[0] for word in typed]
+    flags = set(words)
     lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and f"--{name}" in flags]
+    lines += [
+        f"warning: {flag} was given {n} times, and the last counts: name all texts after one {flag}"
+        for flag in ("--corpus", "--heldout")
+        if (n := words.count(flag)) > 1
+    ]
     if "--schedule.warmup_steps" in flags and (n_warmup := warmup(schedule, n_steps)) < schedule.warmup_steps:
         lines.append(
             f"warning: schedule.warmup_steps {schedule.warmup_steps:,} is cut to {n_warmup:,}, a quarter of the"
@@ -360,4 +367,4 @@ def run_flops(config: RunConfig, n_tokens: int) -> float:
 
 def planned_steps(config: RunConfig, n_tokens: int) -> int:
     """Length of the schedule in steps, for a text of so many tokens."""
-    return config.schedule.steps(n_tokens / (config.windows.batch_size * config.windows.length))
+    return config.schedule.steps(steps_per_pass(n_tokens, config.windows))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from groundling import machine
+from groundling import kernels, machine, runtime
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.initial import check_begun
 from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
@@ -20,6 +20,7 @@ from groundling.evaluation.report import finite
 from groundling.files import write_json, write_text
 from groundling.generation.open import open_decoder
 from groundling.generation.text import continue_text
+from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
@@ -28,6 +29,7 @@ from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import judgement, make_record, median_of
 from groundling.training.run_folder import RunFolder, find_checkpoint
+from groundling.training.signals import StopSignals
 from groundling.training.stopping import reason_in_words
 from groundling.training.trainer import Trainer
 
@@ -61,6 +63,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
     config = parse_run(parser, arguments)
     if resumed and (record := _finished(resumed, config)):
+        _complete(resumed, config)
         _print_finished(resumed, record)
         return 0
     if early.out and not resumed:
@@ -94,6 +97,16 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     except (OSError, CheckpointError):  # a damaged record is made anew
         return None
     return record if record and _with_defaults(record["config"]) == config.as_dict() else None
+
+
+def _complete(folder: RunFolder, config: RunConfig) -> None:
+    """Make the last files of a finished run, if an interrupt came before them."""
+    if not folder.curve.exists():
+        draw_curve(folder.metrics, config.stopping.target, folder.curve)
+    if not folder.samples.exists():
+        resolved = kernels.select_for(runtime.resolve(config.runtime))
+        with StopSignals() as signals:
+            _sample(folder, config, resolved, find_checkpoint(folder.path), signals.check)
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -132,9 +145,9 @@ def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
     needed = n_checkpoints * BYTES_PER_PARAMETER * prepared.config.model.n_parameters()
     free = machine.free_disk_bytes(path)
     if free < needed:
+        advice = "free some" if n_checkpoints == 1 else "give an --out on a larger disk, or a lower --keep"
         raise ConfigError(
-            f"{path} has {free / 2**30:.1f} GiB of free disk, but checkpoints need {needed / 2**30:.1f}:"
-            " give an --out on a larger disk, or a lower --keep"
+            f"{path} has {free / 2**20:,.0f} MiB of free disk, but checkpoints need {needed / 2**20:,.0f}: {advice}"
         )
 
 
@@ -172,10 +185,11 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
         {name.replace("/", "_"): value for name, value in losses.items()},
         evaluation_s,
     )
-    write_json(folder.record, record)
+    folder.samples.unlink(missing_ok=True)  # of older weights
     draw_curve(folder.metrics, config.stopping.target, folder.curve)
+    write_json(folder.record, record)
     _print_result(record, config.stopping.target)
-    _sample(folder, prepared, newest, trainer.signals.check)
+    _sample(folder, config, prepared.runtime, newest, trainer.signals.check)
     say(f"record: {folder.record}, curve: {folder.curve}, samples: {folder.samples}, checkpoint: {newest}")
 
 
@@ -201,7 +215,8 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
     for name, n_tokens in reads.items():
         seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else math.inf
-        if not is_taken(final, seconds, trainer.state.wall_s):
+        known = trainer.known(name) is not None
+        if not known and not is_taken(final, seconds, trainer.state.wall_s):
             takes = f"about {clock(seconds)}" if tokens_per_s else "no step says how long it would take"
             trainer.sinks.note(f"{name} is not taken ({takes}): `groundling evaluate` takes it")
             continue
@@ -209,9 +224,7 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
         losses[name] = finite(loss)
         if losses[name] is None:
             trainer.sinks.note(f"warning: {name} is {loss}, so these weights are of no use: train with a lower rate")
-        look = trainer.stop_rule.state.look
-        already_written = look and (look.measure, look.n_steps) == (name, trainer.state.n_steps)
-        if trainer.state.n_steps and not already_written:
+        if trainer.state.n_steps and not known:  # else it is written already
             trainer.sinks.write(trainer.state.n_steps - 1, {name: loss})
     return losses
 
@@ -239,15 +252,15 @@ def _verdict(loss: float | None, target: float, what: str) -> str:
     return f"{loss:.6f}  {judgement(loss, target, what) if target else '(no target)'}"
 
 
-def _sample(folder: RunFolder, prepared: Prepared, path: Path, check: Callable[[], None]) -> None:
+def _sample(folder: RunFolder, config: RunConfig, resolved: Runtime, path: Path, check: Callable[[], None]) -> None:
     """Continue the run's prompts with the checkpoint as it was saved, and keep what came; `check` may end it."""
-    model, tokenizer, window = load_model(path, prepared.runtime.device)
+    model, tokenizer, window = load_model(path, resolved.device)
     texts = []
-    with open_decoder(model, window, prepared.runtime, warn=say) as decoder:
-        prompts = prepared.config.prompts
-        for number, prompt in enumerate(prompts, 1):
+    with open_decoder(model, window, resolved, warn=say) as decoder:
+        for number, prompt in enumerate(config.prompts, 1):
             check()
-            text = "".join(continue_text(decoder, tokenizer, prompt, prepared.config.sampling))
-            texts.append(f"--- sample {number} of {len(prompts)}\n{prompt}{text}\n")
-            write_text(folder.samples, "\n".join(texts))  # before it is printed, to whoever may have left
+            text = "".join(continue_text(decoder, tokenizer, prompt, config.sampling))
+            texts.append(f"--- sample {number} of {len(config.prompts)}\n{prompt}{text}\n")
+            if number == len(config.prompts):  # before it is printed, to whoever may have left
+                write_text(folder.samples, "\n".join(texts))
             print(f"\n{texts[-1]}", end="")

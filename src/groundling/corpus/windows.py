@@ -124,6 +124,12 @@ def _generator(seed: int, purpose: int, n_pass: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, n_pass])))
 
 
+def steps_per_pass(n_tokens: int, config: WindowConfig) -> float:
+    """Steps after which a text of so many tokens has been read once (for shifted grids, within one window)."""
+    B, T = config.batch_size, config.length
+    return (n_tokens - 1) // (B * T) if config.order == "sequential" else math.ceil((n_tokens - 1) / T) / B
+
+
 class Windows:
     """The batches of a run over one token array."""
 
@@ -151,11 +157,8 @@ class Windows:
         return gather(self.tokens, np.stack(rows), self.config.length, self.objective)
 
     def steps_per_pass(self) -> float:
-        """Steps after which the text has been read once (for shifted grids, within one window)."""
-        B, T = self.config.batch_size, self.config.length
-        if self.config.order == "sequential":
-            return (len(self.tokens) - 1) // (B * T)
-        return math.ceil((len(self.tokens) - 1) / T) / B
+        """As the function of this name."""
+        return steps_per_pass(len(self.tokens), self.config)
 
     def pass_windows(self, n_pass: int) -> NDArray[np.int64]:
         """The windows of one pass, in the order in which it reads them."""

@@ -43,8 +43,10 @@ class ScheduleConfig:
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}: give a number")
         if self.passes is not None and not 0 < self.passes <= MOST:
             raise ConfigError(f"schedule.passes is {self.passes}: give a positive number, and at most {MOST:g}")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ConfigError(f"schedule.total_steps is {self.total_steps}: give a positive number")
+        if self.total_steps is not None and not 0 < self.total_steps <= MOST:
+            raise ConfigError(
+                f"schedule.total_steps is {self.total_steps}: give a positive number, and at most {MOST:g}"
+            )
         if self.peak <= 0:
             raise ConfigError(f"schedule.peak is {self.peak}: give a positive learning rate")
         if self.warmup_steps < 0:

@@ -90,7 +90,7 @@ def save(
     """
     path = root / NAME.format(n_steps)
     try:
-        with atomic_directory(path) as directory:
+        with atomic_directory(path, overwrite=True) as directory:  # a step is saved anew if its windows changed
             full = expanded(model)
             weights.save(full, directory / WEIGHTS)
             if optimizer is not None:
@@ -166,6 +166,11 @@ def weights_sum(path: Path) -> str:
     if type(sums.get(WEIGHTS)) is not str:
         raise CheckpointError(f"{path / MANIFEST} lacks {WEIGHTS}: copy or make the checkpoint again")
     return str(sums[WEIGHTS])
+
+
+def window_of(path: Path) -> int:
+    """Tokens of the windows that a checkpoint was trained on. Raises `CheckpointError` if it does not say."""
+    return _size(path)[1]
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def remaining(trainer: Trainer, step_s: float) -> str:
         more = max(0, trainer.stop_rule.last_step - n_steps)
         return f"left: the {expected_steps:,} steps that were expected are over; at most {more:,} more"
     left_s = (expected_steps - n_steps) * step_s
+    per_step = trainer.recipe.windows.batch_size * trainer.recipe.windows.length
+    left_s += _heldout_s(trainer, expected_steps - n_steps, per_step / step_s)
     if (max_minutes := trainer.recipe.stopping.max_minutes) is not None:
         left_s = min(left_s, max(0.0, 60 * max_minutes - trainer.state.wall_s))
     return (
@@ -160,10 +162,19 @@ def _evaluations_s(trainer: Trainer, final: str, train_s: float, tokens_per_s: f
     total_s = 0.0
     if stopping.max_steps is None and stopping.target and stopping.measure != "train/loss":
         total_s += LOOKS * evaluation_s(reads[stopping.measure], tokens_per_s)
+    total_s += _heldout_s(trainer, trainer.expected_steps, tokens_per_s)
     for n_tokens in reads.values():
         seconds = evaluation_s(n_tokens, tokens_per_s)
         total_s += seconds if is_taken(final, seconds, train_s) else 0.0
     return total_s
+
+
+def _heldout_s(trainer: Trainer, n_steps: int, tokens_per_s: float) -> float:
+    """Seconds for the losses over the held-out text that `stopping.patience` asks for in so many steps."""
+    if not trainer.recipe.stopping.patience:
+        return 0.0
+    n_tokens = trainer.final_reads()["heldout/loss"]
+    return n_steps // trainer.stop_rule.heldout_steps * evaluation_s(n_tokens, tokens_per_s)
 
 
 def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:

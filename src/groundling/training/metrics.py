@@ -5,6 +5,7 @@ Invariant: the training loop writes names and numbers and knows no sink; a sink 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from groundling.errors import ConfigError
+from groundling.errors import CheckpointError, ConfigError
 from groundling.files import write_text
 
 Metrics = Mapping[str, Any]
@@ -63,8 +64,9 @@ class Sinks:
             sink.rewind(n_steps)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        with contextlib.ExitStack() as all_of_them:
+            for sink in self.sinks:
+                all_of_them.callback(sink.close)
 
 
 class JsonLines:
@@ -105,7 +107,8 @@ class JsonLines:
         self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # the disk is full: `write` has said so
+            self.file.close()
 
 
 class TensorBoard:
@@ -142,8 +145,17 @@ class TensorBoard:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics file; a last line cut short by a crash is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The objects of a metrics file; a last line cut short by a crash is left out.
+
+    Raises `CheckpointError` for another line that is none of a step's.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                metrics = json.loads(line)
+                metrics["step"] + 0
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise CheckpointError(f"line {number} of {path} is damaged: remove that line") from None
+            yield metrics

@@ -61,8 +61,10 @@ class StoppingConfig:
             raise ConfigError(f"stopping.max_minutes is {self.max_minutes}: give 0 or more")
         if self.patience < 0:
             raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
-        if not 0 < self.heldout_every < math.inf:
-            raise ConfigError(f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes")
+        if not 0 < self.heldout_every <= MOST:
+            raise ConfigError(
+                f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes, {MOST:g} at most"
+            )
 
     def without_target(self) -> StoppingConfig:
         """The same limits for a run that ends with its schedule, whatever its loss is by then."""
@@ -93,9 +95,10 @@ def reason_in_words(reason: str, stopping: StoppingConfig, schedule: ScheduleCon
         if schedule.total_steps is not None
         else f"--schedule.passes {2 * (schedule.passes or 0):g}"
     )
+    why = "" if schedule.decay == "constant" else ", where the learning rate is too low to get there"
     return (
-        f"the target is not met, and {stopping.overtime:.0%} past the end of the schedule the learning rate is too low"
-        f" to get there (schedule): train anew with more passes, such as {longer}"
+        f"the target is not met {stopping.overtime:.0%} past the end of the schedule{why} (schedule): train anew with"
+        f" more passes, such as {longer}"
     )
 
 
@@ -120,12 +123,19 @@ class StopState:
     best_heldout: float | None = None
     evaluations_without_improvement: int = 0
     heldout_at_step: int = 0
+    last_heldout: float | None = None
+    """What was taken then."""
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> StopState:
         """The state that `dataclasses.asdict` turned into plain numbers."""
         look = state.pop("look")
         return cls(**state, look=look and Look(**look))
+
+    def forget_looks(self) -> None:
+        """Drop every loss over a whole text: the next are taken in other windows."""
+        self.look = self.best_heldout = self.last_heldout = None
+        self.evaluations_without_improvement = 0
 
 
 class StopRule:
@@ -193,11 +203,18 @@ class StopRule:
     def observe_heldout(self, n_steps: int, loss: float) -> None:
         """Take in a heldout/loss."""
         state = self.state
-        state.heldout_at_step = n_steps
+        state.heldout_at_step, state.last_heldout = n_steps, loss
         if state.best_heldout is None or loss < state.best_heldout:
             state.best_heldout, state.evaluations_without_improvement = loss, 0
         else:
             state.evaluations_without_improvement += 1
+
+    def known(self, name: str, n_steps: int) -> float | None:
+        """The loss of this house name, if it was taken after just so many steps."""
+        state = self.state
+        if name == "heldout/loss" and state.heldout_at_step == n_steps:
+            return state.last_heldout
+        return state.look.loss if state.look and (state.look.measure, state.look.n_steps) == (name, n_steps) else None
 
     def reason(self, n_steps: int, wall_s: float) -> str | None:
         """Why the run ends after so many steps and seconds, or None."""

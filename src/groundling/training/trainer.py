@@ -153,6 +153,9 @@ class Trainer:
             self.stop_rule.state = StopState.from_json(state.pop("stop"))
             self.state = RunState.from_json(state)
             self.saved_step = self.state.n_steps
+            if checkpoint.window_of(path) != self.recipe.windows.length:  # what was measured and saved says another
+                self.stop_rule.state.forget_looks()
+                self.saved_step = None
         self.sinks.rewind(self.state.n_steps)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
 
@@ -183,9 +186,8 @@ class Trainer:
 
         Raises `Interrupted` if a signal comes meanwhile.
         """
-        look = self.stop_rule.state.look
-        if look and (look.measure, look.n_steps) == (name, self.state.n_steps):
-            return look.loss
+        if (known := self.known(name)) is not None:
+            return known
         tokens = self.heldout_tokens if name == "heldout/loss" else self.train_tokens
         assert tokens is not None, f"{name} asked for without its text"
         n_tokens = n_tokens_read(name, len(tokens), self.recipe.windows.length)
@@ -199,6 +201,10 @@ class Trainer:
 
         evaluator = replace(self.evaluator, on_windows=count)
         return evaluator.offset_loss(tokens) if name == "corpus/loss_offset" else evaluator.loss(tokens)
+
+    def known(self, name: str) -> float | None:
+        """The loss of this house name, if it was taken of these very weights to decide whether to stop."""
+        return self.stop_rule.known(name, self.state.n_steps)
 
     def final_reads(self) -> dict[str, int]:
         """The losses that are taken when a run ends, and how many tokens each reads."""
@@ -240,7 +246,7 @@ class Trainer:
             if n_steps == self.total_steps and not rule.reached(n_steps):
                 more = rule.last_step - n_steps
                 self.sinks.note(
-                    f"the schedule has ended above the target: going on at its last rate, {more} steps at most"
+                    f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
         if rule.heldout_due(n_steps):
             loss = self.take("heldout/loss")
@@ -334,6 +340,9 @@ class Trainer:
         )
         if state.n_bad < BAD_STEPS:
             return
+        no_good_step = self.saved_step == state.n_steps - BAD_STEPS
+        if no_good_step and not math.isfinite(result.loss):
+            self._give_up_newest()
         if state.n_returns == MAX_RETURNS:
             raise RunFailed(
                 f"the loss stayed not finite at step {step} after {MAX_RETURNS} returns to the last checkpoint:"
@@ -342,6 +351,20 @@ class Trainer:
         self.resume()
         # The time was spent, and the return is counted, whatever came of them.
         self.state.wall_s, self.state.n_returns, self.state.n_bad = state.wall_s, state.n_returns + 1, 0
+
+    def _give_up_newest(self) -> None:
+        """Set the newest checkpoint aside, whose weights were ruined by the update before it was written.
+
+        Raises `RunFailed` if there is no older one.
+        """
+        *older, newest = checkpoint.complete(self.checkpoints)
+        if not older:
+            raise RunFailed(
+                f"the weights of {newest} give no finite loss, and no older checkpoint is there: train anew, with a"
+                " lower schedule.peak or optim.clip, or with --dtype fp32"
+            )
+        aside = checkpoint.set_aside(newest)
+        self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
 
     def _save_if_due(self) -> None:
         if self.trained and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
