@@ -73,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of `linear`; see `reference.py`."""
-    return LinearGelu.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return LinearGelu.apply(x, weight, bias, torch.is_grad_enabled())  # type: ignore[no-untyped-call, no-any-return]
 
 
 def self_attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -177,11 +177,11 @@ class LinearGelu(torch.autograd.Function):
     """Keeps GELU's slopes, which cost little beside its values, in the place of the products that it was taken of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, with_slopes: bool) -> Tensor:
         rows, matrix, bias = *_factors(x, weight), bias.contiguous()
         sums = torch.mm(rows, matrix.T)
         activated = torch.empty_like(sums)
-        _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated, any(ctx.needs_input_grad))
+        _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated, with_slopes)
         ctx.save_for_backward(rows, matrix)
         ctx.x_format, ctx.slopes = x.dtype, sums
         return activated.view(*x.shape[:-1], len(matrix))
@@ -196,8 +196,8 @@ class LinearGelu(torch.autograd.Function):
         _sweep("bias_gelu_backward", *_rows(d_rows), _bf16(d_rows), d_rows, d.contiguous(), d_bias)
         d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
         if _bf16(d_rows) and products.available():
-            return d_x, products.weight_gradient(d_rows, rows.contiguous())[0], d_bias
-        return d_x, d_rows.T.mm(rows).float(), d_bias
+            return d_x, products.weight_gradient(d_rows, rows.contiguous())[0], d_bias, None
+        return d_x, d_rows.T.mm(rows).float(), d_bias, None
 
 
 class SelfAttention(torch.autograd.Function):

@@ -155,7 +155,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 metrics = json.loads(line)
-                metrics["step"] + 0
+                if type(metrics["step"]) is not int:
+                    raise TypeError
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise CheckpointError(f"line {number} of {path} is damaged: remove that line") from None
             yield metrics

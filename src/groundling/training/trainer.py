@@ -340,8 +340,7 @@ class Trainer:
         )
         if state.n_bad < BAD_STEPS:
             return
-        no_good_step = self.saved_step == state.n_steps - BAD_STEPS
-        if no_good_step and not math.isfinite(result.loss):
+        if self.saved_step == state.n_steps - BAD_STEPS and self._ruined(step):
             self._give_up_newest()
         if state.n_returns == MAX_RETURNS:
             raise RunFailed(
@@ -352,8 +351,15 @@ class Trainer:
         # The time was spent, and the return is counted, whatever came of them.
         self.state.wall_s, self.state.n_returns, self.state.n_bad = state.wall_s, state.n_returns + 1, 0
 
+    def _ruined(self, step: int) -> bool:
+        """Whether the weights give no finite loss of this step's batch in fp32, which is no matter of the format."""
+        batch = self.windows.batch(step).to(self.runtime.device)
+        with torch.no_grad():
+            losses = [self.model.loss_sum(*part).item() for part in batch.split(self.recipe.windows.micro)]
+        return not math.isfinite(sum(losses))
+
     def _give_up_newest(self) -> None:
-        """Set the newest checkpoint aside, whose weights were ruined by the update before it was written.
+        """Set the newest checkpoint aside, whose weights the update before it ruined.
 
         Raises `RunFailed` if there is no older one.
         """
@@ -361,7 +367,7 @@ class Trainer:
         if not older:
             raise RunFailed(
                 f"the weights of {newest} give no finite loss, and no older checkpoint is there: train anew, with a"
-                " lower schedule.peak or optim.clip, or with --dtype fp32"
+                " lower schedule.peak or optim.clip"
             )
         aside = checkpoint.set_aside(newest)
         self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
