@@ -13,6 +13,7 @@ import huggingface_hub.utils._http
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from groundling import kernels, runtime
@@ -21,6 +22,10 @@ from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
 
 from .interop.hub_server import TOKEN, HubServer
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
+"""Each run of the tests tries the same examples; `pytest --hypothesis-profile default` draws others."""
 
 
 def new_cache(folder: Path) -> Path:

@@ -214,9 +214,9 @@ def test_settings_that_another_leaves_without_effect_are_named(
 
 
 def test_a_text_that_another_flag_replaces_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    twice = ["--corpus", "bottles.txt", "--corpus", "bottles.txt"]
+    twice = ["--text.sources", "[bottles.txt]", "--corpus", "bottles.txt"]
     assert main(["estimate", *twice, *SMALL]) == 0
-    assert "--corpus was given 2 times, and the last counts" in capsys.readouterr().err
+    assert "text.sources was given 2 times, and the last counts" in capsys.readouterr().err
 
 
 def test_the_input_is_looked_at_before_anything_is_said_of_the_machine(

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from groundling.cli import main
 from groundling.commands.session import newest_run
 from groundling.errors import Interrupted
 from groundling.files import write_json
-from groundling.training.run_folder import RunFolder
+from groundling.training.checkpoint import load_model
+from groundling.training.run_folder import RunFolder, find_checkpoint
 
 from .bottles import SMALL, TEXT, start, steps, train, wait_for
 
@@ -161,6 +163,20 @@ def test_an_interrupt_before_the_last_files_loses_none(
     assert (folder / "record.json").exists()
     assert (folder / "loss.png").exists()
     assert (folder / "samples.txt").read_text().count("--- sample ") == 3
+
+
+def test_losses_in_windows_of_another_length_are_dropped(workplace: Path) -> None:
+    folder = workplace / "runs" / "shorter"
+    assert main(train("--max-steps", "3", "--out", str(folder))) == 0
+    assert main(["evaluate", str(folder)]) == 0
+    assert '"corpus/loss"' in (folder / "metrics.jsonl").read_text()
+    resume = ["train", "--resume", "--out", str(folder), "--windows.length", "8", "--evaluation.final", "none"]
+    assert main(resume) == 0
+    assert '"corpus/loss"' not in (folder / "metrics.jsonl").read_text()
+    assert not (folder / "evaluated.json").exists()
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["steps"], record["window"], record["corpus_loss"]) == (3, 8, None)
+    assert load_model(find_checkpoint(folder), torch.device("cpu"))[2] == 8
 
 
 def test_losses_that_ended_a_run_are_taken_once_and_kept(workplace: Path) -> None:

@@ -39,7 +39,7 @@ class Memory:
     def progress(self, what: str, share: float) -> None:
         assert 0 <= share <= 1
 
-    def rewind(self, n_steps: int) -> None:
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         self.metrics = [line for line in self.metrics if line["step"] < n_steps]
 
     def close(self) -> None:

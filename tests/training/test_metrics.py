@@ -68,17 +68,26 @@ class Full:
         self.write("")
 
 
-def test_a_full_disk_is_said_of_the_file_and_closes_the_other_sinks(tmp_path: Path) -> None:
-    lines, terminal = JsonLines(tmp_path / "metrics.jsonl"), Terminal(1)
-    closed: list[bool] = []
-    terminal.close = lambda: closed.append(True)  # type: ignore[method-assign]
+def test_a_full_disk_is_said_of_the_file(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.file.close()
     lines.file = Full()  # type: ignore[assignment]
-    sinks = Sinks(lines, terminal)
     with pytest.raises(OSError, match="No space left on device") as raised:
-        sinks.write(0, {"train/loss": 1.0})
-    sinks.close()
+        lines.write(0, {"train/loss": 1.0})
+    lines.close()
     assert raised.value.filename == str(tmp_path / "metrics.jsonl")
-    assert closed
+
+
+def test_a_sink_that_fails_to_close_leaves_no_other_open() -> None:
+    class Failing(Terminal):
+        def close(self) -> None:
+            closed.append(True)
+            raise OSError
+
+    closed: list[bool] = []
+    with pytest.raises(OSError):  # noqa: PT011
+        Sinks(Failing(1), Failing(1)).close()
+    assert closed == [True, True]
 
 
 def test_rewinding_keeps_the_losses_after_the_last_step_until_they_are_taken_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from groundling import kernels, machine, runtime
-from groundling.commands.arguments import load_preset
+from groundling.commands.arguments import LISTS, SHORTCUTS, load_preset
 from groundling.commands.initial import open_initial, tokenizer_of, with_initial
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
 from groundling.corpus.beginnings import line_beginnings
@@ -265,10 +265,11 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
     words = [word.partition("=")[0] for word in typed]
     flags = set(words)
     lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and f"--{name}" in flags]
+    settings = [SHORTCUTS.get(word.removeprefix("--"), word.removeprefix("--")) for word in words]
     lines += [
-        f"warning: {flag} was given {n} times, and the last counts: name all texts after one {flag}"
-        for flag in ("--corpus", "--heldout")
-        if (n := words.count(flag)) > 1
+        f"warning: {name} was given {n} times, and the last counts: name all texts after one flag"
+        for name in LISTS
+        if (n := settings.count(name)) > 1
     ]
     if "--schedule.warmup_steps" in flags and (n_warmup := warmup(schedule, n_steps)) < schedule.warmup_steps:
         lines.append(

@@ -17,7 +17,7 @@ from groundling.commands.session import Prepared, changes_lines, estimate_lines,
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.evaluation.report import finite
-from groundling.files import write_json, write_text
+from groundling.files import locked, write_json, write_text
 from groundling.generation.open import open_decoder
 from groundling.generation.text import continue_text
 from groundling.runtime import Runtime
@@ -100,13 +100,11 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
 
 
 def _complete(folder: RunFolder, config: RunConfig) -> None:
-    """Make the last files of a finished run, if an interrupt came before them."""
-    if not folder.curve.exists():
-        draw_curve(folder.metrics, config.stopping.target, folder.curve)
+    """Make the samples of a finished run, if an interrupt came before they were whole."""
     if not folder.samples.exists():
         resolved = kernels.select_for(runtime.resolve(config.runtime))
-        with StopSignals() as signals:
-            _sample(folder, config, resolved, find_checkpoint(folder.path), signals.check)
+        with locked(folder.path), StopSignals() as signals:
+            _sample(folder, config, resolved, checkpoint.complete(folder.checkpoints)[-1], signals.check)
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +155,9 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
     with _sinks(folder, trainer, config) as trainer.sinks:
         if resume:
             trainer.resume()
+            if trainer.window_changed:  # what was kept of these weights is of other windows
+                folder.record.unlink(missing_ok=True)
+                folder.evaluated.unlink(missing_ok=True)
             write_text(folder.config, config.as_yaml())
         if prepared.initial:  # so that whatever comes, the run can go on without its source
             trainer.keep_beginning()
@@ -261,6 +262,5 @@ def _sample(folder: RunFolder, config: RunConfig, resolved: Runtime, path: Path,
             check()
             text = "".join(continue_text(decoder, tokenizer, prompt, config.sampling))
             texts.append(f"--- sample {number} of {len(config.prompts)}\n{prompt}{text}\n")
-            if number == len(config.prompts):  # before it is printed, to whoever may have left
-                write_text(folder.samples, "\n".join(texts))
-            print(f"\n{texts[-1]}", end="")
+    write_text(folder.samples, "\n".join(texts))  # before they are printed, to whoever may have left
+    print("", *texts, sep="\n", end="")

@@ -157,7 +157,7 @@ class Windows:
         return gather(self.tokens, np.stack(rows), self.config.length, self.objective)
 
     def steps_per_pass(self) -> float:
-        """As the function of this name."""
+        """Steps after which this text has been read once."""
         return steps_per_pass(len(self.tokens), self.config)
 
     def pass_windows(self, n_pass: int) -> NDArray[np.int64]:

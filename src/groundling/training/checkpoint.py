@@ -82,15 +82,18 @@ def save(
     tokenizer: Tokenizer,
     window: int,
     keep: int,
+    replace: bool = False,
 ) -> Path:
     """Write a checkpoint after `n_steps` steps and remove all but the newest `keep`; returns its directory.
+
+    There must be none of that step, unless it is to be replaced.
 
     Without an optimizer it holds a model that was trained elsewhere.
     Raises `RunFailed` if the disk is full or cannot be written; older checkpoints then stay.
     """
     path = root / NAME.format(n_steps)
     try:
-        with atomic_directory(path, overwrite=True) as directory:  # a step is saved anew if its windows changed
+        with atomic_directory(path, overwrite=replace) as directory:
             full = expanded(model)
             weights.save(full, directory / WEIGHTS)
             if optimizer is not None:

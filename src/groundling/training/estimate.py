@@ -89,7 +89,7 @@ class FirstSteps:
     def progress(self, what: str, share: float) -> None:
         pass
 
-    def rewind(self, n_steps: int) -> None:
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         pass
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ def _extrapolate(
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
-    evaluation_s = _evaluations_s(trainer, final, train_s, tokens_per_s)
+    evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
     achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, recipe.windows.length)
     return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
@@ -147,34 +147,35 @@ def remaining(trainer: Trainer, step_s: float) -> str:
         return f"left: the {expected_steps:,} steps that were expected are over; at most {more:,} more"
     left_s = (expected_steps - n_steps) * step_s
     per_step = trainer.recipe.windows.batch_size * trainer.recipe.windows.length
-    left_s += _heldout_s(trainer, expected_steps - n_steps, per_step / step_s)
+    left_s += (heldout_s := _heldout_s(trainer, expected_steps, per_step / step_s))
     if (max_minutes := trainer.recipe.stopping.max_minutes) is not None:
         left_s = min(left_s, max(0.0, 60 * max_minutes - trainer.state.wall_s))
     return (
         f"left: {clock(left_s)} of training to step {expected_steps:,}, at the {step_s:.3g} s that a step has taken"
-        " so far"
+        f" so far{', evaluations of the held-out text included' if heldout_s else ''}"
     )
 
 
-def _evaluations_s(trainer: Trainer, final: str, train_s: float, tokens_per_s: float) -> float:
+def _evaluations_s(trainer: Trainer, final: str, train_s: float, step_s: float, tokens_per_s: float) -> float:
     """Seconds for the looks of the stop rule and the losses that are taken at the end."""
     stopping, reads = trainer.recipe.stopping, trainer.final_reads()
     total_s = 0.0
     if stopping.max_steps is None and stopping.target and stopping.measure != "train/loss":
         total_s += LOOKS * evaluation_s(reads[stopping.measure], tokens_per_s)
-    total_s += _heldout_s(trainer, trainer.expected_steps, tokens_per_s)
+    total_s += _heldout_s(trainer, round(train_s / step_s), tokens_per_s)
     for n_tokens in reads.values():
         seconds = evaluation_s(n_tokens, tokens_per_s)
         total_s += seconds if is_taken(final, seconds, train_s) else 0.0
     return total_s
 
 
-def _heldout_s(trainer: Trainer, n_steps: int, tokens_per_s: float) -> float:
-    """Seconds for the losses over the held-out text that `stopping.patience` asks for in so many steps."""
+def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
+    """Seconds for the losses over the held-out text that `stopping.patience` asks for until this step."""
     if not trainer.recipe.stopping.patience:
         return 0.0
     n_tokens = trainer.final_reads()["heldout/loss"]
-    return n_steps // trainer.stop_rule.heldout_steps * evaluation_s(n_tokens, tokens_per_s)
+    rule = trainer.stop_rule
+    return (end - rule.state.heldout_at_step) // rule.heldout_steps * evaluation_s(n_tokens, tokens_per_s)
 
 
 def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:

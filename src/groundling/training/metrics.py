@@ -34,7 +34,7 @@ class Sink(Protocol):
     def write(self, step: int, metrics: Metrics) -> None: ...
     def note(self, message: str) -> None: ...
     def progress(self, what: str, share: float) -> None: ...
-    def rewind(self, n_steps: int) -> None: ...
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None: ...
     def close(self) -> None: ...
 
 
@@ -58,10 +58,11 @@ class Sinks:
         for sink in self.sinks:
             sink.progress(what, share)
 
-    def rewind(self, n_steps: int) -> None:
-        """Forget steps after the first `n_steps`: they are about to be taken again."""
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+        """Forget steps after the first `n_steps`, which are about to be taken again, and the losses over whole texts
+        that were taken after them, unless these still hold."""
         for sink in self.sinks:
-            sink.rewind(n_steps)
+            sink.rewind(n_steps, keep_losses)
 
     def close(self) -> None:
         with contextlib.ExitStack() as all_of_them:
@@ -94,8 +95,9 @@ class JsonLines:
     def progress(self, what: str, share: float) -> None:
         pass
 
-    def rewind(self, n_steps: int) -> None:
-        self._keep(lambda line: line["step"] < n_steps)
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+        last = n_steps - 1
+        self._keep(lambda line: line["step"] <= last and (keep_losses or line["step"] < last or "train/loss" in line))
         # Evaluations after the last of them may be taken again: a step has one line of a name.
         self.replaceable = {name for line in read_lines(self.path) if line["step"] == n_steps - 1 for name in line}
         self.replaceable_step = n_steps - 1
@@ -107,7 +109,7 @@ class JsonLines:
         self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # the disk is full: `write` has said so
+        with contextlib.suppress(OSError):  # every line was flushed, or `write` has said why not
             self.file.close()
 
 
@@ -134,7 +136,7 @@ class TensorBoard:
     def progress(self, what: str, share: float) -> None:
         pass
 
-    def rewind(self, n_steps: int) -> None:
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer.close()
@@ -147,7 +149,7 @@ class TensorBoard:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a metrics file; a last line cut short by a crash is left out.
 
-    Raises `CheckpointError` for another line that is none of a step's.
+    Raises `CheckpointError` for any other line that is damaged.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

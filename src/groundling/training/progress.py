@@ -97,7 +97,7 @@ class Terminal:
             self.printed_at = time.monotonic()
             self.console.print(f"{what} over the whole text: {share:.0%}", markup=False)
 
-    def rewind(self, n_steps: int) -> None:
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         self.step_times.clear()
 
     def close(self) -> None:

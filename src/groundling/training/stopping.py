@@ -34,7 +34,7 @@ class StoppingConfig:
     """Loss below which the text counts as known; 0 never stops on it."""
     measure: Literal["corpus/loss", "corpus/loss_offset", "train/loss"] = "corpus/loss"
     """Loss that must be below the target. corpus/loss: the whole text on the training grid. corpus/loss_offset: the
-    whole text at 8 other offsets, that is, by heart. train/loss: any one batch (the reference run)."""
+    whole text at other offsets of it, that is, by heart. train/loss: any one batch (the reference run)."""
     expected_steps: int | None = None
     """Steps after which the target is expected, for estimate and ETA; without it, the end of the schedule."""
     overtime: float = 0.5
@@ -132,9 +132,9 @@ class StopState:
         look = state.pop("look")
         return cls(**state, look=look and Look(**look))
 
-    def forget_looks(self) -> None:
-        """Drop every loss over a whole text: the next are taken in other windows."""
-        self.look = self.best_heldout = self.last_heldout = None
+    def forget_losses(self) -> None:
+        """Drop what was measured in windows that are others from now on; the first batch below the target stays."""
+        self.loss_ema = self.last_batch = self.look = self.best_heldout = self.last_heldout = None
         self.evaluations_without_improvement = 0
 
 

@@ -109,6 +109,8 @@ class Trainer:
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
         self.state, self.stop_rule = RunState(), self._new_stop_rule()
         self.saved_step: int | None = None
+        self.window_changed = False
+        """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
         self.ceiling_raised = False
         self.trained = True
         """Whether the last step updated the weights, as it should: a checkpoint is not made of one that could not."""
@@ -126,7 +128,8 @@ class Trainer:
                     self._take_step()
                     self._save_if_due()
             except Interrupted as interrupt:
-                self.save()
+                if not self.state.n_bad or self.saved_step is None:  # weights that may be ruined displace no good ones
+                    self.save()
                 raise Interrupted(f"{interrupt} after {self.state.n_steps} steps") from None
             self.save()
         return reason
@@ -153,10 +156,10 @@ class Trainer:
             self.stop_rule.state = StopState.from_json(state.pop("stop"))
             self.state = RunState.from_json(state)
             self.saved_step = self.state.n_steps
-            if checkpoint.window_of(path) != self.recipe.windows.length:  # what was measured and saved says another
-                self.stop_rule.state.forget_looks()
-                self.saved_step = None
-        self.sinks.rewind(self.state.n_steps)
+            self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
+            if self.window_changed:
+                self.stop_rule.state.forget_losses()
+        self.sinks.rewind(self.state.n_steps, keep_losses=not self.window_changed)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
 
     def keep_beginning(self) -> None:
@@ -166,7 +169,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment, unless this step already has one."""
-        if self.saved_step == self.state.n_steps:
+        if self.saved_step == self.state.n_steps and not self.window_changed:
             return
         self._count_wall()
         checkpoint.save(
@@ -178,8 +181,9 @@ class Trainer:
             self.tokenizer,
             self.recipe.windows.length,
             self.recipe.checkpoint.keep,
+            replace=self.window_changed,
         )
-        self.saved_at, self.saved_step = time.monotonic(), self.state.n_steps
+        self.saved_at, self.saved_step, self.window_changed = time.monotonic(), self.state.n_steps, False
 
     def take(self, name: str) -> float:
         """The loss of this house name over its whole text, with progress shown; a look at this step is not repeated.
@@ -366,8 +370,8 @@ class Trainer:
         *older, newest = checkpoint.complete(self.checkpoints)
         if not older:
             raise RunFailed(
-                f"the weights of {newest} give no finite loss, and no older checkpoint is there: train anew, with a"
-                " lower schedule.peak or optim.clip"
+                f"the weights of {newest} give no finite loss, and no older checkpoint is there: begin anew, with other"
+                " weights or a lower schedule.peak"
             )
         aside = checkpoint.set_aside(newest)
         self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
