@@ -166,6 +166,24 @@ def test_a_signal_saves_and_the_run_continues(make_trainer: MakeTrainer) -> None
     assert cut_memory.losses() + memory.losses() == whole_memory.losses()
 
 
+@pytest.mark.parametrize(("ruined", "kept"), [(False, 5), (True, 4)])
+def test_a_signal_at_a_step_that_is_not_finite_saves_weights_that_are(
+    make_trainer: MakeTrainer, ruined: bool, kept: int
+) -> None:
+    trainer, _ = make_trainer(checkpoint=CheckpointConfig("2", keep=1))
+
+    def interrupt() -> None:
+        if trainer.state.n_steps == 4:
+            trainer.model.head_weight.data.mul_(torch.nan if ruined else 1)
+            signal.raise_signal(signal.SIGINT)
+
+    trainer.loss_sum = BeforeLoss(trainer, interrupt)
+    trainer.loss_sum = Poison(trainer, {4})
+    with pytest.raises(Interrupted, match="SIGINT"):
+        trainer.train()
+    assert [path.name for path in checkpoint.complete(trainer.checkpoints)] == [f"step-{kept:08}"]
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_trainer: MakeTrainer) -> None:
     first, _ = make_trainer(checkpoint=CheckpointConfig(save_every="3", keep=9))
     first.train()

@@ -128,8 +128,8 @@ class Trainer:
                     self._take_step()
                     self._save_if_due()
             except Interrupted as interrupt:
-                if not self.state.n_bad or self.saved_step is None:  # weights that may be ruined displace no good ones
-                    self.save()
+                if self.saved_step is None or not (self.state.n_bad and self._ruined(self.state.n_steps)):
+                    self.save()  # ruined weights displace no good ones
                 raise Interrupted(f"{interrupt} after {self.state.n_steps} steps") from None
             self.save()
         return reason
