@@ -319,6 +319,18 @@ def test_inputs_and_gradients_may_lie_anyhow(name: str) -> None:
         torch.testing.assert_close(plain, strided)
 
 
+def test_no_slopes_are_left_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost a fifth of the sweep and more, and parameters ask for gradients in an evaluation, too."""
+    left: list[bool] = []
+    sweep = native._sweep
+    monkeypatch.setattr(native, "_sweep", lambda *arguments: (left.append(arguments[-1]), sweep(*arguments)))
+    inputs = [tensor.requires_grad_() for tensor in randoms(0, (4, 5), (6, 5), (6,))]
+    with torch.no_grad():
+        native.linear_gelu(*inputs)
+    native.linear_gelu(*inputs)
+    assert left == [False, True]
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     """The products are overwritten by the first: better no gradient than a wrong one."""
     x, weight, bias = (tensor.requires_grad_() for tensor in randoms(0, (4, 5), (6, 5), (6,)))

@@ -63,7 +63,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
     config = parse_run(parser, arguments)
     if resumed and (record := _finished(resumed, config)):
-        _complete(resumed, config)
+        _complete_samples(resumed, config)
         _print_finished(resumed, record)
         return 0
     if early.out and not resumed:
@@ -99,7 +99,7 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     return record if record and _with_defaults(record["config"]) == config.as_dict() else None
 
 
-def _complete(folder: RunFolder, config: RunConfig) -> None:
+def _complete_samples(folder: RunFolder, config: RunConfig) -> None:
     """Make the samples of a finished run, if an interrupt came before they were whole."""
     if not folder.samples.exists():
         resolved = kernels.select_for(runtime.resolve(config.runtime))

@@ -175,7 +175,8 @@ def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
         return 0.0
     n_tokens = trainer.final_reads()["heldout/loss"]
     rule = trainer.stop_rule
-    return (end - rule.state.heldout_at_step) // rule.heldout_steps * evaluation_s(n_tokens, tokens_per_s)
+    n_left = max(0, end - rule.state.heldout_at_step) // rule.heldout_steps
+    return n_left * evaluation_s(n_tokens, tokens_per_s)
 
 
 def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:
