@@ -114,10 +114,14 @@ def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.Capt
 
 def test_a_long_run_is_told_what_would_finish_sooner(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten million passes over forty bottles take longer than any preset does at the same speed."""
-    assert main(["estimate", "--corpus", "bottles.txt", *SMALL, "--schedule.passes", "1e7"]) == 0
+    long = ["estimate", "--corpus", "bottles.txt", *SMALL, "--schedule.passes", "1e7"]
+    assert main(long) == 0
     printed = capsys.readouterr().out
     assert "--preset penny (about" in printed
     assert "going on" in printed
+    assert "--head-vocabulary seen" in printed  # 300 ids, and the bottles have a sixth of them
+    assert main([*long, "--head-vocabulary", "seen"]) == 0
+    assert "--head-vocabulary" not in capsys.readouterr().out
 
 
 def test_doctor_names_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,6 @@ def _estimate(arguments: list[str]) -> int:
     parser = run_parser("estimate", __doc__ or "", EXAMPLES, early.preset and preset_path(early.preset))
     prepared = prepare(parse_run(parser, arguments), typed=arguments)
     estimate = measure(prepared.trainer(Path("unused")), prepared.config.evaluation.final)
-    for line in estimate_lines(estimate, prepared.config):
+    for line in estimate_lines(estimate, prepared.config, prepared.corpus.train.tokens):
         print(line)
     return 0

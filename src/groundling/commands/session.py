@@ -21,6 +21,7 @@ from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
 from groundling.corpus.beginnings import line_beginnings
 from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, load_corpus
+from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import steps_per_pass
@@ -38,7 +39,9 @@ from groundling.training.trainer import Trainer
 RUNS = Path("runs")
 
 LONG_RUN_S = 3 * 3600
-"""Estimates above this say which preset would finish sooner."""
+"""Estimates above this say what would finish sooner."""
+WORTH_SAVING = 0.05
+"""Share of a step's FLOP; a head over fewer ids is advised from here on."""
 
 MPS_TOKENS = 16_384
 """Logits of 21,000 tokens are more than the 4 GB at which PyTorch ends the process (pytorch#143477); of more than
@@ -281,11 +284,15 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
 
 def head_line(model: CompactGPT2, config: RunConfig) -> str:
     """What a head over the seen ids is over, and what it saves, in a sentence."""
-    computed, full = (flops_per_token(size, config.windows.length) for size in (model.config, config.model))
     return (
         f"head: {model.n_seen:,} ids occur in the text, the other {model.n_unseen:,} share one row:"
-        f" {100 * (1 - computed / full):.0f} % fewer FLOP a token in matrix products, losses over all ids"
+        f" {100 * _saved_share(model.config, config):.0f} % fewer FLOP a token in matrix products, losses over all ids"
     )
+
+
+def _saved_share(computed: GPTConfig, config: RunConfig) -> float:
+    """The share of a token's FLOP that a network of another size saves."""
+    return 1 - flops_per_token(computed, config.windows.length) / flops_per_token(config.model, config.windows.length)
 
 
 def new_run_path(config: RunConfig, corpus_name: str) -> Path:
@@ -339,8 +346,8 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
     return lines
 
 
-def estimate_lines(estimate: Estimate, config: RunConfig) -> list[str]:
-    """What this run will cost, and, if that is more than three hours, what would finish sooner."""
+def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> list[str]:
+    """What this run over these tokens will cost, and, if that is more than three hours, what would finish sooner."""
     lines = [estimate.sentence()]
     if estimate.total_s > LONG_RUN_S:
         sooner = []
@@ -354,6 +361,11 @@ def estimate_lines(estimate: Estimate, config: RunConfig) -> list[str]:
             seconds = run_flops(preset, corpus.train.n_tokens) / estimate.achieved_flops
             if name != config.preset and seconds < estimate.train_s:
                 sooner.append(f"--preset {name} (about {clock(seconds)})")
+        if config.head_vocabulary == "full" and not config.init:
+            n_rows = len(occurring_ids(tokens, config.model.n_vocab)) + 1
+            saved = _saved_share(replace(config.model, n_vocab=n_rows), config)
+            if saved >= WORTH_SAVING:
+                sooner.append(f"--head-vocabulary seen (about {clock((1 - saved) * estimate.train_s)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
         lines.append(f"warning: this is more than {clock(LONG_RUN_S)}; {advice}; going on")
     return lines

@@ -197,7 +197,7 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
 @contextmanager
 def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[Sinks]:
     def tell(estimate: Estimate) -> None:
-        for line in estimate_lines(estimate, config):
+        for line in estimate_lines(estimate, config, trainer.train_tokens):
             trainer.sinks.note(line)
 
     first_steps = FirstSteps(trainer, config.evaluation.final, tell)
