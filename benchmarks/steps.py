@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundling import machine, runtime
+from groundling.commands.arguments import parse_run, run_parser
+from groundling.commands.session import prepare
+from groundling.config import preset_path
 from groundling.corpus.config import CorpusConfig
 from groundling.corpus.load import load_corpus
 from groundling.corpus.windows import WindowConfig, Windows
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, SIZES, GPTConfig
+from groundling.training.metrics import JsonLines, Sinks, read_lines
+from groundling.training.trainer import Trainer
 
 SEED = 1337
 CPU = torch.device("cpu")
@@ -101,29 +106,31 @@ def timed(task: Task, step: Step, version: str = torch.__version__) -> Turn:
     return turn
 
 
-def ours(task: Task, words: str = "") -> Turn:
-    """`groundling train`'s own step: its trainer, as its command prepares it; `words` are further options of it."""
-    from groundling.commands.arguments import parse_run, run_parser
-    from groundling.commands.session import prepare
-    from groundling.config import preset_path
-    from groundling.training.metrics import JsonLines, Sinks, read_lines
-
+@contextmanager
+def our_trainer(task: Task, words: str = "") -> Iterator[tuple[Trainer, Path]]:
+    """`groundling train`'s own trainer, as its command prepares it, and its metrics; `words` are further options."""
     options = [
         *(f"--model.{name}={getattr(task.config, name)}" for name in ("n_layer", "n_head", "n_embd", "n_ctx")),
         *(f"--windows.length={task.window}", f"--windows.batch_size={task.batch_size}", "--windows.order=sequential"),
         *(f"--runtime.threads={task.threads}", "--device=cpu", *words.split()),
     ]
-    turn = Turn(version=machine.versions()["groundling"])
     with tempfile.TemporaryDirectory() as directory:
         trainer = prepare(parse_run(run_parser("train", "", "", preset_path("gpt2")), options)).trainer(Path(directory))
         metrics = Path(directory) / "metrics.jsonl"
         trainer.sinks = Sinks(JsonLines(metrics))
+        yield trainer, metrics
+        trainer.sinks.close()
+
+
+def ours(task: Task, words: str = "") -> Turn:
+    """`groundling train`'s own step; `words` are further options of it."""
+    turn = Turn(version=machine.versions()["groundling"])
+    with our_trainer(task, words) as (trainer, metrics):
         for _ in range(task.n_steps):
             start = time.perf_counter()
             trainer._take_step()
             turn.seconds.append(time.perf_counter() - start)
         turn.losses = [line["train/loss"] for line in read_lines(metrics)]
-        trainer.sinks.close()
     turn.peak_memory_bytes = machine.peak_memory_bytes(CPU)
     return turn
 
