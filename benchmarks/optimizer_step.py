@@ -22,8 +22,8 @@ import torch
 from groundling import machine
 from groundling.kernels.weight_copies import weight_copy
 from groundling.model.gpt2 import GPT2, SIZES
-from groundling.optim.adamw import AdamWConfig, make_adamw
 from groundling.optim.fused import FusedAdamW
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 
 CLIP = 1.0
 
@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     n = SIZES["124M"].n_parameters()
     models = {name: GPT2(SIZES["124M"]) for name in ("pytorch", "ours", "copying")}
-    optimizers = {name: make_adamw(model, AdamWConfig(), name != "pytorch") for name, model in models.items()}
+    optimizers = {name: make_optimizer(model, OptimConfig(), name != "pytorch") for name, model in models.items()}
     drawn = [torch.randn_like(parameter) for parameter in models["ours"].parameters()]
     gradients = [torch.empty_like(gradient) for gradient in drawn]
     for model in models.values():

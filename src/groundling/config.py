@@ -22,7 +22,7 @@ from groundling.evaluation.corpus_loss import EvaluationConfig
 from groundling.generation.sampling import SamplingConfig
 from groundling.model.compact import HeadVocabulary
 from groundling.model.gpt2 import GPTConfig
-from groundling.optim.adamw import AdamWConfig
+from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import RuntimeConfig
 from groundling.training.checkpoint import CheckpointConfig
@@ -54,7 +54,7 @@ class RunConfig:
     windows: WindowConfig = field(default_factory=WindowConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: GPTConfig = field(default_factory=GPTConfig)
-    optim: AdamWConfig = field(default_factory=AdamWConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -22,11 +22,12 @@ from groundling.training.run_folder import RunFolder, find_checkpoint
 from .bottles import SMALL, TEXT, start, steps, train, wait_for
 
 
-def test_a_finished_run_goes_on_for_more_steps(workplace: Path) -> None:
-    assert main(train("--max-steps", "8", "--out", "runs/whole")) == 0
-    assert main(train("--max-steps", "3", "--out", "runs/parts")) == 0
-    assert main(["train", "--resume", "--out", "runs/parts", "--max-steps", "8"]) == 0
-    whole, parts = (workplace / "runs" / name for name in ("whole", "parts"))
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_finished_run_goes_on_for_more_steps(workplace: Path, kind: str) -> None:
+    whole, parts = (workplace / "runs" / f"{name}-{kind}" for name in ("whole", "parts"))
+    assert main(train("--max-steps", "8", "--optim.kind", kind, "--out", str(whole))) == 0
+    assert main(train("--max-steps", "3", "--optim.kind", kind, "--out", str(parts))) == 0
+    assert main(["train", "--resume", "--out", str(parts), "--max-steps", "8"]) == 0
     assert [line["train/loss"] for line in steps(parts)] == [line["train/loss"] for line in steps(whole)]
     record = json.loads((parts / "record.json").read_text())
     assert record["weights_sha256"] == json.loads((whole / "record.json").read_text())["weights_sha256"]
@@ -241,6 +242,7 @@ def test_another_text_or_architecture_is_refused(
         (["--model.n_layer", "3"], "another architecture (n_layer 2, now 3)"),
         (["--heldout-fraction", "0.3"], "another text (bottles, of which another part"),
         (["--tokenizer", "train:280"], "another tokenizer (train:300"),
+        (["--optim.kind", "muon"], "another optimizer (adamw, now muon): leave that setting out"),
     ):
         assert main([*resume, *arguments]) == 2
         message = capsys.readouterr().err.splitlines()[-1]

@@ -14,7 +14,7 @@ from groundling.errors import ConfigError
 from groundling.kernels.reference import IGNORED_TARGET
 from groundling.model.compact import CompactGPT2, expanded
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 
 SIZE = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_ctx=12)
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -111,7 +111,7 @@ def test_training_takes_the_steps_of_the_full_network(clip: float) -> None:
     full.load_state_dict({name: tensor.clone() for name, tensor in full.state_dict().items()}, assign=True)
     full.lm_head.weight = full.transformer.wte.weight
     begin = compact.head_weight.detach().clone()
-    optimizers = [make_adamw(network, AdamWConfig(weight_decay=0.1, eps=1e-3)) for network in (compact, full)]
+    optimizers = [make_optimizer(network, OptimConfig(weight_decay=0.1, eps=1e-3)) for network in (compact, full)]
     for _ in range(10):
         inputs, targets = seen[torch.randint(10, (2, 3, 12))]
         for network, optimizer in zip((compact, full), optimizers, strict=True):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.model.gpt2 import GPT2
-from groundling.optim.adamw import AdamWConfig, make_adamw
 from groundling.optim.fused import FusedAdamW
 from groundling.optim.native import NativeAdamW
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.training import checkpoint
 
 SHAPES = [(1,), (7,), (0,), (3, 5), (8, 2), (33, 65), (131, 257)]  # the last has two whole blocks and a part
@@ -180,11 +180,11 @@ def test_a_checkpoint_of_either_is_continued_by_the_other(model: GPT2, tmp_path:
             parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         optimizer.step()
 
-    optimizer = make_adamw(model, AdamWConfig(decayed="all"), native=native_first)
+    optimizer = make_optimizer(model, OptimConfig(decayed="all"), native=native_first)
     step(model, optimizer)
     path = checkpoint.save(tmp_path, 1, model, optimizer, {}, Tokenizer.gpt2(), 8, keep=1)
     again = GPT2(model.config)
-    other = make_adamw(again, AdamWConfig(decayed="all"), native=not native_first)
+    other = make_optimizer(again, OptimConfig(decayed="all"), native=not native_first)
     checkpoint.restore(path, again, other)
     step(model, optimizer)
     step(again, other)

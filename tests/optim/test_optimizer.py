@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 
 from groundling.model.gpt2 import GPT2
-from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 
 
 def test_an_update_is_the_formula(model: GPT2) -> None:
     """Loshchilov and Hutter's algorithm 2 in float64, two steps, decay on matrices only."""
-    config = AdamWConfig(beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.5)
-    optimizer = make_adamw(model, config)
+    config = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.5)
+    optimizer = make_optimizer(model, config)
     expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -30,8 +30,8 @@ def test_an_update_is_the_formula(model: GPT2) -> None:
 
 
 def test_every_parameter_is_in_one_group(model: GPT2) -> None:
-    for decayed in ("matrices", "all"):
-        groups = make_adamw(model, AdamWConfig(weight_decay=0.1, decayed=decayed)).param_groups
+    for kind, decayed, n_groups in (("adamw", "matrices", 2), ("adamw", "all", 1), ("muon", "matrices", 4)):
+        groups = make_optimizer(model, OptimConfig(kind, weight_decay=0.1, decayed=decayed)).param_groups
         grouped = [id(parameter) for group in groups for parameter in group["params"]]
         assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
-        assert len(groups) == (2 if decayed == "matrices" else 1)
+        assert len(groups) == n_groups

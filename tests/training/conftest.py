@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import WindowConfig
 from groundling.model.gpt2 import GPTConfig
-from groundling.optim.adamw import AdamWConfig
+from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import Runtime
 from groundling.training.checkpoint import CheckpointConfig
@@ -55,7 +55,7 @@ def recipe(tiny: GPTConfig) -> Recipe:
         seed=3,
         model=tiny,
         windows=WindowConfig(16, 4),
-        optim=AdamWConfig(weight_decay=0.01),
+        optim=OptimConfig(weight_decay=0.01),
         schedule=ScheduleConfig(peak=1e-2, warmup_steps=4, total_steps=40, passes=None),
         stopping=StoppingConfig(max_steps=10),
         checkpoint=CheckpointConfig(save_every="0"),

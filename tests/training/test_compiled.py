@@ -11,7 +11,7 @@ import torch
 
 from groundling import runtime
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.runtime import RuntimeConfig
 from groundling.training.compiled import CompiledLoss
 
@@ -38,7 +38,7 @@ def test_compiled_steps_repeat_bit_for_bit_on_several_threads() -> None:
     for _ in range(3):
         torch.manual_seed(0)
         model = GPT2(GPTConfig(n_layer=2, n_head=2, n_embd=64, n_ctx=64, n_vocab=320))
-        optimizer = make_adamw(model, AdamWConfig())
+        optimizer = make_optimizer(model, OptimConfig())
         optimizer.param_groups[0]["lr"] = 1e-3
         loss_sum = torch.compile(model.loss_sum, dynamic=False)
         draws = torch.Generator().manual_seed(1)

@@ -14,11 +14,11 @@ from torch import Tensor
 from groundling.corpus.windows import Batch, gather, grid
 from groundling.kernels.reference import IGNORED_TARGET
 from groundling.model.gpt2 import GPT2
-from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.runtime import Runtime
 from groundling.training.step import training_step
 
-CONFIG = AdamWConfig(weight_decay=0.1, eps=1e-4)
+CONFIG = OptimConfig(weight_decay=0.1, eps=1e-4)
 """eps is above the rounding of gradients that should be zero, those of the keys' biases: else it became updates."""
 RATE = 0.01
 
@@ -35,7 +35,7 @@ def test_a_step_clips_and_updates_by_the_mean_loss(
     model: GPT2, tokens: NDArray[np.uint16], cpu: Runtime, native: bool, clip: float
 ) -> None:
     plain = copy.deepcopy(model)
-    optimizer = make_adamw(model, CONFIG, native)
+    optimizer = make_optimizer(model, CONFIG, native)
     expected = torch.optim.AdamW(
         [
             {"params": [p for p in plain.parameters() if p.ndim >= 2], "weight_decay": CONFIG.weight_decay},
@@ -64,7 +64,7 @@ def test_a_step_clips_and_updates_by_the_mean_loss(
 def test_a_step_that_is_not_finite_changes_nothing(
     model: GPT2, tokens: NDArray[np.uint16], cpu: Runtime, native: bool, what: str
 ) -> None:
-    optimizer = make_adamw(model, CONFIG, native)
+    optimizer = make_optimizer(model, CONFIG, native)
     batch = batch_of(tokens)
     assert training_step(model, model.loss_sum, optimizer, batch, RATE, 2, 1.0, cpu).finite
     weights = copy.deepcopy(model.state_dict())
@@ -92,7 +92,7 @@ def test_a_loss_scale_leaves_no_trace(
     scaled = copy.deepcopy(model)
     batch = batch_of(tokens)
     results = [
-        training_step(each, each.loss_sum, make_adamw(each, CONFIG, native), batch, RATE, 2, clip, cpu, scale)
+        training_step(each, each.loss_sum, make_optimizer(each, CONFIG, native), batch, RATE, 2, clip, cpu, scale)
         for each, scale in ((model, 1.0), (scaled, 2.0**15))
     ]
     assert (results[0].loss, results[0].grad_norm) == (results[1].loss, results[1].grad_norm)

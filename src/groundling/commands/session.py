@@ -32,7 +32,7 @@ from groundling.optim.schedule import warmup
 from groundling.runtime import Runtime
 from groundling.training.estimate import Estimate
 from groundling.training.progress import clock, progress_bar
-from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, RunFolder
+from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, OPTIMIZER, RunFolder
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
@@ -77,6 +77,7 @@ class Prepared:
             "loss": str(self.config.objective),
             INITIAL: self.initial_sha256,
             HEAD_VOCABULARY: self.config.head_vocabulary,
+            OPTIMIZER: self.config.optim.kind,
         }
 
     def trainer(self, checkpoints: Path) -> Trainer:

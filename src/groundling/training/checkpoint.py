@@ -6,7 +6,7 @@ tokenizer, its window). The manifest, with the SHA-256 of every other file, is w
 
     checkpoints/step-00002145/
         model.safetensors      weights, as transformers reads them
-        optimizer.safetensors  AdamW's moments, by parameter name (not of imported models)
+        optimizer.safetensors  the optimizer's moments, by parameter name (not of imported models)
         model.json             GPTConfig and the training window
         tokenizer.json         Hugging Face tokenizers
         state.json             step, tokens seen, wall time, stop rule

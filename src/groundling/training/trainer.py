@@ -23,7 +23,7 @@ from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import Evaluator, LossSum, n_tokens_read
 from groundling.model.compact import CompactGPT2, HeadVocabulary
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.optim.adamw import AdamWConfig, make_adamw
+from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.optim.schedule import ScheduleConfig, learning_rate
 from groundling.runtime import Runtime
 from groundling.training import checkpoint
@@ -48,7 +48,7 @@ class Recipe:
     seed: int
     model: GPTConfig
     windows: WindowConfig
-    optim: AdamWConfig
+    optim: OptimConfig
     schedule: ScheduleConfig
     stopping: StoppingConfig
     checkpoint: CheckpointConfig
@@ -104,7 +104,8 @@ class Trainer:
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
             self.loss_sum = CompiledLoss(self.model.loss_sum, warn=lambda message: self.sinks.note(message))
-        self.optimizer = make_adamw(self.model, recipe.optim, native=runtime.kernels == "native")
+        product_format = torch.bfloat16 if runtime.dtype is torch.bfloat16 else torch.float32
+        self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
         self.signals = StopSignals()
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
         self.state, self.stop_rule = RunState(), self._new_stop_rule()

@@ -1,0 +1,73 @@
+"""Muon: matrices move by their momentum made orthogonal, so that no direction of the gradient drowns the others.
+
+Invariant: what is not in a group with "momentum" is updated by AdamW as ever; a checkpoint's moments continue a run bit
+for bit.
+
+Of a gradient's moment M = U S V.T the update is U V.T, which five steps of a polynomial in M come near (Newton and
+Schulz: most singular values end between 0.7 and 1.2), times 0.2 sqrt(the longer side): elements are then as large as
+AdamW's, and one learning rate serves both.
+
+Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", for the method and the
+polynomial's coefficients; Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2, for the factor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groundling.optim.fused import FusedAdamW
+from groundling.optim.native import NativeAdamW
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of X, X X.T X and X X.T X X.T X: they raise small singular values fastest, and need not end at 1."""
+ITERATIONS = 5
+RMS = 0.2
+"""Root of the mean square of an update's elements, as of AdamW's (Liu et al.)."""
+TINY = 1e-7
+"""Added to the norm that a moment is divided by: of no gradient comes no update."""
+
+
+class Muon(FusedAdamW):
+    """AdamW, but for groups with "momentum": their matrices are Muon's, each in so many "parts" of its rows."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]  # takes no closure
+        """Update the parameters with their gradients times `scale`; gradients of Muon's matrices are dropped."""
+        for group in self.param_groups:
+            if "momentum" in group:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        self._move(weight, group, scale)
+                        weight.grad = None  # AdamW updates what has one
+        super().step(scale=scale)
+
+    def _move(self, weight: Tensor, group: dict[str, Any], scale: float) -> None:
+        gradient, momentum = weight.grad.mul_(scale), group["momentum"]  # type: ignore[union-attr]
+        state = self.state[weight]
+        if not state:
+            state["moment"] = torch.zeros_like(weight)
+        moment = state["moment"].lerp_(gradient, 1 - momentum)
+        ahead = gradient.lerp_(moment, momentum)  # Nesterov's
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        for rows, part in zip(weight.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True):
+            size = RMS * max(part.shape) ** 0.5
+            rows.add_(orthogonal(part, group["product_format"]), alpha=-group["lr"] * size)
+
+
+class NativeMuon(Muon, NativeAdamW):
+    """The same, with our own AdamW for CPUs."""
+
+
+def orthogonal(matrix: Tensor, product_format: torch.dtype) -> Tensor:
+    """The matrix (m, n) with all singular values near 1, in its own format; products are taken in another."""
+    X = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
+    X = (X / (X.norm() + TINY)).to(product_format)  # no singular value is above 1
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X if matrix.size(0) <= matrix.size(1) else X.T).to(matrix.dtype)

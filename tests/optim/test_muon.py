@@ -1,0 +1,113 @@
+"""Muon: updates that are orthogonal, of the blocks' matrices and of nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from groundling.model.gpt2 import GPT2
+from groundling.optim.fused import FusedAdamW
+from groundling.optim.muon import Muon, NativeMuon, orthogonal
+from groundling.optim.native import NativeAdamW
+from groundling.optim.optimizer import OptimConfig, make_optimizer
+
+CONFIG = OptimConfig(kind="muon", momentum=0.8, weight_decay=0.5, eps=1e-6)
+RATE = 0.01
+
+
+def expected_orthogonal(matrix: Tensor) -> Tensor:
+    """By the singular values, on which the polynomial works one by one, in float64."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / (s.square().sum().sqrt() + 1e-7)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 5), (16, 48), (48, 16), (33, 65)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_all_directions_of_a_matrix_become_alike(shape: tuple[int, int], size: float) -> None:
+    matrix = size * drawn(*shape)
+    found = orthogonal(matrix, torch.float32)
+    torch.testing.assert_close(found.double(), expected_orthogonal(matrix), rtol=1e-3, atol=1e-4)
+    if min(shape) < max(shape):  # a square matrix may have a singular value near 0, which stays smaller
+        values = torch.linalg.svdvals(found)
+        assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
+
+
+def test_products_may_be_of_another_format() -> None:
+    matrix = drawn(48, 16)
+    found = orthogonal(matrix, torch.bfloat16)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, orthogonal(matrix, torch.float32), rtol=0.05, atol=0.02)
+
+
+def test_of_no_gradient_comes_no_update() -> None:
+    assert torch.equal(orthogonal(torch.zeros(4, 6), torch.float32), torch.zeros(4, 6))
+
+
+def give_gradients(model: GPT2, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def take_step(optimizer: FusedAdamW, scale: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    optimizer.step(scale=scale)
+
+
+@pytest.mark.parametrize(("native", "kind"), [(False, Muon), (True, NativeMuon)])
+def test_an_update_is_the_formula(model: GPT2, native: bool, kind: type[FusedAdamW]) -> None:
+    """Jordan's algorithm with Nesterov's momentum and Liu's factor in float64; queries, keys and values apart."""
+    optimizer = make_optimizer(model, CONFIG, native)
+    assert type(optimizer) is kind
+    matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
+    assert len(matrices) == 4 * model.config.n_layer
+    expected = {name: p.detach().double().clone() for name, p in matrices.items()}
+    moments = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    for step in (1, 2):
+        give_gradients(model, step)
+        for name, parameter in matrices.items():
+            assert parameter.grad is not None
+            gradient = 0.5 * parameter.grad.double()
+            moments[name] = 0.8 * moments[name] + 0.2 * gradient
+            ahead = 0.2 * gradient + 0.8 * moments[name]
+            parts = ahead.split(model.config.n_embd) if "c_attn" in name else [ahead]
+            update = torch.cat([0.2 * max(part.shape) ** 0.5 * expected_orthogonal(part) for part in parts])
+            expected[name] = expected[name] * (1 - RATE * 0.5) - RATE * update
+        take_step(optimizer, 0.5)
+    for name, parameter in matrices.items():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("native", "kind"), [(False, FusedAdamW), (True, NativeAdamW)])
+def test_everything_else_is_adamws(model: GPT2, native: bool, kind: type[FusedAdamW]) -> None:
+    other = GPT2(model.config)
+    other.load_state_dict(model.state_dict())
+    optimizers = (
+        make_optimizer(model, CONFIG, native),
+        make_optimizer(other, OptimConfig(weight_decay=0.5, eps=1e-6), native),
+    )
+    assert type(optimizers[1]) is kind
+    for step in (1, 2):
+        for network, optimizer in zip((model, other), optimizers, strict=True):
+            give_gradients(network, step)
+            take_step(optimizer, 0.5)
+    for (name, mine), (_, adamws) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(mine, adamws) == (".h." not in name or mine.ndim < 2), name
+
+
+def test_every_gradient_counts_in_the_norm(model: GPT2) -> None:
+    """Clipping is by the norm of all, taken before the step drops any."""
+    for native in (False, True):
+        give_gradients(model, 1)
+        norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        found = make_optimizer(model, CONFIG, native).gradient_norm()
+        assert float(found) == pytest.approx(float(norm), rel=1e-5)
