@@ -25,8 +25,8 @@ from .bottles import SMALL, TEXT, start, steps, train, wait_for
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_finished_run_goes_on_for_more_steps(workplace: Path, kind: str) -> None:
     whole, parts = (workplace / "runs" / f"{name}-{kind}" for name in ("whole", "parts"))
-    assert main(train("--max-steps", "8", "--optim.kind", kind, "--out", str(whole))) == 0
-    assert main(train("--max-steps", "3", "--optim.kind", kind, "--out", str(parts))) == 0
+    assert main(train("--max-steps", "8", "--optimizer", kind, "--out", str(whole))) == 0
+    assert main(train("--max-steps", "3", "--optimizer", kind, "--out", str(parts))) == 0
     assert main(["train", "--resume", "--out", str(parts), "--max-steps", "8"]) == 0
     assert [line["train/loss"] for line in steps(parts)] == [line["train/loss"] for line in steps(whole)]
     record = json.loads((parts / "record.json").read_text())
@@ -207,11 +207,16 @@ def test_a_resumed_run_says_what_is_left(workplace: Path, capsys: pytest.Capture
 
 def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(train("--max-steps", "1", "--out", "runs/changed")) == 0
+    config = workplace / "runs" / "changed" / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("  kind: adamw\n", ""))  # as before there was a choice
+    assert config.read_text() != before
     resume = ["train", "--resume", "--out", "runs/changed", "--max-steps", "2"]
     assert main([*resume, "--schedule.peak", "1e-4", "--seed", "8"]) == 0
     printed = capsys.readouterr().err
     assert "schedule.peak was 0.0005 and is 0.0001 now" in printed
     assert "seed was 1337 and is 8 now" in printed
+    assert "optim.kind" not in printed
 
 
 def test_a_signal_while_the_losses_are_taken_keeps_the_run(workplace: Path) -> None:
@@ -242,7 +247,7 @@ def test_another_text_or_architecture_is_refused(
         (["--model.n_layer", "3"], "another architecture (n_layer 2, now 3)"),
         (["--heldout-fraction", "0.3"], "another text (bottles, of which another part"),
         (["--tokenizer", "train:280"], "another tokenizer (train:300"),
-        (["--optim.kind", "muon"], "another optimizer (adamw, now muon): leave that setting out"),
+        (["--optimizer", "muon"], "another optimizer (adamw, now muon): leave that setting out"),
     ):
         assert main([*resume, *arguments]) == 2
         message = capsys.readouterr().err.splitlines()[-1]

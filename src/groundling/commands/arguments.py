@@ -34,6 +34,7 @@ SHORTCUTS = {
     "tokenizer": "text.tokenizer",
     "loss": "objective.loss",
     "head-vocabulary": "head_vocabulary",
+    "optimizer": "optim.kind",
     "max-steps": "stopping.max_steps",
     "max-minutes": "stopping.max_minutes",
     "save-every": "checkpoint.save_every",

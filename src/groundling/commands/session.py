@@ -336,7 +336,7 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
         f"warning: {section}.{name} was {before[section].get(name)} and is {value} now"
         for section in ("windows", "optim", "schedule")
         for name, value in now[section].items()
-        if before[section].get(name) != value
+        if before[section].get(name, value) != value
     ]
     if before["seed"] != now["seed"]:
         lines.append(f"warning: seed was {before['seed']} and is {now['seed']} now")
