@@ -430,6 +430,21 @@ def test_measuring_changes_nothing(make_trainer: MakeTrainer) -> None:
     assert memory.losses() == plain_memory.losses()
 
 
+def test_a_large_batch_is_updated_once(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that is measured with fewer windows than it has, the update's time is not multiplied."""
+
+    def slow(*_: object) -> StepResult:
+        return StepResult(1.0, 1.0, seconds=3.0, update_seconds=2.0)
+
+    monkeypatch.setattr("groundling.training.estimate.training_step", slow)
+    monkeypatch.setattr("groundling.training.estimate.MEASURED_TOKENS", 16)
+    trainer, _ = make_trainer()
+    n_windows = 16 // trainer.recipe.windows.length
+    assert 0 < n_windows < trainer.recipe.windows.batch_size
+    step_s = 2 + trainer.recipe.windows.batch_size / n_windows
+    assert measure(trainer, "none").step_s == pytest.approx(step_s)
+
+
 def test_a_run_is_estimated_once_from_its_own_first_steps(make_trainer: MakeTrainer) -> None:
     """The first two compile and allocate, so they do not count."""
     trainer, _ = make_trainer()

@@ -15,7 +15,7 @@ from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.training.metrics import Metrics
 from groundling.training.progress import clock
-from groundling.training.step import flops_per_token, training_step
+from groundling.training.step import StepResult, flops_per_token, training_step
 from groundling.training.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -81,7 +81,8 @@ class FirstSteps:
         if _enough(self.seconds):
             self.told = True
             memory_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
-            self.tell(_extrapolate(self.trainer, self.final, self.seconds, 1.0, memory_bytes))
+            step_s = statistics.median(self.seconds[WARMUP_STEPS:])
+            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes))
 
     def note(self, message: str) -> None:
         pass
@@ -109,14 +110,18 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     windows = grid(len(trainer.train_tokens), length)
     batch = gather(trainer.train_tokens, windows.take(range(n_windows), axis=0, mode="wrap"), length)
     before_bytes = machine.peak_memory_bytes(runtime.device)
-    clip, seconds = recipe.optim.clip, list[float]()
-    while not _enough(seconds):
-        result = training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
-        seconds.append(result.seconds)
+    clip, steps = recipe.optim.clip, list[StepResult]()
+    while not _enough([step.seconds for step in steps]):
+        steps.append(
+            training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
+        )
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.optimizer.state.clear()
     memory_bytes = _memory_bytes(trainer, before_bytes, micro / n_windows)
-    return _extrapolate(trainer, final, seconds, recipe.windows.batch_size / n_windows, memory_bytes)
+    update_s = statistics.median(step.update_seconds for step in steps[WARMUP_STEPS:])
+    rest_s = statistics.median(step.seconds - step.update_seconds for step in steps[WARMUP_STEPS:])
+    step_s = rest_s * recipe.windows.batch_size / n_windows + update_s
+    return _extrapolate(trainer, final, step_s, memory_bytes)
 
 
 def _enough(seconds: Sequence[float]) -> bool:
@@ -124,12 +129,9 @@ def _enough(seconds: Sequence[float]) -> bool:
     return len(seconds) >= WARMUP_STEPS + MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
 
 
-def _extrapolate(
-    trainer: Trainer, final: str, seconds: Sequence[float], scale: float, memory_bytes: int | None
-) -> Estimate:
-    """The estimate from the seconds of measured steps, of which a whole one takes `scale` times as long."""
+def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None) -> Estimate:
+    """The estimate of a run whose steps take so long."""
     recipe = trainer.recipe
-    step_s = statistics.median(seconds[WARMUP_STEPS:]) * scale
     tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:

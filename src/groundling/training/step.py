@@ -29,6 +29,8 @@ class StepResult:
     loss: float
     grad_norm: float
     seconds: float
+    update_seconds: float = 0.0
+    """Those of the update, which do not grow with the batch."""
 
     @property
     def finite(self) -> bool:
@@ -66,12 +68,14 @@ def training_step(
     gradient_share = share / loss_scale
     norm_of_sum = optimizer.gradient_norm()  # asked for before the device is waited for, once, by the next line
     loss_value, norm = total.item() * share, norm_of_sum.item() * gradient_share
+    update_start = time.perf_counter()
     if math.isfinite(loss_value) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step(scale=gradient_share * min(1.0, clip / (norm + CLIP_EPS)) if clip else gradient_share)
     runtime.synchronize()
-    return StepResult(loss_value, norm, time.perf_counter() - start)
+    end = time.perf_counter()
+    return StepResult(loss_value, norm, end - start, end - update_start)
 
 
 def flops_per_token(config: GPTConfig, window: int) -> float:
