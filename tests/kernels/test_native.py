@@ -392,15 +392,20 @@ def test_another_threads_call_has_the_same_bits() -> None:
     assert torch.equal(results[0], native.linear_gelu(*inputs))
 
 
-def test_a_compiler_without_openmp_makes_kernels_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_without_openmp_makes_kernels_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     compiler = tmp_path / "g++"
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {runtime.cpp_compiler()} "$@"\n')
+    refusal = "echo g++: no -fopenmp >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) {refusal};; esac\nexec {runtime.cpp_compiler()} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("GROUNDLING_CACHE", str(tmp_path))
     library.cache_clear()
     try:
         assert_agrees("linear_gelu", randoms(0, *SWEEPS["linear_gelu"]), torch.float32)
+        library("head")
     finally:
         library.cache_clear()
     assert list(tmp_path.glob("kernels/blocks-*.so"))
+    assert caplog.messages == ["kernels have one thread, which is slower: g++ failed: g++: no -fopenmp"]

@@ -214,13 +214,15 @@ void groundling_bias_gelu(int n_threads, int64_t n_rows, int64_t width, int bf16
     using Format = decltype(format);
     auto* products_at = elements<Format>(products);
     auto* to = elements<Format>(activated);
+    const float* const bias_at = bias;  // of this function: clang loses what a lambda captured in a parallel region
+    const bool with_slopes = slopes;
 #pragma omp parallel for schedule(static) num_threads(n_threads)
     for (int64_t row = 0; row < n_rows; ++row)
       each_run(width, [&](int64_t c, auto n) {
         const int64_t at = row * width + c;
-        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias + c, n), share = gelu_share(x);
+        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias_at + c, n), share = gelu_share(x);
         write<Format>(to + at, x * share, n);
-        if (slopes) write<Format>(products_at + at, gelu_slope(x, share), n);
+        if (with_slopes) write<Format>(products_at + at, gelu_slope(x, share), n);
       });
   });
 }

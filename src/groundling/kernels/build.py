@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import subprocess
@@ -43,9 +44,17 @@ def library(name: str) -> ctypes.CDLL:
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     source = Path(__file__).with_name(f"{name}.cpp")
     if name in OPENMP:
-        with contextlib.suppress(BuildError):
+        try:
             return _load(compiler, [*flags, "-fopenmp"], source)
+        except BuildError as error:
+            _say_one_thread(str(error))
     return _load(compiler, flags, source)
+
+
+@functools.cache
+def _say_one_thread(why: str) -> None:
+    """Once for each reason: a compiler without OpenMP has the same for every kernel."""
+    logging.getLogger(__name__).warning("kernels have one thread, which is slower: %s", why)
 
 
 def _load(compiler: str, flags: list[str], source: Path) -> ctypes.CDLL:
