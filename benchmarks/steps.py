@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,16 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundling import machine, runtime
-from groundling.commands.arguments import parse_run, run_parser
-from groundling.commands.session import prepare
-from groundling.config import preset_path
 from groundling.corpus.config import CorpusConfig
 from groundling.corpus.load import load_corpus
 from groundling.corpus.windows import WindowConfig, Windows
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, SIZES, GPTConfig
-from groundling.training.metrics import JsonLines, Sinks, read_lines
-from groundling.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from groundling.training.trainer import Trainer
 
 SEED = 1337
 CPU = torch.device("cpu")
@@ -108,7 +106,15 @@ def timed(task: Task, step: Step, version: str = torch.__version__) -> Turn:
 
 @contextmanager
 def our_trainer(task: Task, words: str = "") -> Iterator[tuple[Trainer, Path]]:
-    """`groundling train`'s own trainer, as its command prepares it, and its metrics; `words` are further options."""
+    """`groundling train`'s own trainer, as its command prepares it, and its metrics; `words` are further options.
+
+    Loads the command only here: the peers' memory is measured without it.
+    """
+    from groundling.commands.arguments import parse_run, run_parser
+    from groundling.commands.session import prepare
+    from groundling.config import preset_path
+    from groundling.training.metrics import JsonLines, Sinks
+
     options = [
         *(f"--model.{name}={getattr(task.config, name)}" for name in ("n_layer", "n_head", "n_embd", "n_ctx")),
         *(f"--windows.length={task.window}", f"--windows.batch_size={task.batch_size}", "--windows.order=sequential"),
@@ -124,6 +130,8 @@ def our_trainer(task: Task, words: str = "") -> Iterator[tuple[Trainer, Path]]:
 
 def ours(task: Task, words: str = "") -> Turn:
     """`groundling train`'s own step; `words` are further options of it."""
+    from groundling.training.metrics import read_lines
+
     turn = Turn(version=machine.versions()["groundling"])
     with our_trainer(task, words) as (trainer, metrics):
         for _ in range(task.n_steps):
