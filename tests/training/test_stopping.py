@@ -10,8 +10,9 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.training.stopping import REASONS, StoppingConfig, StopRule, StopState, reason_in_words
 
 
-def rule(total_steps: int = 100, **settings: object) -> StopRule:
-    return StopRule(StoppingConfig(**settings), total_steps, steps_per_pass=10, has_heldout=True)  # type: ignore[arg-type]
+def rule(total_steps: int = 100, look_steps: float = 1.0, **settings: object) -> StopRule:
+    config = StoppingConfig(**settings)  # type: ignore[arg-type]
+    return StopRule(config, total_steps, steps_per_pass=10, has_heldout=True, look_steps=look_steps)
 
 
 def test_a_batch_below_the_target_is_noted_and_stops_nothing() -> None:
@@ -45,6 +46,17 @@ def test_looks_wait_for_proportional_progress() -> None:
     r.looked(4, 0.999)
     assert r.reason(4, 0.0) == "target"
     assert r.reason(5, 0.0) is None  # the weights are others by then
+
+
+def test_a_look_is_paid_for_by_training() -> None:
+    """Else a mean that falls by chance has the whole text read, at eight offsets, every few steps."""
+    r = rule(look_steps=20, target=1.0, measure="corpus/loss_offset")
+    r.state.loss_ema = 1.9
+    assert r.look_due(30)
+    r.looked(30, 1.1)
+    r.state.loss_ema = 0.2
+    assert not r.look_due(39)
+    assert r.look_due(40)
 
 
 def test_the_end_of_the_schedule_is_always_looked_at() -> None:
@@ -126,7 +138,7 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 
 def test_patience_needs_heldout_text() -> None:
     with pytest.raises(ConfigError, match="heldout"):
-        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False)
+        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False, look_steps=1)
 
 
 def test_without_a_target_a_run_ends_with_its_schedule() -> None:

@@ -278,6 +278,14 @@ def test_shifted_grids_can_stop_on_the_offset_loss(make_trainer: MakeTrainer) ->
     assert [line for line in memory.metrics if "corpus/loss_offset" in line][-1]["corpus/loss_offset"] < 1.8
 
 
+def test_the_stop_rule_knows_what_a_look_costs(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
+    """Of a step a third is forward; the one loss reads the text once, the other at eight offsets."""
+    steps = len(tokens) / (16 * 4) / 3
+    for measure, n_passes in (("corpus/loss", 1), ("corpus/loss_offset", 8)):
+        trainer, _ = make_trainer(stopping=StoppingConfig(measure=measure), windows=WindowConfig(16, 4))
+        assert trainer.stop_rule.look_steps == pytest.approx(n_passes * steps)
+
+
 def test_patience_stops_when_heldout_text_gets_no_better(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
     """Random held-out tokens cannot be learned, so learning the others makes them worse."""
     heldout = tokens[::-1][:100].copy()

@@ -22,6 +22,9 @@ from groundling.runtime import Runtime
 N_OFFSETS = 8
 """Offsets at which `corpus/loss_offset` is taken, in any text that has so many."""
 
+FORWARD_SHARE = 1 / 3
+"""Share of a training step's matrix products that an evaluation needs: forward is 2 of 6 (Kaplan et al. 2020)."""
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:

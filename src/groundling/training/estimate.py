@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
+from groundling.evaluation.corpus_loss import FORWARD_SHARE
 from groundling.training.metrics import Metrics
 from groundling.training.progress import clock
 from groundling.training.step import StepResult, flops_per_token, training_step
@@ -26,8 +27,6 @@ MEASURED_S = 1.0
 MEASURED_TOKENS = 2048
 """A measured step reads about this many tokens, unless compiled code has one shape only."""
 
-FORWARD_SHARE = 1 / 3
-"""Share of a step's matrix products that an evaluation needs: forward is 2 of 6 (Kaplan et al. 2020)."""
 GRADIENT_AND_MOMENTS_BYTES = 12
 """For each parameter, in fp32."""
 LOOKS = 3

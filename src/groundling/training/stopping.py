@@ -23,7 +23,11 @@ FIRST_LOOK = 2.0
 windows last trained on a whole pass ago, so it lies above corpus/loss while a run converges."""
 
 NEXT_LOOK = 0.95
-"""After a look above the target, the running mean must fall at least to this share before the next."""
+"""After a look above the target, the running mean must fall at least to this share before the next ..."""
+
+TRAINED_BETWEEN = 0.5
+"""... and training since must have taken this share of the time of a look. The mean also falls where a shifted grid
+comes near one that it was on lately, which says little of other grids."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,13 @@ class StopRule:
     target is judged by that one.
     """
 
-    def __init__(self, config: StoppingConfig, total_steps: int, steps_per_pass: float, has_heldout: bool) -> None:
-        """Raises `ConfigError` if patience is asked for and there is no held-out text."""
+    def __init__(
+        self, config: StoppingConfig, total_steps: int, steps_per_pass: float, has_heldout: bool, look_steps: float
+    ) -> None:
+        """`look_steps` take as long as a loss over the whole text.
+
+        Raises `ConfigError` if patience is asked for and there is no held-out text.
+        """
         if config.patience and not has_heldout:
             raise ConfigError("stopping.patience needs held-out text: give --heldout or --heldout-fraction")
         self.config = config
@@ -154,6 +163,7 @@ class StopRule:
         overtime = config.overtime if config.target else 0.0  # there is nothing to wait for without a target
         self.last_step = total_steps + math.ceil(overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
+        self.look_steps = look_steps
         self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:
@@ -178,7 +188,8 @@ class StopRule:
             return False
         if look is None or look.loss_ema is None:
             return ema < FIRST_LOOK * config.target
-        return ema < look.loss_ema * min(NEXT_LOOK, config.target / look.loss)
+        trained = n_steps - look.n_steps >= TRAINED_BETWEEN * self.look_steps
+        return trained and ema < look.loss_ema * min(NEXT_LOOK, config.target / look.loss)
 
     def looked(self, n_steps: int, loss: float) -> None:
         """Take in the loss over the whole text that is measured."""

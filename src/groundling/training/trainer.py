@@ -20,7 +20,7 @@ from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import WindowConfig, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
-from groundling.evaluation.corpus_loss import Evaluator, LossSum, n_tokens_read
+from groundling.evaluation.corpus_loss import FORWARD_SHARE, Evaluator, LossSum, n_tokens_read
 from groundling.model.compact import CompactGPT2, HeadVocabulary
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.optimizer import OptimConfig, make_optimizer
@@ -394,5 +394,7 @@ class Trainer:
         return CompactGPT2(full, torch.from_numpy(occurring_ids(self.train_tokens, full.config.n_vocab)))
 
     def _new_stop_rule(self) -> StopRule:
-        has_heldout = self.heldout_tokens is not None
-        return StopRule(self.recipe.stopping, self.total_steps, self.windows.steps_per_pass(), has_heldout)
+        has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows
+        n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
+        look_steps = FORWARD_SHARE * n_read / (windows.batch_size * windows.length)
+        return StopRule(stopping, self.total_steps, self.windows.steps_per_pass(), has_heldout, look_steps)
