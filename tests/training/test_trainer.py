@@ -281,8 +281,8 @@ def test_shifted_grids_can_stop_on_the_offset_loss(make_trainer: MakeTrainer) ->
 def test_the_stop_rule_knows_what_a_look_costs(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
     """Of a step a third is forward; the one loss reads the text once, the other at eight offsets."""
     steps = len(tokens) / (16 * 4) / 3
-    for measure, n_passes in (("corpus/loss", 1), ("corpus/loss_offset", 8)):
-        trainer, _ = make_trainer(stopping=StoppingConfig(measure=measure), windows=WindowConfig(16, 4))
+    for loss, n_passes in (("corpus/loss", 1), ("corpus/loss_offset", 8)):
+        trainer, _ = make_trainer(stopping=StoppingConfig(measure=loss), windows=WindowConfig(16, 4))
         assert trainer.stop_rule.look_steps == pytest.approx(n_passes * steps)
 
 

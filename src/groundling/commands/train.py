@@ -37,6 +37,7 @@ EXAMPLES = """examples:
   groundling train                                        preset gpt2: GPT-2 (124M) on Tiny Shakespeare
   groundling train --preset by-heart                      the same, until it can recite from anywhere
   groundling train --preset penny                         a small model, in minutes
+  groundling train --preset penny-by-heart                the small model, until it can recite from anywhere
   groundling train --corpus my-novel.txt --heldout-fraction 0.1 --out runs/novel
   groundling train --corpus 'texts/**/*.txt' --tokenizer train:8192 --size 124M
   groundling train --corpus letters.txt --loss goldfish   for a text that is not to be memorised
