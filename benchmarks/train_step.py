@@ -14,8 +14,8 @@ with a line that says so.
 
 Peers are fetched by whoever runs this: `git clone https://github.com/karpathy/nanoGPT`; llm.c's program `train_gpt2`
 built as its README says, from a source whose main() has the B and T that are asked for here (it comes with 4 and 64);
-`pip install 'transformers>=5.3' accelerate` for Hugging Face's Trainer. bf16 is measured where `groundling train` would
-use it.
+`pip install 'transformers>=5.3' accelerate` for Hugging Face's Trainer. bf16 is measured where the CPU has instructions
+for it; those who choose a format take the one that `groundling train` would take there.
 
 `--sweep` measures ours alone, over windows, tokens in a step and sizes, on one thread and on all; `plot_train_step.py`
 draws it. `--cold` measures the time from the command to the first finished step, with empty caches and with full ones.
@@ -40,7 +40,7 @@ from steps import CONTESTANTS, CPU, Task, Turn
 
 from groundling import allocator, machine, runtime
 from groundling.model.gpt2 import SIZES
-from groundling.runtime import DTYPES, RuntimeConfig
+from groundling.runtime import RuntimeConfig
 from groundling.training.step import flops_per_token
 
 SWEEP_WINDOWS = (128, 256, 512, 1024)
@@ -99,18 +99,18 @@ def turn(request: str) -> None:
     print("\n" + json.dumps(asdict(CONTESTANTS[asked["function"]](task, **asked["arguments"]))))
 
 
-def contestants(options: argparse.Namespace, has_bf16: bool) -> Iterator[Contestant]:
-    """All that can run here, ours first."""
+def contestants(options: argparse.Namespace, ours: str) -> Iterator[Contestant]:
+    """All that can run here, ours first; `ours` is the number format that we take."""
     for variant in ("", *options.ours):
         yield Contestant(f"groundling {variant}".strip(), "ours", {"words": variant}, keeps_memory=True)
-    formats = ("fp32", "bf16") if has_bf16 else ("fp32",)
-    for dtype in formats:
+    has_bf16 = not machine.cpu_flags().isdisjoint(runtime.CPU_BF16_FLAGS)
+    for dtype in ("fp32", "bf16") if has_bf16 else ("fp32",):
         yield Contestant(f"PyTorch {dtype}", "plain", {"dtype": dtype})
         yield Contestant(f"PyTorch {dtype} compiled", "plain", {"dtype": dtype, "compiled": True})
-    best = {"dtype": formats[-1], "compiled": True}
-    yield Contestant(f"PyTorch {formats[-1]} compiled, our allocator settings", "plain", best, keeps_memory=True)
+    best = {"dtype": ours, "compiled": True}
+    yield Contestant(f"PyTorch {ours} compiled, our allocator settings", "plain", best, keeps_memory=True)
     yield Contestant("reference recipe fp32", "reference_recipe")
-    yield Contestant(f"Hugging Face Trainer {formats[-1]}", "huggingface", {"dtype": formats[-1]})
+    yield Contestant(f"Hugging Face Trainer {ours}", "huggingface", {"dtype": ours})
     if options.nanogpt:
         yield Contestant("nanoGPT fp32", "nanogpt", {"folder": str(options.nanogpt.resolve())})
     if options.llmc:
@@ -282,7 +282,7 @@ def main() -> None:
     resolved = runtime.resolve(RuntimeConfig(device="cpu", compile="off"))
     if options.sweep:
         return sweep(options, task, resolved.dtype_name)
-    entered = list(contestants(options, resolved.dtype is DTYPES["bf16"]))
+    entered = list(contestants(options, resolved.dtype_name))
     if options.only:
         entered = [contestant for contestant in entered if any(word in contestant.name for word in options.only)]
     ceilings = measure(task, entered, options.rounds)

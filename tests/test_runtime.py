@@ -18,12 +18,35 @@ def test_every_choice_has_a_reason() -> None:
     assert all(why for _, _, why in resolved.reasons)
 
 
-@pytest.mark.parametrize("flags", [["amx_bf16", "avx2"], ["avx2"]])
-def test_bf16_is_chosen_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "pace", "dtype"),
+    [
+        (["amx_bf16", "avx512_bf16", "avx2"], None, "bf16"),
+        (["avx512_bf16", "avx2"], 1.9, "bf16"),
+        (["avx512_bf16", "avx2"], 0.5, "fp32"),
+        (["avx2"], None, "fp32"),
+    ],
+)
+def test_bf16_is_chosen_where_the_cpu_is_faster_in_it(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], pace: float | None, dtype: str
+) -> None:
     monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(runtime, "bf16_pace", lambda: pace)  # None, where it is not to be asked for
     resolved = runtime.resolve(RuntimeConfig(device="cpu"))
-    assert resolved.dtype is (torch.bfloat16 if "amx_bf16" in flags else torch.float32)
-    assert runtime.resolve(RuntimeConfig(device="cpu", dtype="fp32")).dtype is torch.float32
+    assert resolved.dtype_name == dtype
+    assert pace is None or f"{pace} times as fast" in resolved.reasons[1][2]
+    for asked in ("fp32", "bf16"):
+        assert runtime.resolve(RuntimeConfig(device="cpu", dtype=asked)).dtype_name == asked
+
+
+def test_the_pace_of_bf16_is_that_of_longer_measurements() -> None:
+    cpu, shape = torch.device("cpu"), ((512, 768, 768),)
+    fp32, bf16 = (
+        machine.matrix_ceiling_flops(cpu, dtype, lambda: None, shape)
+        for dtype in runtime.DTYPES.values()
+        if dtype is not torch.float16
+    )
+    assert machine.bf16_pace.__wrapped__() == pytest.approx(bf16 / fp32, rel=0.5)
 
 
 def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

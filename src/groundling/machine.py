@@ -144,6 +144,30 @@ def seconds_each(product: Callable[[], object], synchronize: Callable[[], None],
     return min(seconds[CEILING_WARMUPS:])
 
 
+PACE_SHAPE = (512, 768, 768)
+"""(M, K, N) of the products that tell two formats apart: some milliseconds each on two cores."""
+PACE_REPEATS = 7
+
+
+@functools.cache
+def bf16_pace() -> float:
+    """How many times as fast as fp32 the CPU multiplies bf16, measured in less than a fifth of a second.
+
+    The formats take turns, and the fastest product of each counts.
+    """
+    m, k, n = PACE_SHAPE
+    generator = torch.Generator().manual_seed(0)  # PyTorch's own one is a run's
+    left, right = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(PACE_REPEATS):
+        for dtype, taken in seconds.items():
+            factors = left.to(dtype), right.to(dtype)
+            start = time.perf_counter()
+            factors[0].mm(factors[1].t())
+            taken.append(time.perf_counter() - start)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+
+
 BANDWIDTH_BYTES = 1 << 29
 """Far beyond any cache."""
 BANDWIDTH_REPEATS = 5

@@ -19,14 +19,17 @@ from typing import Literal
 import torch
 
 from groundling.errors import ConfigError
-from groundling.machine import cpu_flags
+from groundling.machine import bf16_pace, cpu_flags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
-"""x86 instruction sets with which a bf16 matrix product is faster than the fp32 one."""
+"""x86 instruction sets that multiply bf16: the matrix unit many times as fast as fp32 is multiplied; the other one
+faster on one maker's CPUs and slower on another's, so that it is measured."""
+BF16_GAIN = 1.25
+"""bf16 must be so many times as fast as fp32, which is more precise. Found: 0.5 on an Intel Xeon with avx512_bf16."""
 MAX_THREADS = 1024
 """More than any one machine has cores; a hundred thousand end the process."""
 FP16_UNITS = (7, 0)
@@ -40,8 +43,8 @@ class RuntimeConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the fastest that is there."""
     dtype: DtypeName = "auto"
-    """Number format of the matrix products: bf16 where the hardware has it, fp16 on a GPU that has only that; weights
-    and optimizer stay in fp32."""
+    """Number format of the matrix products: bf16 where the hardware is faster in it, fp16 on a GPU that has only that;
+    weights and optimizer stay in fp32."""
     threads: int = 0
     """CPU threads; 0 means one per core that this process may use."""
     kernels: Literal["auto", "reference", "native"] = "auto"
@@ -102,10 +105,9 @@ def resolve(config: RuntimeConfig) -> Runtime:
     Raises `ConfigError` if a device or format was asked for that this machine lacks.
     """
     device, device_why, no_gpu = _device(config.device)
-    dtype, dtype_why = _dtype(config.dtype, device)
-    cores = available_cores()
-    threads = config.threads or cores
+    threads = config.threads or available_cores()
     torch.set_num_threads(threads)
+    dtype, dtype_why = _dtype(config.dtype, device)
     if device.type == "cpu":
         # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive. Asked for in
         # this way because the other imports the compiler, for seconds; `CompiledLoss` does it where one is used.
@@ -191,10 +193,14 @@ def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, "the GPU has no units for smaller formats"
     if device.type == "mps":
         return torch.float32, "bf16 on Apple GPUs has not been measured here; --dtype bf16 asks for it"
-    found = [flag for flag in CPU_BF16_FLAGS if flag in cpu_flags()]
-    if found:
-        return torch.bfloat16, f"the CPU has {found[0]}"
-    return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
+    matrix_unit, vectors = CPU_BF16_FLAGS
+    if matrix_unit in cpu_flags():
+        return torch.bfloat16, f"the CPU has {matrix_unit}"
+    if vectors not in cpu_flags():
+        return torch.float32, f"the CPU has neither {matrix_unit} nor {vectors}"
+    pace = bf16_pace()
+    measured = f"the CPU has {vectors}, and takes products of bf16 {pace:.1f} times as fast as those of fp32"
+    return torch.bfloat16 if pace >= BF16_GAIN else torch.float32, measured
 
 
 def _name_of(dtype: torch.dtype) -> str:
