@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,6 @@ seeds = st.integers(0, 99)
 @pytest.fixture
 def native_backend() -> None:
     kernels.select("native")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def tiles_of_any_length() -> Iterator[None]:
-    """Attention's own backward pass also where PyTorch's is faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "TILED_FP32", 1)
-        yield
 
 
 def randoms(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -189,7 +181,7 @@ def test_linear(name: str, shape: tuple[int, ...], width: int, n_out: int, dtype
 @settings(max_examples=40, deadline=None)
 @given(
     n_windows=st.integers(1, 3),
-    length=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 257, 300])),
+    length=st.one_of(st.integers(1, 80), st.sampled_from([127, 128, 129, 257, 300])),
     n_head=st.integers(1, 4),
     width=st.integers(1, 40),
     dtype=formats,
@@ -254,12 +246,28 @@ def test_parameters_may_lie_anyhow() -> None:
         torch.testing.assert_close(getattr(native, name)(*inputs), expected, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile_queries", [1, 5, 64])
-@pytest.mark.parametrize("tile_scores", [1, 500])
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, tile_queries: int, tile_scores: int) -> None:
-    monkeypatch.setattr(native, "TILE_QUERIES", tile_queries)
-    monkeypatch.setattr(native, "TILE_SCORES", tile_scores)
-    assert_agrees("self_attention", randoms(0, (2, 33, 3 * 3 * 20)), torch.float32, 3)
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize(("length", "n_head", "width"), [(1, 1, 1), (35, 2, 33), (73, 1, 64), (36, 3, 20)])
+def test_self_attention_on_other_cpus(length: int, n_head: int, width: int) -> None:
+    assert_agrees("self_attention", randoms(0, (2, length, 3 * n_head * width)), torch.float32, n_head)
+
+
+@pytest.mark.parametrize("place", [0, 1, 15, 16, 35, 36, 50, 71, 72, 79])
+def test_no_position_sees_a_later_one(place: int) -> None:
+    """To the bit: other keys and values later on change nothing before, and get no gradient from there."""
+    qkv, d_mixed = randoms(0, (1, 80, 3 * 40), (1, 80, 40))
+    d_mixed[:, place + 1 :] = 0
+    results = []
+    for factor in (1, 100):
+        leaf = qkv.clone()
+        leaf[:, place + 1 :] *= factor
+        mixed = native.self_attention(leaf.requires_grad_(), 2)
+        mixed.backward(d_mixed)
+        assert leaf.grad is not None
+        assert not leaf.grad[:, place + 1 :].any()
+        results.append([part[:, : place + 1] for part in (mixed, leaf.grad)])
+    for ours, other in zip(*results, strict=True):
+        assert torch.equal(ours, other)
 
 
 def test_self_attention_where_one_key_has_it_all() -> None:

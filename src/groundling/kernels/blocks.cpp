@@ -10,6 +10,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "runs.h"
 #include "vectors.h"
 
 namespace {
@@ -18,44 +19,6 @@ using namespace groundling;
 
 constexpr int64_t kBlockRows = 32;  // rows summed one after the other; blocks are then summed in their order
 constexpr float kEpsilon = 1e-5f;   // LayerNorm's, as in GPT-2's released code
-constexpr float kMostAbove = 60;  // of a score made again, above its row's log_sum: a sum of e^60 is still a number
-
-// Runs of columns are whole vectors, whose length is known when compiling, and a rest of fewer lanes.
-using Whole = std::integral_constant<int, kLanes>;
-
-template <class Body>
-inline void each_run(int64_t n_columns, Body body) {
-  int64_t c = 0;
-  for (; c + kLanes <= n_columns; c += kLanes) body(c, Whole{});
-  if (c < n_columns) body(c, static_cast<int>(n_columns - c));
-}
-
-// The first n lanes; the others are 0.
-template <class Format, class N>
-inline Vec read(const typename Format::Element* from, N n) {
-  if constexpr (std::is_same_v<N, Whole>) {
-    return Format::read(from);
-  } else {
-    return read_some<Format>(from, n);
-  }
-}
-
-template <class Format, class N>
-inline void write(typename Format::Element* to, Vec value, N n) {
-  if constexpr (std::is_same_v<N, Whole>) {
-    Format::write(to, value);
-  } else {
-    write_some<Format>(to, value, n);
-  }
-}
-
-// The value, with 0 in all lanes but the first n.
-template <class N>
-inline Vec first_lanes(Vec value, N n) {
-  if constexpr (!std::is_same_v<N, Whole>)
-    for (int lane = n; lane < kLanes; ++lane) value[lane] = 0;
-  return value;
-}
 
 // The derivative of x s(2u), from s(2u).
 inline Vec gelu_slope(Vec x, Vec share) {
@@ -254,38 +217,6 @@ void groundling_sum_rows(int n_threads, int64_t n_rows, int64_t width, int bf16,
       each_run(width, [&](int64_t c, auto n) { add_to(sums + c, read<Format>(from + row * width + c, n), n); });
     });
   });
-}
-
-// From scores (n_heads, n_queries, n_keys), the logarithms of the denominators of the softmax of scale * scores, and the
-// gradient of its probabilities: the probabilities in the scores' place, and in that of their gradient, the gradient of
-// the scores. The queries are the last of the keys' positions; each sees the keys up to its own.
-//
-// Scores that are made again differ by their rounding from those whose log_sums were kept: probabilities are divided by
-// their own sum, else the error would be taken times whatever the values have in common.
-void groundling_causal_softmax_backward(int n_threads, int64_t n_heads, int64_t n_queries, int64_t n_keys, float scale,
-                                        float* scores, const float* log_sums, float* d_probabilities) {
-#pragma omp parallel for num_threads(n_threads) schedule(static)
-  for (int64_t i = 0; i < n_heads * n_queries; ++i) {
-    float *row = scores + i * n_keys, *d_row = d_probabilities + i * n_keys;
-    const int64_t n_seen = n_keys - n_queries + i % n_queries + 1;
-    Vec products{}, total{};
-    each_run(n_seen, [&](int64_t c, auto n) {
-      Vec below = read<Fp32>(row + c, n) * scale - log_sums[i];
-      below = below > kMostAbove ? splat(kMostAbove) : below;
-      const Vec probability = first_lanes(exponential(below), n);
-      write<Fp32>(row + c, probability, n);
-      total += probability;
-      products = multiply_add(probability, read<Fp32>(d_row + c, n), products);
-    });
-    const float inverse = 1 / sum(total), mean = sum(products) * inverse;
-    each_run(n_seen, [&](int64_t c, auto n) {
-      const Vec probability = read<Fp32>(row + c, n) * inverse;
-      write<Fp32>(row + c, probability, n);
-      write<Fp32>(d_row + c, probability * (read<Fp32>(d_row + c, n) - mean) * scale, n);
-    });
-    std::fill(row + n_seen, row + n_keys, 0.f);
-    std::fill(d_row + n_seen, d_row + n_keys, 0.f);
-  }
 }
 
 }  // extern "C"

@@ -22,7 +22,7 @@ from groundling.files import sha256_of, sync_file, write_text
 
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 """Products and sums are fused where the source says so and nowhere else: else equal sums could differ in last bits."""
-OPENMP = ("adamw", "attention", "blocks", "head", "head_products", "products")
+OPENMP = ("adamw", "attention", "attention_fp32", "blocks", "head", "head_products", "products")
 """Libraries that share PyTorch's threads, with -fopenmp: GNU's libgomp is loaded once. Where the compiler has no OpenMP
 they have one thread."""
 TIMEOUT_S = 300

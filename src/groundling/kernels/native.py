@@ -1,6 +1,7 @@
 """The operations on a CPU: products by PyTorch, and what lies between them in C++ (`blocks.cpp`), a sweep each.
 
-Where there is a matrix unit, some products and all of attention are taken by `products.py`.
+Attention in fp32 is our own as a whole (`attention_fp32.cpp`). Where there is a matrix unit, some products and
+attention in bf16 are taken by `products.py`.
 
 Invariant: agrees with `reference.py` forward and backward within the rounding of the number format, which is fp32, or
 bf16 under autocast: then products and what goes into them are bf16; parameters, their gradients, the residual stream,
@@ -10,7 +11,6 @@ statistics and sums are fp32. Tensors are on the CPU, parameters and the residua
 from __future__ import annotations
 
 import ctypes
-import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,18 +37,11 @@ __all__ = [
     "tied_embedding",
 ]
 
-TILE_QUERIES = 128
-"""Queries whose scores are made again together: the keys after the last of them are left out."""
-TILE_SCORES = 1 << 20
-"""Scores made again together, so that they stay in the caches from one product through the sweep to the next."""
-TILED_FP32 = 256
-"""Shortest windows in fp32 for which tiles are faster than PyTorch's own backward pass (LOG.md, "Blocks")."""
-
 
 def load() -> None:
     """Compile what is not compiled yet, side by side. Raises `BuildError` if that cannot be done here."""
     with ThreadPoolExecutor(runtime.available_cores()) as pool:
-        needed = [pool.submit(library, name) for name in ("adamw", "blocks", "head")]
+        needed = [pool.submit(library, name) for name in ("adamw", "attention_fp32", "blocks", "head")]
         for name in products.libraries():
             pool.submit(library, name)
     for each in needed:
@@ -78,8 +71,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def self_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal attention of whole windows to themselves; see `reference.py`."""
-    tiled = products.available() if _bf16(qkv) else qkv.size(1) >= TILED_FP32
-    if not tiled or not qkv.numel():
+    if not qkv.numel() or (_bf16(qkv) and not products.available()):
         return reference.self_attention(qkv, n_head)
     return SelfAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -201,64 +193,31 @@ class LinearGelu(torch.autograd.Function):
 
 
 class SelfAttention(torch.autograd.Function):
-    """Without a matrix unit: forward by PyTorch, whose kernel is as fast, and probabilities made again tile by tile."""
+    """Keeps the logarithms of the softmax's denominators, and makes probabilities again; bf16 in the matrix unit."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
         qkv = qkv.contiguous()
         if _bf16(qkv):
             mixed, log_sums = products.attention(qkv, n_head)
-            ctx.save_for_backward(qkv, log_sums)
-            return mixed
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        query, key, value = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        # What scaled_dot_product_attention calls on a CPU; it also gives the logarithms of the softmax's denominators.
-        mixed, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
+        else:
+            B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+            mixed, log_sums = qkv.new_empty(B, T, C), qkv.new_empty(B, n_head, T)
+            _call("attention_fp32", "attention_fp32", B, T, n_head, C // n_head, qkv, mixed, log_sums)
         ctx.save_for_backward(qkv, log_sums)
-        return mixed.transpose(1, 2).reshape(B, T, C)  # type: ignore[no-any-return]
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         qkv, log_sums = ctx.saved_tensors
+        d = d.contiguous()
         if _bf16(qkv):
-            return products.attention_backward(qkv, log_sums, d.contiguous()), None
-        (B, T, C), n_head = d.shape, log_sums.size(1)
-        heads = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, -1)
-        d_mixed = d.reshape(B, T, n_head, -1).transpose(1, 2).reshape(B * n_head, T, -1)
-        log_sums, d_heads = log_sums.reshape(B * n_head, T), torch.empty_like(heads)
-        n_queries = min(T, TILE_QUERIES)
-        n_heads = min(B * n_head, max(1, TILE_SCORES // (n_queries * T)))
-        tile = heads.new_empty(2, n_heads * n_queries * T)
-        for first in range(0, B * n_head, n_heads):
-            some = slice(first, first + n_heads)
-            for end in range(T, 0, -n_queries):  # the last queries see all keys, whose gradients they begin
-                queries = slice(max(0, end - n_queries), end)
-                _attention_backward(heads[:, some], d_heads[:, some], d_mixed[some], log_sums[some], queries, tile)
-        return d_heads.view(3, B, n_head, T, -1).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C), None
-
-
-def _attention_backward(
-    heads: Tensor, d_heads: Tensor, d_mixed: Tensor, log_sums: Tensor, queries: slice, tile: Tensor
-) -> None:
-    """What the gradient of these queries' outputs, of d_mixed (N, T, D), adds to d_heads (3, N, T, D)."""
-    seen = slice(queries.stop)
-    query, key, value = (part[:, at].contiguous() for part, at in zip(heads, (queries, seen, seen), strict=True))
-    d_query, d_key, d_value = d_heads
-    d_mixed = d_mixed[:, queries].contiguous()
-    shape = len(query), query.size(1), key.size(1)
-    scores, d_scores = tile[:, : math.prod(shape)].view(2, *shape)
-    torch.bmm(query, key.mT, out=scores)
-    torch.bmm(d_mixed, value.mT, out=d_scores)  # the gradient of the probabilities, so far
-    scale = ctypes.c_float(1 / math.sqrt(query.size(2)))
-    logarithms = log_sums[:, queries].contiguous()
-    _sweep("causal_softmax_backward", *shape, scale, scores, logarithms, d_scores)
-    d_query[:, queries] = d_scores.bmm(key)
-    for total, gradient in ((d_key, d_scores.mT.bmm(query)), (d_value, scores.mT.bmm(d_mixed))):
-        if seen.stop == total.size(1):
-            total.copy_(gradient)
-        else:
-            total[:, seen] += gradient
+            return products.attention_backward(qkv, log_sums, d), None
+        (B, T, C), n_head, d_qkv = d.shape, log_sums.size(1), torch.empty_like(qkv)
+        shape = B, T, n_head, C // n_head
+        _call("attention_fp32", "attention_fp32_backward", *shape, qkv, log_sums, d, d_qkv)
+        return d_qkv, None
 
 
 def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,8 +243,13 @@ def _bf16(tensor: Tensor) -> bool:
 
 
 def _sweep(name: str, *arguments: Tensor | int | ctypes.c_float | None) -> None:
-    """Calls `groundling_NAME` of blocks.cpp: tensors are pointers there, flags int and sizes int64_t."""
-    function = getattr(library("blocks"), f"groundling_{name}")
+    """Calls `groundling_NAME` of blocks.cpp."""
+    _call("blocks", name, *arguments)
+
+
+def _call(source: str, name: str, *arguments: Tensor | int | ctypes.c_float | None) -> None:
+    """Calls `groundling_NAME` of SOURCE.cpp: tensors are pointers there, flags int and sizes int64_t."""
+    function = getattr(library(source), f"groundling_{name}")
     function(ctypes.c_int(torch.get_num_threads()), *map(_as_c, arguments))
 
 

@@ -11,21 +11,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <mutex>
-#include <new>
-#include <vector>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "panels.h"
 #include "tiles.h"
 #include "vectors.h"
+#include "workspace.h"
 
 namespace groundling {
 
@@ -37,57 +27,6 @@ constexpr int64_t kManyTerms = 1024;   // at a time, of longer sums, which are k
 constexpr int64_t kNearSteps = 12;     // of a right panel, 24 KiB, that stay in L1 for
 constexpr int64_t kTogether = 2;       // left panels, which bypass it
 constexpr int64_t kKeptColumns = 768;  // whose sums are kept: 256 rows of them are 768 KiB
-
-inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Memory that lives on and only grows, in huge pages where the system has them: with small ones each of the many
-// streams of a product misses its pages' addresses. Where there is no memory the process ends.
-template <class Element>
-class Buffer {
- public:
-  Element* of(int64_t n) {
-    if (n > size_) {
-      std::free(memory_);
-      size_ = 0;
-      const size_t bytes = divided_up(n * sizeof(Element), kHuge) * kHuge;
-      memory_ = std::aligned_alloc(kHuge, bytes);
-      if (!memory_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-      madvise(memory_, bytes, MADV_HUGEPAGE);
-#endif
-      size_ = n;
-    }
-    return static_cast<Element*>(memory_);
-  }
-
- private:
-  static constexpr size_t kHuge = 2 << 20;
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
-
-// Everything that products write to on their way; one product at a time.
-struct Workspace {
-  struct OfThread {
-    Buffer<uint16_t> halves;
-    Buffer<float> floats;
-  };
-  std::mutex mutex;
-  Buffer<uint16_t> shared;
-  std::vector<OfThread> threads;
-
-  void begin(int n_threads) {
-    if (static_cast<int>(threads.size()) < n_threads) threads.resize(n_threads);
-  }
-
-  OfThread& own() {
-#if defined(_OPENMP)
-    return threads[omp_get_thread_num()];
-#else
-    return threads[0];
-#endif
-  }
-};
 
 // 32 x 32 sums of n_steps steps of a left and a right panel, to `sums` or, with `more`, onto what is there. Meanwhile
 // the memory at `ahead` is fetched, n_ahead lines a step.
