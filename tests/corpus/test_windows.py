@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from groundling.corpus.goldfish import ObjectiveConfig
 from groundling.corpus.windows import WindowConfig, Windows, grid, seeded_offsets
 from groundling.errors import ConfigError
 from groundling.kernels.reference import IGNORED_TARGET
@@ -77,6 +78,36 @@ def test_the_text_may_be_shorter_than_a_window() -> None:
     assert batch.n_targets == 2  # the same window, of two passes
     with pytest.raises(ConfigError, match="sequential batch"):
         Windows(np.array([3, 1], dtype=np.uint16), WindowConfig(8, 2, order="sequential"), seed=0)
+
+
+@pytest.mark.parametrize("order", ["permuted", "shifted", "sequential"])
+@pytest.mark.parametrize("pieces", [2, 4, 16])
+def test_every_second_step_reads_its_windows_in_pieces(tokens: Tokens, order: str, pieces: int) -> None:
+    """The same predictions, row by row: only what stands before them in their window is less."""
+    objective = ObjectiveConfig("goldfish", drop_every=3, context=5)
+    whole = Windows(tokens, WindowConfig(16, 4, order=order), 7, objective)  # type: ignore[arg-type]
+    config = WindowConfig(16, 4, 2, order=order, pieces=pieces)  # type: ignore[arg-type]
+    windows = Windows(tokens, config, 7, objective)
+    for step in range(12):
+        batch, expected = windows.batch(step), whole.batch(step)
+        shape = (4 * pieces, 16 // pieces) if step % 2 else (4, 16)
+        assert batch.inputs.shape == batch.targets.shape == shape
+        assert batch.inputs.flatten().tolist() == expected.inputs.flatten().tolist()
+        assert batch.targets.flatten().tolist() == expected.targets.flatten().tolist()
+        assert (batch.n_targets, batch.n_read) == (expected.n_targets, expected.n_read)
+        parts = list(batch.split(config.micro))
+        assert {tuple(inputs.shape) for inputs, _ in parts} <= config.shapes
+        assert [len(parts), sum(targets.numel() for _, targets in parts)] == [2, 64]
+    assert windows.steps_per_pass() == whole.steps_per_pass()
+
+
+def test_pieces_divide_a_window() -> None:
+    assert WindowConfig(16, 4).shapes == {(4, 16)}
+    assert WindowConfig(16, 4, 2, pieces=4).shapes == {(2, 16), (8, 4)}
+    assert (WindowConfig(16, 4).mean_length, WindowConfig(16, 4, pieces=4).mean_length) == (16, 10)
+    for pieces, said in ((3, "divisor"), (32, "divisor"), (0, "positive")):
+        with pytest.raises(ConfigError, match=rf"windows\.pieces is {pieces}: give a .*{said}"):
+            WindowConfig(16, 4, pieces=pieces)
 
 
 def test_offsets() -> None:

@@ -62,15 +62,16 @@ def test_the_compiler_is_asked_for_deterministic_code(make_trainer: MakeTrainer)
 
 
 def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
-    """Its text is no multiple of its windows, its evaluations have short batches, and it goes on after a stop."""
+    """Its text is no multiple of its windows, which come in pieces, evaluations have short batches, and it goes on."""
     eager, _ = make_trainer("unused")
-    compiled = replace(eager.runtime, compile=True)
+    compiled, windows = replace(eager.runtime, compile=True), replace(eager.recipe.windows, pieces=4)
     heldout = eager.train_tokens[:70]
     stopping = replace(eager.recipe.stopping, measure="heldout/loss", target=1e-9)
-    begun, _ = make_trainer("run", heldout, runtime=compiled, stopping=stopping)
+    begun, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)
     begun.train()
     assert {name: begun.take(name) > 0 for name in begun.final_reads()}
-    resumed, _ = make_trainer("run", heldout, runtime=compiled, stopping=replace(stopping, max_steps=14))
+    stopping = replace(stopping, max_steps=14)
+    resumed, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)
     resumed.resume()
     resumed.train()
     resumed.take("corpus/loss_offset")
@@ -81,10 +82,10 @@ def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
 def test_a_recompilation_is_counted() -> None:
     torch.manual_seed(0)
     model = GPT2(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8, n_vocab=16))
-    loss_sum = CompiledLoss(model.loss_sum, warn=pytest.fail)
-    for length in (8, 8, 4, 8):
+    loss_sum = CompiledLoss(model.loss_sum, {(2, 8), (2, 2)}, warn=pytest.fail)
+    for length, n_recompilations in ((8, 0), (8, 0), (2, 0), (4, 1), (8, 1), (2, 1)):
         loss_sum(torch.zeros(2, length, dtype=torch.int64), torch.ones(2, length, dtype=torch.int64))
-    assert loss_sum.n_recompilations == 1
+        assert loss_sum.n_recompilations == n_recompilations
     with torch.no_grad():
         loss_sum(torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
     assert loss_sum.n_recompilations == 1

@@ -23,8 +23,8 @@ from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import Estimate, FirstSteps, is_taken, measure, remaining
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
 from groundling.training.progress import clock
-from groundling.training.step import StepResult, training_step
-from groundling.training.stopping import StoppingConfig
+from groundling.training.step import StepResult, flops_per_token, training_step
+from groundling.training.stopping import StoppingConfig, StopRule
 from groundling.training.trainer import BAD_STEPS, Trainer
 
 MakeTrainer = Any
@@ -39,12 +39,12 @@ def test_the_first_ten_losses_are_pinned(make_trainer: MakeTrainer) -> None:
     assert memory.losses() == pytest.approx(PINNED, abs=2e-4)
 
 
-@pytest.mark.parametrize("order", ["permuted", "shifted", "sequential"])
+@pytest.mark.parametrize(("order", "pieces"), [("permuted", 1), ("shifted", 4), ("sequential", 1)])
 @pytest.mark.parametrize("interrupted_after", [1, 7])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    make_trainer: MakeTrainer, order: Any, interrupted_after: int
+    make_trainer: MakeTrainer, order: Any, pieces: int, interrupted_after: int
 ) -> None:
-    windows = WindowConfig(16, 4, order=order)
+    windows = WindowConfig(16, 4, order=order, pieces=pieces)
     whole, whole_memory = make_trainer("whole", windows=windows)
     whole.train()
     first, first_memory = make_trainer("cut", windows=windows, stopping=StoppingConfig(max_steps=interrupted_after))
@@ -409,6 +409,26 @@ def test_without_a_checkpoint_the_run_goes_back_to_its_start(make_trainer: MakeT
     trainer.loss_sum = Poison(trainer, {1, 2, 3})
     trainer.train()
     assert memory.losses() == clean_memory.losses()
+
+
+def test_operations_are_counted_by_the_windows_that_were_read(make_trainer: MakeTrainer) -> None:
+    trainer, memory = make_trainer(windows=WindowConfig(16, 4, pieces=4), stopping=StoppingConfig(max_steps=4))
+    trainer.train()
+    for line in memory.metrics:
+        window = 4 if line["step"] % 2 else 16
+        flops = line["train/tokens_per_s"] * flops_per_token(trainer.model.config, window)
+        assert line["train/mfu"] == pytest.approx(flops / trainer.ceiling_flops)
+
+
+def test_the_running_mean_is_of_whole_windows(make_trainer: MakeTrainer) -> None:
+    """Losses of pieces are higher, so that a mean with them would ask for no look at a text that is known."""
+    trainer, memory = make_trainer(windows=WindowConfig(16, 4, pieces=16), stopping=StoppingConfig(max_steps=6))
+    trainer.train()
+    rule = StopRule(trainer.recipe.stopping, 40, 10, has_heldout=False, look_steps=1)
+    for step, loss in enumerate(memory.losses()):
+        if step % 2 == 0:
+            rule.observe(step, loss)
+        assert memory.metrics[step]["train/loss_ema"] == rule.state.loss_ema
 
 
 def test_no_share_of_the_matrix_ceiling_is_above_one(make_trainer: MakeTrainer) -> None:

@@ -294,7 +294,8 @@ def head_line(model: CompactGPT2, config: RunConfig) -> str:
 
 def _saved_share(computed: GPTConfig, config: RunConfig) -> float:
     """The share of a token's FLOP that a network of another size saves."""
-    return 1 - flops_per_token(computed, config.windows.length) / flops_per_token(config.model, config.windows.length)
+    window = config.windows.mean_length
+    return 1 - flops_per_token(computed, window) / flops_per_token(config.model, window)
 
 
 def new_run_path(config: RunConfig, corpus_name: str) -> Path:
@@ -377,7 +378,7 @@ def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
     n_steps = config.stopping.steps(planned_steps(config, n_tokens))
     per_step = config.windows.batch_size * config.windows.length
-    return n_steps * per_step * flops_per_token(config.model, config.windows.length)
+    return n_steps * per_step * flops_per_token(config.model, config.windows.mean_length)
 
 
 def planned_steps(config: RunConfig, n_tokens: int) -> int:

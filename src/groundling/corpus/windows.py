@@ -6,7 +6,7 @@ text exactly once, in the `permuted` orders; no sampler state exists that a chec
 A *window* is a start and a length n <= T: inputs are tokens [start, start + n), targets the same moved
 by one. A *grid* with offset o cuts the text at o, o + T, o + 2T ...; its first and last window may be
 short. Short windows are filled up to T with targets that no loss counts; so are the targets of training that
-goldfish loss drops (`goldfish.py`).
+goldfish loss drops (`goldfish.py`). *Pieces* of a window are windows themselves, side by side in its place.
 """
 
 from __future__ import annotations
@@ -46,11 +46,16 @@ class WindowConfig:
     """permuted: a fixed grid, a fresh permutation each pass. shifted: the grid also moves at random each pass,
     so that the text is learned by heart and not by position. sequential: text order, the tail never read (the
     reference run)."""
+    pieces: int = 1
+    """Every second step reads each window in so many pieces, a divisor of length: as many tokens, more beginnings, at
+    which a text that is known by heart is hardest to go on with."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch_size"):
+        for name in ("length", "batch_size", "pieces"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"windows.{name} is {getattr(self, name)}: give a positive number")
+        if self.length % self.pieces:
+            raise ConfigError(f"windows.pieces is {self.pieces}: give a divisor of windows.length, {self.length}")
         if self.micro_batch_size < 0 or self.batch_size % self.micro:
             raise ConfigError(
                 f"windows.micro_batch_size is {self.micro_batch_size}: give a divisor of batch_size, {self.batch_size}"
@@ -60,6 +65,16 @@ class WindowConfig:
     def micro(self) -> int:
         """Windows in one forward and backward pass."""
         return self.micro_batch_size or self.batch_size
+
+    @property
+    def shapes(self) -> frozenset[tuple[int, int]]:
+        """Shapes (B, T) of what one forward and backward pass reads: one, or two where there are pieces."""
+        return frozenset({(self.micro, self.length), (self.micro * self.pieces, self.length // self.pieces)})
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens in the window that a token is read in, on average: every second step reads pieces."""
+        return (self.length + self.length / self.pieces) / 2
 
 
 @dataclass(frozen=True)
@@ -73,10 +88,20 @@ class Batch:
     n_read: int
     """Predictions of the text in these windows, those included whose target is dropped."""
 
+    n_pieces: int = 1
+    """In which each window is read."""
+
     def split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches of at most `size` windows."""
-        for first in range(0, len(self.inputs), size):
-            yield self.inputs[first : first + size], self.targets[first : first + size]
+        """Micro-batches of at most `size` windows, in their pieces."""
+        n_rows = size * self.n_pieces
+        for first in range(0, len(self.inputs), n_rows):
+            yield self.inputs[first : first + n_rows], self.targets[first : first + n_rows]
+
+    def in_pieces(self, n_pieces: int) -> Batch:
+        """The same predictions in windows that are so many times shorter, and so many times as many."""
+        length = self.inputs.size(1) // n_pieces
+        inputs, targets = self.inputs.view(-1, length), self.targets.view(-1, length)
+        return replace(self, inputs=inputs, targets=targets, n_pieces=n_pieces)
 
     def to(self, device: torch.device) -> Batch:
         return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
@@ -149,12 +174,14 @@ class Windows:
             )
 
     def batch(self, step: int) -> Batch:
-        """The batch of this step, B windows of T on the CPU."""
+        """The batch of this step on the CPU: B windows of T, or their pieces in every second step."""
         if self.config.order == "sequential":
-            return self._sequential(step)
-        B = self.config.batch_size
-        rows = [self._window(index) for index in range(step * B, (step + 1) * B)]
-        return gather(self.tokens, np.stack(rows), self.config.length, self.objective)
+            windows = self._sequential(step)
+        else:
+            B = self.config.batch_size
+            windows = np.stack([self._window(index) for index in range(step * B, (step + 1) * B)])
+        batch = gather(self.tokens, windows, self.config.length, self.objective)
+        return batch.in_pieces(self.config.pieces) if step % 2 else batch
 
     def steps_per_pass(self) -> float:
         """Steps after which this text has been read once."""
@@ -176,8 +203,8 @@ class Windows:
         window: NDArray[np.int64] = self._pass(n_pass)[index - self._first_index[n_pass]]
         return window
 
-    def _sequential(self, step: int) -> Batch:
+    def _sequential(self, step: int) -> NDArray[np.int64]:
         B, T = self.config.batch_size, self.config.length
         start = step % ((len(self.tokens) - 1) // (B * T)) * B * T
         starts = start + T * np.arange(B)
-        return gather(self.tokens, np.stack([starts, np.full(B, T)], axis=1), T, self.objective)
+        return np.stack([starts, np.full(B, T)], axis=1)

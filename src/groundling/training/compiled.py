@@ -5,7 +5,7 @@ Invariant: a compiler that is there but does not work costs speed and one warnin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -16,17 +16,17 @@ from groundling.evaluation.corpus_loss import LossSum
 class CompiledLoss:
     """A loss function, compiled at its first call, or as it was if that fails.
 
-    Compiled once to be trained and once to be evaluated, which needs no gradient; whatever is compiled beyond that
-    counts as a recompilation.
+    Compiled once for each of the shapes (B, T) that it is made for, and each time once to be trained and once to be
+    evaluated, which needs no gradient; whatever is compiled beyond that counts as a recompilation.
     """
 
-    def __init__(self, loss_sum: LossSum, warn: Callable[[str], None]) -> None:
+    def __init__(self, loss_sum: LossSum, shapes: Collection[tuple[int, int]], warn: Callable[[str], None]) -> None:
         if torch.are_deterministic_algorithms_enabled():  # this way of asking for them asks the compiler, too
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.eager, self.warn = loss_sum, warn
+        self.eager, self.shapes, self.warn = loss_sum, shapes, warn
         self.function: LossSum = torch.compile(loss_sum, dynamic=False)
         self.n_recompilations = 0
-        self._compiled_modes = set[bool]()
+        self._compiled_for = set[tuple[tuple[int, int], bool]]()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         # Imported here because it takes seconds, which a run that is not compiled need not wait.
@@ -47,9 +47,10 @@ class CompiledLoss:
             self.function = self.eager
             return self.eager(inputs, targets)
         finally:
-            self._count(counters["frames"]["total"] - before, torch.is_grad_enabled())
+            self._count(counters["frames"]["total"] - before, (inputs.size(0), inputs.size(1)))
 
-    def _count(self, n_frames: int, with_gradient: bool) -> None:
-        if with_gradient in self._compiled_modes:
+    def _count(self, n_frames: int, shape: tuple[int, int]) -> None:
+        case = shape, torch.is_grad_enabled()
+        if case in self._compiled_for or shape not in self.shapes:
             self.n_recompilations += n_frames
-        self._compiled_modes.add(with_gradient)
+        self._compiled_for.add(case)

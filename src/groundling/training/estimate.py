@@ -136,7 +136,7 @@ def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int 
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
-    achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, recipe.windows.length)
+    achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, recipe.windows.mean_length)
     return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
 

@@ -52,7 +52,7 @@ def make_record(
     """
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
-    reached_flops = (tokens_per_s or 0.0) * flops_per_token(trainer.model.config, trainer.recipe.windows.length)
+    reached_flops = (tokens_per_s or 0.0) * flops_per_token(trainer.model.config, trainer.recipe.windows.mean_length)
     # A resumed run may have measured its ceiling while the machine was busier than in its steps.
     ceiling_flops = max(trainer.ceiling_flops, reached_flops)
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"

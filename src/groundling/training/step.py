@@ -78,7 +78,7 @@ def training_step(
     return StepResult(loss_value, norm, end - start, end - update_start)
 
 
-def flops_per_token(config: GPTConfig, window: int) -> float:
+def flops_per_token(config: GPTConfig, window: float) -> float:
     """Matrix FLOP that training spends on a token: 6 for each parameter in a product, and causal attention.
 
     Source: Kaplan et al. 2020, table 1, for 2 + 4 FLOP a parameter; attention reads T/2 keys on average.

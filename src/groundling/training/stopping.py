@@ -167,7 +167,7 @@ class StopRule:
         self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:
-        """Take in the loss of a step's own batch."""
+        """Take in the loss of a step's own batch, of whole windows as a look has them."""
         state, target = self.state, self.config.target
         ema = loss if state.loss_ema is None else state.loss_ema
         state.loss_ema = ema + (loss - ema) / EMA_BATCHES

@@ -18,7 +18,7 @@ from groundling import machine
 from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
 from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.corpus.windows import WindowConfig, Windows
+from groundling.corpus.windows import Batch, WindowConfig, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import FORWARD_SHARE, Evaluator, LossSum, n_tokens_read
 from groundling.model.compact import CompactGPT2, HeadVocabulary
@@ -103,7 +103,8 @@ class Trainer:
         self.model = (initial or self._new_model()).train().to(runtime.device)
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
-            self.loss_sum = CompiledLoss(self.model.loss_sum, warn=lambda message: self.sinks.note(message))
+            shapes, warn = recipe.windows.shapes, lambda message: self.sinks.note(message)
+            self.loss_sum = CompiledLoss(self.model.loss_sum, shapes, warn)
         product_format = torch.bfloat16 if runtime.dtype is torch.bfloat16 else torch.float32
         self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
         self.signals = StopSignals()
@@ -236,7 +237,7 @@ class Trainer:
 
     @property
     def recompilations(self) -> int:
-        """How often compiled code did not fit and was compiled anew; every shape is one shape, so never."""
+        """How often compiled code did not fit and was compiled anew; shapes are known from the start, so never."""
         return self.loss_sum.n_recompilations if isinstance(self.loss_sum, CompiledLoss) else 0
 
     def _stop_reason(self) -> str | None:
@@ -279,17 +280,17 @@ class Trainer:
         self.state.n_steps += 1
         self.state.tokens_seen += batch.n_read
         self.trained = result.finite or not batch.n_targets
-        if result.finite:
+        if result.finite and batch.n_pieces == 1:  # in pieces, of which each has a beginning, a text is harder
             self.stop_rule.observe(step, result.loss)
-        self._write(step, result, rate, batch.n_read)
+        self._write(step, result, rate, batch)
         if batch.n_targets:
             self._guard(step, result)
         else:  # a few targets a step, or a text that repeats itself: no failure of the numbers
             self.sinks.note(f"step {step}: goldfish loss drops all its targets, so there is no update")
 
-    def _write(self, step: int, result: StepResult, rate: float, n_read: int) -> None:
-        tokens_per_s = n_read / result.seconds
-        reached_flops = tokens_per_s * flops_per_token(self.model.config, self.recipe.windows.length)
+    def _write(self, step: int, result: StepResult, rate: float, batch: Batch) -> None:
+        tokens_per_s = batch.n_read / result.seconds
+        reached_flops = tokens_per_s * flops_per_token(self.model.config, batch.inputs.size(1))
         if reached_flops > self.ceiling_flops:
             self._raise_ceiling(reached_flops)
         metrics = {
