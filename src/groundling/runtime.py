@@ -26,10 +26,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
-"""x86 instruction sets that multiply bf16: the matrix unit many times as fast as fp32 is multiplied; the other one
-faster on one maker's CPUs and slower on another's, so that it is measured."""
+"""x86 instruction sets that multiply bf16: the matrix unit many times as fast as fp32 is multiplied; the other half as
+fast on the one CPU that we had (LOG.md, 2026-11-29), which need not be so on others, so that it is measured."""
 BF16_GAIN = 1.25
-"""bf16 must be so many times as fast as fp32, which is more precise. Found: 0.5 on an Intel Xeon with avx512_bf16."""
+"""bf16 must be so many times as fast as fp32, which is more precise."""
 MAX_THREADS = 1024
 """More than any one machine has cores; a hundred thousand end the process."""
 FP16_UNITS = (7, 0)
