@@ -31,8 +31,11 @@ from groundling.training.trainer import Trainer
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "groundling_weight_gradient")
 """What multiplies matrices and does nothing else."""
-WITH_PRODUCTS = ("groundling_head", "groundling_attention", "groundling_attention_backward")
-"""What takes products and what follows them in one go (kernels/products.py)."""
+WITH_PRODUCTS = (
+    *("groundling_head", "groundling_attention", "groundling_attention_backward"),
+    *("groundling_attention_fp32", "groundling_attention_fp32_backward"),
+)
+"""What takes products and what follows them in one go (products.py and native.py of kernels)."""
 STEP = "everything else"
 LEAST_SHARE = 0.001
 
@@ -92,7 +95,7 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     resolved = runtime.resolve(runtime.RuntimeConfig(device="cpu", compile="off", threads=task.threads))
     ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
-    for name in ("adamw", "blocks", "head", *products.libraries()):
+    for name in ("adamw", "attention_fp32", "blocks", "head", *products.libraries()):
         tell_profiler(name)
     with our_trainer(task, options.ours) as (trainer, _):
         seconds_of(trainer, task.warmup)

@@ -279,7 +279,7 @@ def main() -> None:
     )
     if options.tokens % options.window:
         parser.error(f"--tokens {options.tokens} is no multiple of --window {options.window}")
-    resolved = runtime.resolve(RuntimeConfig(device="cpu", compile="off"))
+    resolved = runtime.resolve(RuntimeConfig(device="cpu", compile="off", threads=options.threads))
     if options.sweep:
         return sweep(options, task, resolved.dtype_name)
     entered = list(contestants(options, resolved.dtype_name))

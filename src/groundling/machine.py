@@ -147,6 +147,7 @@ def seconds_each(product: Callable[[], object], synchronize: Callable[[], None],
 PACE_SHAPE = (512, 768, 768)
 """(M, K, N) of the products that tell two formats apart: some milliseconds each on two cores."""
 PACE_REPEATS = 7
+"""Of each format, the first of which is slower."""
 
 
 @functools.cache

@@ -29,7 +29,7 @@ CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 """x86 instruction sets that multiply bf16: the matrix unit many times as fast as fp32 is multiplied; the other half as
 fast on the one CPU that we had (LOG.md, 2026-11-29), which need not be so on others, so that it is measured."""
 BF16_GAIN = 1.25
-"""bf16 must be so many times as fast as fp32, which is more precise."""
+"""bf16 must be so many times as fast as fp32, which is more precise: a choice."""
 MAX_THREADS = 1024
 """More than any one machine has cores; a hundred thousand end the process."""
 FP16_UNITS = (7, 0)
@@ -200,7 +200,7 @@ def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, f"the CPU has neither {matrix_unit} nor {vectors}"
     pace = bf16_pace()
     measured = f"the CPU has {vectors}, and takes products of bf16 {pace:.1f} times as fast as those of fp32"
-    return torch.bfloat16 if pace >= BF16_GAIN else torch.float32, measured
+    return (torch.bfloat16, measured) if pace >= BF16_GAIN else (torch.float32, f"{measured}: {BF16_GAIN} is asked for")
 
 
 def _name_of(dtype: torch.dtype) -> str:

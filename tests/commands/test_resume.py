@@ -209,13 +209,15 @@ def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixtu
     assert main(train("--max-steps", "1", "--out", "runs/changed")) == 0
     config = workplace / "runs" / "changed" / "config.yaml"
     before = config.read_text()
-    config.write_text(before.replace("  kind: adamw\n", ""))  # as before there was a choice
-    assert config.read_text() != before
+    older = before.replace("  kind: adamw\n", "").replace("  pieces: 1\n", "")  # before there was a choice
+    assert len(before) - len(older) == len("  kind: adamw\n  pieces: 1\n")
+    config.write_text(older)
     resume = ["train", "--resume", "--out", "runs/changed", "--max-steps", "2"]
-    assert main([*resume, "--schedule.peak", "1e-4", "--seed", "8"]) == 0
+    assert main([*resume, "--schedule.peak", "1e-4", "--seed", "8", "--windows.pieces", "2"]) == 0
     printed = capsys.readouterr().err
     assert "schedule.peak was 0.0005 and is 0.0001 now" in printed
     assert "seed was 1337 and is 8 now" in printed
+    assert "windows.pieces was 1 and is 2 now" in printed
     assert "optim.kind" not in printed
 
 

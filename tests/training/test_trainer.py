@@ -442,7 +442,7 @@ def test_no_share_of_the_matrix_ceiling_is_above_one(make_trainer: MakeTrainer) 
     assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
     trainer.ceiling_flops = 1e3
     trainer.ceiling_raised = True
-    trainer._write(10, StepResult(1.0, 1.0, 1e-9), 0.1, 64)
+    trainer._write(10, StepResult(1.0, 1.0, 1e-9), 0.1, trainer.windows.batch(10))
     assert memory.metrics[-1]["train/mfu"] == 1
     assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
 

@@ -334,11 +334,12 @@ def newest_run(preset: str | None) -> Path:
 def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
     """A warning for each setting with which the losses of a resumed run can leave those of an uninterrupted one."""
     before, now = folder.settings(), prepared.config.as_dict()
+    defaults = RunConfig().as_dict()  # which an older version had for settings that it did not know
     lines = [
-        f"warning: {section}.{name} was {before[section].get(name)} and is {value} now"
+        f"warning: {section}.{name} was {was} and is {value} now"
         for section in ("windows", "optim", "schedule")
         for name, value in now[section].items()
-        if before[section].get(name, value) != value
+        if (was := before[section].get(name, defaults[section][name])) != value
     ]
     if before["seed"] != now["seed"]:
         lines.append(f"warning: seed was {before['seed']} and is {now['seed']} now")

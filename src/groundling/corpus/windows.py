@@ -56,6 +56,10 @@ class WindowConfig:
                 raise ConfigError(f"windows.{name} is {getattr(self, name)}: give a positive number")
         if self.length % self.pieces:
             raise ConfigError(f"windows.pieces is {self.pieces}: give a divisor of windows.length, {self.length}")
+        if (
+            self.pieces > 1 and self.order == "sequential"
+        ):  # whose passes have the same steps each, often an even number
+            raise ConfigError(f"windows.pieces is {self.pieces} and windows.order sequential: take another order")
         if self.micro_batch_size < 0 or self.batch_size % self.micro:
             raise ConfigError(
                 f"windows.micro_batch_size is {self.micro_batch_size}: give a divisor of batch_size, {self.batch_size}"

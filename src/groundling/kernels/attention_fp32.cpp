@@ -18,10 +18,9 @@ namespace {
 
 using namespace groundling;
 
-constexpr int kRows = 6;                         // of a tile of sums, which is as many vectors wide as there are
-constexpr int kVectors = kLanes == 16 ? 4 : 2;  // registers for beside its operands: 32 with AVX-512, else 16
-constexpr int64_t kQueries = 6 * kRows;          // at a time
-constexpr float kMostAbove = 60;  // of a score made again, above its row's log_sum: a sum of e^60 is still a number
+// Rows and vectors of a tile of sums, which stay in registers beside the operands: there are 32 with AVX-512, 16 with AVX2.
+constexpr int kRows = 6, kVectors = kLanes == 16 ? 4 : 2;
+constexpr int64_t kQueries = 6 * kRows;  // at a time
 
 // A left factor: its rows lie `row` floats apart, the terms of a row `term`.
 struct Left {
@@ -83,7 +82,8 @@ struct Shape {
   int64_t n_embd() const { return n_head * width; }
 };
 
-inline int64_t vectors_of(int64_t n) { return divided_up(n, kLanes) * kLanes; }
+// Floats of the vectors that n of them fill.
+inline int64_t in_vectors(int64_t n) { return divided_up(n, kLanes) * kLanes; }
 
 // A head of a window, and a thread's memory for it. Rows of `columns_` hold a position each, those of `positions_` one
 // of the head's columns or a query.
@@ -94,7 +94,7 @@ class HeadOfWindow {
         D_(shape.width),
         C_(shape.n_embd()),
         positions_(row_width(T_)),
-        columns_(vectors_of(D_)),
+        columns_(in_vectors(D_)),
         scale_(1 / std::sqrt(float(D_))) {
     float* at = buffer.of(4 * T_ * columns_ + 2 * D_ * positions_ + 2 * kQueries * positions_ + 3 * kQueries * columns_);
     for (float** part : {&key_rows_, &value_rows_, &d_keys_, &d_values_}) *part = at, at += T_ * columns_;
@@ -109,15 +109,15 @@ class HeadOfWindow {
     for (int64_t first = 0; first < T_; first += kQueries) {
       const int64_t n = std::min(kQueries, T_ - first), end = first + n;
       copy(qkv + first * 3 * C_, 3 * C_, n, scale_, queries_);
-      multiply({queries_, columns_, 1}, n, keys_, positions_, D_, vectors_of(end), scores_, positions_, false);
+      multiply({queries_, columns_, 1}, n, keys_, positions_, D_, in_vectors(end), scores_, positions_, false);
       float shares[kQueries];
       for (int64_t i = 0; i < n; ++i) {
         float* row = scores_ + i * positions_;
         const int64_t n_seen = first + i + 1;
         const float most = largest(row, n_seen);
         Vec total{};
-        each_run(n_seen, [&](int64_t c, auto n) {
-          const Vec weight = first_lanes(exponential(load<Vec>(row + c) - most), n);
+        each_run(n_seen, [&](int64_t c, auto n_lanes) {
+          const Vec weight = first_lanes(exponential(load<Vec>(row + c) - most), n_lanes);
           store(row + c, weight);
           total += weight;
         });
@@ -139,8 +139,8 @@ class HeadOfWindow {
       const int64_t first = std::max<int64_t>(0, end - kQueries), n = end - first;
       copy(qkv + first * 3 * C_, 3 * C_, n, scale_, queries_);
       copy(d_mixed + first * C_, C_, n, 1, d_);
-      multiply({queries_, columns_, 1}, n, keys_, positions_, D_, vectors_of(end), scores_, positions_, false);
-      multiply({d_, columns_, 1}, n, values_, positions_, D_, vectors_of(end), d_scores_, positions_, false);
+      multiply({queries_, columns_, 1}, n, keys_, positions_, D_, in_vectors(end), scores_, positions_, false);
+      multiply({d_, columns_, 1}, n, values_, positions_, D_, in_vectors(end), d_scores_, positions_, false);
       for (int64_t i = 0; i < n; ++i)
         softmax_backward(scores_ + i * positions_, d_scores_ + i * positions_, log_sums[first + i], first + i + 1, end);
       multiply({d_scores_, positions_, 1}, n, key_rows_, columns_, end, columns_, block_, columns_, false);
@@ -200,9 +200,7 @@ class HeadOfWindow {
   static void softmax_backward(float* row, float* d_row, float log_sum, int64_t n_seen, int64_t end) {
     Vec products{}, total{};
     each_run(n_seen, [&](int64_t c, auto n) {
-      Vec below = load<Vec>(row + c) - log_sum;
-      below = below > kMostAbove ? splat(kMostAbove) : below;
-      const Vec probability = first_lanes(exponential(below), n);
+      const Vec probability = first_lanes(exponential(load<Vec>(row + c) - log_sum), n);
       store(row + c, probability);
       total += probability;
       products = multiply_add(probability, first_lanes(load<Vec>(d_row + c), n), products);

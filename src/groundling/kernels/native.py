@@ -242,18 +242,18 @@ def _bf16(tensor: Tensor) -> bool:
     return tensor.dtype is torch.bfloat16
 
 
-def _sweep(name: str, *arguments: Tensor | int | ctypes.c_float | None) -> None:
+def _sweep(name: str, *arguments: Tensor | int | None) -> None:
     """Calls `groundling_NAME` of blocks.cpp."""
     _call("blocks", name, *arguments)
 
 
-def _call(source: str, name: str, *arguments: Tensor | int | ctypes.c_float | None) -> None:
+def _call(source: str, name: str, *arguments: Tensor | int | None) -> None:
     """Calls `groundling_NAME` of SOURCE.cpp: tensors are pointers there, flags int and sizes int64_t."""
     function = getattr(library(source), f"groundling_{name}")
     function(ctypes.c_int(torch.get_num_threads()), *map(_as_c, arguments))
 
 
-def _as_c(argument: Tensor | int | ctypes.c_float | None) -> Any:
+def _as_c(argument: Tensor | int | None) -> Any:
     if isinstance(argument, Tensor):
         assert argument.is_contiguous()
         assert argument.device.type == "cpu"

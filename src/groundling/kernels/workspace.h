@@ -47,7 +47,7 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Everything that products write to on their way; one product at a time.
+// What the threads of a kernel write to on their way; one call at a time.
 struct Workspace {
   struct OfThread {
     Buffer<uint16_t> halves;

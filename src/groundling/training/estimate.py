@@ -25,7 +25,7 @@ MEASURED_STEPS = 2
 MEASURED_S = 1.0
 """At least so many steps are measured, and for so long: small models need many to tell."""
 MEASURED_TOKENS = 2048
-"""A measured step reads about this many tokens, unless compiled code has one shape only."""
+"""A measured step reads about this many tokens, unless compiled code has its own shapes only."""
 
 GRADIENT_AND_MOMENTS_BYTES = 12
 """For each parameter, in fp32."""
@@ -81,7 +81,8 @@ class FirstSteps:
             self.told = True
             memory_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
             step_s = statistics.median(self.seconds[WARMUP_STEPS:])
-            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes))
+            mean_length = self.trainer.recipe.windows.mean_length
+            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, mean_length))
 
     def note(self, message: str) -> None:
         pass
@@ -120,7 +121,7 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     update_s = statistics.median(step.update_seconds for step in steps[WARMUP_STEPS:])
     rest_s = statistics.median(step.seconds - step.update_seconds for step in steps[WARMUP_STEPS:])
     step_s = rest_s * recipe.windows.batch_size / n_windows + update_s
-    return _extrapolate(trainer, final, step_s, memory_bytes)
+    return _extrapolate(trainer, final, step_s, memory_bytes, length)
 
 
 def _enough(seconds: Sequence[float]) -> bool:
@@ -128,15 +129,15 @@ def _enough(seconds: Sequence[float]) -> bool:
     return len(seconds) >= WARMUP_STEPS + MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
 
 
-def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None) -> Estimate:
-    """The estimate of a run whose steps take so long."""
+def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, mean_length: float) -> Estimate:
+    """The estimate of a run whose steps take so long, in windows of this mean length."""
     recipe = trainer.recipe
     tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
-    achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, recipe.windows.mean_length)
+    achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, mean_length)
     return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
 

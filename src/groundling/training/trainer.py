@@ -103,8 +103,7 @@ class Trainer:
         self.model = (initial or self._new_model()).train().to(runtime.device)
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
-            shapes, warn = recipe.windows.shapes, lambda message: self.sinks.note(message)
-            self.loss_sum = CompiledLoss(self.model.loss_sum, shapes, warn)
+            self.loss_sum = CompiledLoss(self.model.loss_sum, recipe.windows.shapes, lambda said: self.sinks.note(said))
         product_format = torch.bfloat16 if runtime.dtype is torch.bfloat16 else torch.float32
         self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
         self.signals = StopSignals()
