@@ -23,11 +23,14 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
     x = [line["step"] for line in steps]
     axes.plot(x, [line["train/loss"] for line in steps], color="0.75", linewidth=0.8, label="train/loss (one batch)")
     axes.plot(x, [line["train/loss_ema"] for line in steps], color="C0", label="train/loss_ema")
-    for name, color in (("corpus/loss", "C3"), ("corpus/loss_offset", "C1"), ("heldout/loss", "C2")):
-        taken = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    colors = {"corpus/loss": "C3", "corpus/loss_offset": "C1", "heldout/loss": "C2"}
+    whole = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in colors}
+    lowest = min((taken[-1][1] for taken in whole.values() if taken), default=None)
+    for name, taken in whole.items():
         if taken:
-            axes.plot(*zip(*taken, strict=True), "o", color=color, label=f"{name} (whole text)")
-            axes.annotate(f"{taken[-1][1]:.3g}", taken[-1], (-6, 4), textcoords="offset points", ha="right")
+            axes.plot(*zip(*taken, strict=True), "o", color=colors[name], label=f"{name} (whole text)")
+            place = (-6, -12 if taken[-1][1] == lowest else 4)  # below, so that two figures may lie near each other
+            axes.annotate(f"{taken[-1][1]:.3g}", taken[-1], place, textcoords="offset points", ha="right")
     if target:
         axes.axhline(target, color="0.3", linewidth=0.8, linestyle="--", label=f"target {target}")
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
