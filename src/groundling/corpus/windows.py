@@ -56,9 +56,8 @@ class WindowConfig:
                 raise ConfigError(f"windows.{name} is {getattr(self, name)}: give a positive number")
         if self.length % self.pieces:
             raise ConfigError(f"windows.pieces is {self.pieces}: give a divisor of windows.length, {self.length}")
-        if (
-            self.pieces > 1 and self.order == "sequential"
-        ):  # whose passes have the same steps each, often an even number
+        # Its passes often have an even number of steps: the same half of the text would always come in pieces.
+        if self.pieces > 1 and self.order == "sequential":
             raise ConfigError(f"windows.pieces is {self.pieces} and windows.order sequential: take another order")
         if self.micro_batch_size < 0 or self.batch_size % self.micro:
             raise ConfigError(
@@ -91,7 +90,6 @@ class Batch:
     """Targets that count."""
     n_read: int
     """Predictions of the text in these windows, those included whose target is dropped."""
-
     n_pieces: int = 1
     """In which each window is read."""
 

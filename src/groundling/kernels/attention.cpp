@@ -9,18 +9,12 @@
 #include <cmath>
 #include <type_traits>
 
+#include "heads.h"
 #include "products.h"
 
 namespace {
 
 using namespace groundling;
-
-struct Shape {
-  int64_t n_windows, n_positions, n_head, width;  // width: of a head
-  int64_t n_embd() const { return n_head * width; }
-  int64_t n_panels() const { return divided_up(n_positions, kSide); }
-  int64_t n_depths() const { return divided_up(width, kSide); }
-};
 
 inline Ints lane_numbers() {
   Ints lanes{};
@@ -45,31 +39,34 @@ void pack_all(const Side& side, int64_t n_panels, int64_t n_steps, uint16_t* to)
 
 float* sums_at(float* sums, int64_t i, int64_t column) { return const_cast<float*>(place_of_sums(sums, i, column)); }
 
-// A head of a window, and a thread's memory for it.
+// A head of a window, and a thread's registers and memory for it.
 class HeadOfWindow {
  public:
-  HeadOfWindow(const Shape& shape, Buffer<uint16_t>& halves, Buffer<float>& floats)
-      : shape_(shape), n_(shape.n_panels()), depths_(shape.n_depths()), scale_(1 / std::sqrt(float(shape.width))) {
+  HeadOfWindow(const Shape& shape, Workspace::OfThread& own)
+      : shape_(shape),
+        n_(divided_up(shape.n_positions, kSide)),
+        depths_(divided_up(shape.width, kSide)),
+        scale_(1 / std::sqrt(float(shape.width))) {
     const int64_t packed = n_ * depths_ * kStep;
-    uint16_t* at = halves.of(7 * packed + (2 * n_ + 1) * kStep);
+    uint16_t* at = own.halves.of(7 * packed + (2 * n_ + 1) * kStep);
     for (uint16_t** part : {&query_, &key_, &value_, &d_, &query_rows_, &key_rows_, &d_rows_}) *part = at, at += packed;
     probabilities_ = at, at += n_ * kStep;
     d_scores_ = at, at += n_ * kStep;
     turned_ = at;
-    float* sums = floats.of((2 * n_ + 2 * n_ * depths_ + 1) * kBlockSums);
+    float* sums = own.floats.of((2 * n_ + 2 * n_ * depths_ + 1) * kBlockSums);
     for (float** part : {&scores_, &d_probabilities_}) *part = sums, sums += n_ * kBlockSums;
     for (float** part : {&d_key_, &d_value_}) *part = sums, sums += n_ * depths_ * kBlockSums;
     block_ = sums;
   }
 
-  void forward(Tiles& tiles, const uint16_t* qkv, uint16_t* mixed, float* log_sums) {
+  void forward(const uint16_t* qkv, uint16_t* mixed, float* log_sums) {
     const int64_t C = shape_.n_embd();
     pack_all(LeftOfRows{part(qkv, 0)}, n_, depths_, query_);
     pack_all(RightOfColumns{part(qkv, 1)}, n_, depths_, key_);
     pack_all(RightOfRows{part(qkv, 2)}, depths_, n_, value_);
     for (int64_t i = 0; i < n_; ++i) {
       float shares[kSide];
-      products_of(tiles, query_, key_, i, scores_);
+      products_of(query_, key_, i, scores_);
       for (int64_t row = 0; row < kSide; ++row) {
         Vec largest = splat(-INFINITY), total{};
         each_key(i, [&](int64_t j, int64_t c, bool last) {
@@ -92,13 +89,13 @@ class HeadOfWindow {
         if (i * kSide + row < shape_.n_positions) log_sums[i * kSide + row] = most + std::log(whole);
       }
       for (int64_t depth = 0; depth < depths_; ++depth) {
-        multiply_panels(tiles, probabilities_, value_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
+        multiply_panels(tiles_, probabilities_, value_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
         write_block(mixed, C, i, depth, block_, shares);
       }
     }
   }
 
-  void backward(Tiles& tiles, const uint16_t* qkv, const float* log_sums, const uint16_t* d_mixed, uint16_t* d_qkv) {
+  void backward(const uint16_t* qkv, const float* log_sums, const uint16_t* d_mixed, uint16_t* d_qkv) {
     const int64_t C = shape_.n_embd();
     const Matrix d{d_mixed, shape_.n_positions, shape_.width, C};
     pack_all(LeftOfRows{part(qkv, 0)}, n_, depths_, query_);
@@ -109,8 +106,8 @@ class HeadOfWindow {
     pack_all(LeftOfRows{d}, n_, depths_, d_);
     pack_all(RightOfRows{d}, depths_, n_, d_rows_);
     for (int64_t i = 0; i < n_; ++i) {
-      products_of(tiles, query_, key_, i, scores_);
-      products_of(tiles, d_, value_, i, d_probabilities_);
+      products_of(query_, key_, i, scores_);
+      products_of(d_, value_, i, d_probabilities_);
       for (int64_t row = 0; row < kSide; ++row) {
         // A query that fills up the last panel has no probabilities.
         const float log_sum = i * kSide + row < shape_.n_positions ? log_sums[i * kSide + row] : INFINITY;
@@ -131,12 +128,12 @@ class HeadOfWindow {
         });
       }
       for (int64_t depth = 0; depth < depths_; ++depth) {
-        multiply_panels(tiles, d_scores_, key_rows_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
+        multiply_panels(tiles_, d_scores_, key_rows_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
         write_block(d_qkv, 3 * C, i, depth, block_, nullptr);
       }
       for (int64_t j = 0; j <= i; ++j) {
-        add_turned(tiles, d_scores_ + j * kStep, query_rows_, i, j, d_key_);
-        add_turned(tiles, probabilities_ + j * kStep, d_rows_, i, j, d_value_);
+        add_turned(d_scores_ + j * kStep, query_rows_, i, j, d_key_);
+        add_turned(probabilities_ + j * kStep, d_rows_, i, j, d_value_);
       }
     }
     for (int64_t j = 0; j < n_; ++j)
@@ -161,17 +158,17 @@ class HeadOfWindow {
   }
 
   // Products of the rows of panel i with those of all panels up to it.
-  void products_of(Tiles& tiles, const uint16_t* left, const uint16_t* right, int64_t i, float* to) const {
+  void products_of(const uint16_t* left, const uint16_t* right, int64_t i, float* to) {
     for (int64_t j = 0; j <= i; ++j)
-      multiply_panels(tiles, left + i * depths_ * kStep, right + j * depths_ * kStep, depths_, false,
+      multiply_panels(tiles_, left + i * depths_ * kStep, right + j * depths_ * kStep, depths_, false,
                       to + j * kBlockSums, nullptr, 0);
   }
 
   // Adds a block (queries of panel i, keys of panel j) transposed, times the queries' rows, to the sums of the keys.
-  void add_turned(Tiles& tiles, const uint16_t* block, const uint16_t* rows, int64_t i, int64_t j, float* to) const {
+  void add_turned(const uint16_t* block, const uint16_t* rows, int64_t i, int64_t j, float* to) {
     LeftOfColumns{Matrix{block, kSide, kSide}}.pack(0, 0, turned_, false);
     for (int64_t depth = 0; depth < depths_; ++depth)
-      multiply_panels(tiles, turned_, rows + (depth * n_ + i) * kStep, 1, i > j,
+      multiply_panels(tiles_, turned_, rows + (depth * n_ + i) * kStep, 1, i > j,
                       to + (j * depths_ + depth) * kBlockSums, nullptr, 0);
   }
 
@@ -187,6 +184,7 @@ class HeadOfWindow {
       }
   }
 
+  Tiles tiles_;
   const Shape shape_;
   const int64_t n_, depths_;  // panels of positions, and of a head's width
   const float scale_;
@@ -195,22 +193,6 @@ class HeadOfWindow {
 };
 
 Workspace workspace;
-
-// Calls body(tiles, head, its number, where its window and it begin in (windows, positions, n_embd)) for all heads.
-template <class Body>
-void each_head(int n_threads, const Shape& shape, Body body) {
-  const std::lock_guard<std::mutex> alone(workspace.mutex);
-  workspace.begin(n_threads);
-#pragma omp parallel num_threads(n_threads)
-  {
-    Workspace::OfThread& own = workspace.own();
-    HeadOfWindow head(shape, own.halves, own.floats);
-    Tiles tiles;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < shape.n_windows * shape.n_head; ++i)
-      body(tiles, head, i, i / shape.n_head * shape.n_positions, i % shape.n_head * shape.width);
-  }
-}
 
 }  // namespace
 
@@ -223,9 +205,9 @@ int groundling_has_attention() { return tiles_allowed(); }
 void groundling_attention(int n_threads, int64_t n_windows, int64_t n_positions, int64_t n_head, int64_t width,
                           const uint16_t* qkv, uint16_t* mixed, float* log_sums) {
   const Shape shape{n_windows, n_positions, n_head, width};
-  each_head(n_threads, shape, [&](Tiles& tiles, HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
+  each_head<HeadOfWindow>(workspace, n_threads, shape, [&](HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
     const int64_t C = shape.n_embd();
-    head.forward(tiles, qkv + row * 3 * C + column, mixed + row * C + column, log_sums + i * n_positions);
+    head.forward(qkv + row * 3 * C + column, mixed + row * C + column, log_sums + i * n_positions);
   });
 }
 
@@ -234,9 +216,9 @@ void groundling_attention_backward(int n_threads, int64_t n_windows, int64_t n_p
                                    const uint16_t* qkv, const float* log_sums, const uint16_t* d_mixed,
                                    uint16_t* d_qkv) {
   const Shape shape{n_windows, n_positions, n_head, width};
-  each_head(n_threads, shape, [&](Tiles& tiles, HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
+  each_head<HeadOfWindow>(workspace, n_threads, shape, [&](HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
     const int64_t C = shape.n_embd();
-    head.backward(tiles, qkv + row * 3 * C + column, log_sums + i * n_positions, d_mixed + row * C + column,
+    head.backward(qkv + row * 3 * C + column, log_sums + i * n_positions, d_mixed + row * C + column,
                   d_qkv + row * 3 * C + column);
   });
 }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "heads.h"
 #include "runs.h"
 #include "vectors.h"
 #include "workspace.h"
@@ -77,11 +78,6 @@ void multiply(Left left, int64_t n_rows, const float* right, int64_t right_row, 
   for (; column < n_columns; column += kLanes) columns(std::integral_constant<int, 1>{}, column);
 }
 
-struct Shape {
-  int64_t n_windows, n_positions, n_head, width;  // width: of a head
-  int64_t n_embd() const { return n_head * width; }
-};
-
 // Floats of the vectors that n of them fill.
 inline int64_t in_vectors(int64_t n) { return divided_up(n, kLanes) * kLanes; }
 
@@ -89,14 +85,14 @@ inline int64_t in_vectors(int64_t n) { return divided_up(n, kLanes) * kLanes; }
 // of the head's columns or a query.
 class HeadOfWindow {
  public:
-  HeadOfWindow(const Shape& shape, Buffer<float>& buffer)
+  HeadOfWindow(const Shape& shape, Workspace::OfThread& own)
       : T_(shape.n_positions),
         D_(shape.width),
         C_(shape.n_embd()),
         positions_(row_width(T_)),
         columns_(in_vectors(D_)),
         scale_(1 / std::sqrt(float(D_))) {
-    float* at = buffer.of(4 * T_ * columns_ + 2 * D_ * positions_ + 2 * kQueries * positions_ + 3 * kQueries * columns_);
+    float* at = own.floats.of(4 * T_ * columns_ + 2 * D_ * positions_ + 2 * kQueries * positions_ + 3 * kQueries * columns_);
     for (float** part : {&key_rows_, &value_rows_, &d_keys_, &d_values_}) *part = at, at += T_ * columns_;
     for (float** part : {&keys_, &values_}) *part = at, at += D_ * positions_;
     for (float** part : {&scores_, &d_scores_}) *part = at, at += kQueries * positions_;
@@ -225,20 +221,6 @@ class HeadOfWindow {
 
 Workspace workspace;
 
-// Calls body(head, its number, where its window and it begin in (windows, positions, n_embd)) for all heads.
-template <class Body>
-void each_head(int n_threads, const Shape& shape, Body body) {
-  const std::lock_guard<std::mutex> alone(workspace.mutex);
-  workspace.begin(n_threads);
-#pragma omp parallel num_threads(n_threads)
-  {
-    HeadOfWindow head(shape, workspace.own().floats);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < shape.n_windows * shape.n_head; ++i)
-      body(head, i, i / shape.n_head * shape.n_positions, i % shape.n_head * shape.width);
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -248,7 +230,7 @@ extern "C" {
 void groundling_attention_fp32(int n_threads, int64_t n_windows, int64_t n_positions, int64_t n_head, int64_t width,
                                const float* qkv, float* mixed, float* log_sums) {
   const Shape shape{n_windows, n_positions, n_head, width};
-  each_head(n_threads, shape, [&](HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
+  each_head<HeadOfWindow>(workspace, n_threads, shape, [&](HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
     const int64_t C = shape.n_embd();
     head.forward(qkv + row * 3 * C + column, mixed + row * C + column, log_sums + i * n_positions);
   });
@@ -259,7 +241,7 @@ void groundling_attention_fp32_backward(int n_threads, int64_t n_windows, int64_
                                         int64_t width, const float* qkv, const float* log_sums, const float* d_mixed,
                                         float* d_qkv) {
   const Shape shape{n_windows, n_positions, n_head, width};
-  each_head(n_threads, shape, [&](HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
+  each_head<HeadOfWindow>(workspace, n_threads, shape, [&](HeadOfWindow& head, int64_t i, int64_t row, int64_t column) {
     const int64_t C = shape.n_embd();
     head.backward(qkv + row * 3 * C + column, log_sums + i * n_positions, d_mixed + row * C + column,
                   d_qkv + row * 3 * C + column);
