@@ -20,7 +20,7 @@ endef
 train: $(VENV)/.installed
 	$(call run_preset,gpt2)
 
-## penny: the same path with a small model, in one and a half to five minutes (docs/record/penny)
+## penny: the same path with a small model, in one to five minutes (docs/record/penny)
 penny: $(VENV)/.installed
 	$(call run_preset,penny)
 
