@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groundling.model.gpt2 import GPT2
 from groundling.optim.fused import FusedAdamW
-from groundling.optim.muon import Muon, NativeMuon, orthogonal
+from groundling.optim.muon import STRIP, Muon, NativeMuon, orthogonal, symmetric
 from groundling.optim.native import NativeAdamW
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 
@@ -29,7 +29,10 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 5), (16, 48), (48, 16), (33, 65)])
+SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (16, 48), (48, 16), (33, 65), (STRIP + 9, STRIP + 9), (STRIP + 9, 900)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_all_directions_of_a_matrix_become_alike(shape: tuple[int, int], size: float) -> None:
     matrix = size * drawn(*shape)
@@ -40,11 +43,30 @@ def test_all_directions_of_a_matrix_become_alike(shape: tuple[int, int], size: f
         assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
 
 
-def test_products_may_be_of_another_format() -> None:
-    matrix = drawn(48, 16)
+@pytest.mark.parametrize("shape", [(48, 16), (40, 40), (40, 160)])
+def test_small_directions_are_neither_lost_nor_made_of_rounding(shape: tuple[int, int]) -> None:
+    """Eight decades of singular values, of which fp32 holds three and a half in X X.T."""
+    u, _, v = torch.linalg.svd(drawn(*shape).double(), full_matrices=False)
+    matrix = ((u * torch.logspace(0, -8, min(shape), dtype=torch.float64)) @ v).float()
+    found = orthogonal(matrix, torch.float32)
+    torch.testing.assert_close(found.double(), expected_orthogonal(matrix), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (STRIP + 9, STRIP + 9)])
+def test_products_may_be_of_another_format(shape: tuple[int, int]) -> None:
+    matrix = drawn(*shape)
     found = orthogonal(matrix, torch.bfloat16)
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, orthogonal(matrix, torch.float32), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, STRIP - 1, STRIP, STRIP + 1, 2 * STRIP + 7])
+def test_a_symmetric_product_is_the_product(rows: int) -> None:
+    X = drawn(rows, 11).double()
+    A = symmetric(X, X.T)
+    assert torch.equal(A, A.T)
+    torch.testing.assert_close(A, X @ X.T)
+    torch.testing.assert_close(symmetric(A, A, 3.0, A, -0.5), 3 * A @ A - 0.5 * A)
 
 
 def test_of_no_gradient_comes_no_update() -> None:

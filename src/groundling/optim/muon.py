@@ -24,6 +24,11 @@ from groundling.optim.native import NativeAdamW
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of X, X X.T X and X X.T X X.T X: they raise small singular values fastest, and need not end at 1."""
 ITERATIONS = 5
+LONG = 2
+"""Times as long as wide is a matrix whose iterations are cheaper taken of its products X X.T. Not in bf16: what rounding
+adds to the smallest singular values there would grow beyond 1."""
+STRIP = 192
+"""Rows of a symmetric product that are computed at once, up to the diagonal."""
 RMS = 0.2
 """Root of the mean square of an update's elements, as of AdamW's (Liu et al.)."""
 TINY = 1e-7
@@ -66,8 +71,38 @@ def orthogonal(matrix: Tensor, product_format: torch.dtype) -> Tensor:
     """The matrix (m, n) with all singular values near 1, in its own format; products are taken in another."""
     X = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
     X = (X / (X.norm() + TINY)).to(product_format)  # no singular value is above 1
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    if product_format is torch.float32 and X.size(1) >= LONG * X.size(0):
+        X = _all_polynomials(symmetric(X, X.T)) @ X
+    else:
+        a, b, c = COEFFICIENTS
+        for _ in range(ITERATIONS):
+            A = symmetric(X, X.T)
+            X = torch.addmm(X, symmetric(A, A, c, A, b), X, beta=a)
     return (X if matrix.size(0) <= matrix.size(1) else X.T).to(matrix.dtype)
+
+
+def _all_polynomials(A: Tensor) -> Tensor:
+    """What the iterations multiply X by, together (m, m), of A = X X.T: no product in them is as long as X."""
+    a, b, c = COEFFICIENTS
+    together = None
+    for iteration in range(ITERATIONS):
+        polynomial = symmetric(A, A, c, A, b)
+        polynomial.diagonal().add_(a)
+        together = polynomial if together is None else symmetric(polynomial, together)
+        if iteration < ITERATIONS - 1:
+            A = symmetric(symmetric(polynomial, A), polynomial)
+    assert together is not None
+    return together
+
+
+def symmetric(left: Tensor, right: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 0.0) -> Tensor:
+    """alpha left @ right + beta plus (m, m), known to be symmetric: what lies right of the diagonal is copied."""
+    m = left.size(0)
+    out = left.new_empty(m, m)
+    for start in range(0, m, STRIP):
+        end = min(start + STRIP, m)
+        strip = out[start:end, :end]
+        added = strip if plus is None else plus[start:end, :end]
+        torch.addmm(added, left[start:end], right[:, :end], beta=beta, alpha=alpha, out=strip)
+        out[:start, start:end] = strip[:, :start].T
+    return out
