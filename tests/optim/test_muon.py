@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from groundling.model.gpt2 import GPT2
 from groundling.optim.fused import FusedAdamW
-from groundling.optim.muon import STRIP, Muon, NativeMuon, orthogonal, symmetric
+from groundling.optim.muon import STRIP, Muon, NativeMuon, orthogonal, orthogonal_flops, symmetric
 from groundling.optim.native import NativeAdamW
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 
@@ -71,6 +72,13 @@ def test_a_symmetric_product_is_the_product(rows: int) -> None:
 
 def test_of_no_gradient_comes_no_update() -> None:
     assert torch.equal(orthogonal(torch.zeros(4, 6), torch.float32), torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (STRIP + 9, STRIP + 9), (900, STRIP + 9)])
+def test_its_flop_are_those_of_its_products(shape: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counted:
+        orthogonal(drawn(*shape), torch.float32)
+    assert counted.get_total_flops() == orthogonal_flops(*shape)
 
 
 def give_gradients(model: GPT2, step: int) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from groundling.corpus.windows import Batch, gather, grid
 from groundling.kernels.reference import IGNORED_TARGET
 from groundling.model.gpt2 import GPT2
+from groundling.optim.muon import orthogonal_flops
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.runtime import Runtime
-from groundling.training.step import training_step
+from groundling.training.step import training_step, update_flops
 
 CONFIG = OptimConfig(weight_decay=0.1, eps=1e-4)
 """eps is above the rounding of gradients that should be zero, those of the keys' biases: else it became updates."""
@@ -97,3 +98,15 @@ def test_a_loss_scale_leaves_no_trace(
     ]
     assert (results[0].loss, results[0].grad_norm) == (results[1].loss, results[1].grad_norm)
     assert all(map(torch.equal, model.parameters(), scaled.parameters()))
+
+
+def test_the_flop_of_an_update_are_those_of_what_muon_updates(model: GPT2) -> None:
+    groups = make_optimizer(model, OptimConfig(kind="muon")).param_groups
+    expected = sum(
+        orthogonal_flops(*part.shape)
+        for group in groups
+        for matrix in (group["params"] if "momentum" in group else [])
+        for part in matrix.chunk(group["parts"])
+    )
+    assert update_flops(model.config, OptimConfig(kind="muon")) == expected > 0
+    assert update_flops(model.config, OptimConfig()) == 0

@@ -33,7 +33,7 @@ from groundling.runtime import Runtime
 from groundling.training.estimate import Estimate
 from groundling.training.progress import clock, progress_bar
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, OPTIMIZER, RunFolder
-from groundling.training.step import flops_per_token
+from groundling.training.step import flops_per_token, update_flops
 from groundling.training.trainer import Trainer
 
 RUNS = Path("runs")
@@ -379,7 +379,8 @@ def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
     n_steps = config.stopping.steps(planned_steps(config, n_tokens))
     per_step = config.windows.batch_size * config.windows.length
-    return n_steps * per_step * flops_per_token(config.model, config.windows.mean_length)
+    of_network = per_step * flops_per_token(config.model, config.windows.mean_length)
+    return n_steps * (of_network + update_flops(config.model, config.optim))
 
 
 def planned_steps(config: RunConfig, n_tokens: int) -> int:

@@ -13,6 +13,7 @@ polynomial's coefficients; Liu et al. 2025, "Muon is Scalable for LLM Training",
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of X, X X.T X and X X.T X X.T X: they raise small singular values fastest, and need not end at 1."""
 ITERATIONS = 5
 LONG = 2
-"""Times as long as wide is a matrix whose iterations are cheaper taken of its products X X.T. Not in bf16: what rounding
-adds to the smallest singular values there would grow beyond 1."""
+"""A matrix so many times as long as wide is cheaper iterated through X X.T. Not in bf16: what rounding adds to the
+squares of small singular values there would grow beyond 1."""
 STRIP = 192
-"""Rows of a symmetric product that are computed at once, up to the diagonal."""
+"""Rows of a symmetric product that are computed at once."""
 RMS = 0.2
 """Root of the mean square of an update's elements, as of AdamW's (Liu et al.)."""
 TINY = 1e-7
@@ -95,12 +96,28 @@ def _all_polynomials(A: Tensor) -> Tensor:
     return together
 
 
+def orthogonal_flops(rows: int, columns: int) -> int:
+    """FLOP of the products that `orthogonal` takes of such a matrix in fp32."""
+    m, n = sorted((rows, columns))
+    if n >= LONG * m:
+        return _symmetric_flops(m, n) + (4 * ITERATIONS - 3) * _symmetric_flops(m, m) + 2 * m * m * n
+    return ITERATIONS * (_symmetric_flops(m, n) + _symmetric_flops(m, m) + 2 * m * m * n)
+
+
+def _symmetric_flops(m: int, length: int) -> int:
+    return sum(2 * (end - start) * end * length for start, end in _strips(m))
+
+
+def _strips(m: int) -> Iterator[tuple[int, int]]:
+    """First and last of the rows that a symmetric product computes at once, up to the diagonal."""
+    return ((start, min(start + STRIP, m)) for start in range(0, m, STRIP))
+
+
 def symmetric(left: Tensor, right: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """alpha left @ right + beta plus (m, m), known to be symmetric: what lies right of the diagonal is copied."""
     m = left.size(0)
     out = left.new_empty(m, m)
-    for start in range(0, m, STRIP):
-        end = min(start + STRIP, m)
+    for start, end in _strips(m):
         strip = out[start:end, :end]
         added = strip if plus is None else plus[start:end, :end]
         torch.addmm(added, left[start:end], right[:, :end], beta=beta, alpha=alpha, out=strip)

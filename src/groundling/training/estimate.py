@@ -16,7 +16,7 @@ from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
 from groundling.training.metrics import Metrics
 from groundling.training.progress import clock
-from groundling.training.step import StepResult, flops_per_token, training_step
+from groundling.training.step import StepResult, flops_per_token, training_step, update_flops
 from groundling.training.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -46,7 +46,7 @@ class Estimate:
     evaluation_s: float
     memory_bytes: int | None
     achieved_flops: float
-    """FLOP a second of the measured steps, in the network that is computed."""
+    """Matrix FLOP a second of the measured steps, in the network that is computed and in its update."""
 
     @property
     def total_s(self) -> float:
@@ -132,13 +132,15 @@ def _enough(seconds: Sequence[float]) -> bool:
 def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, mean_length: float) -> Estimate:
     """The estimate of a run whose steps take so long, in windows of this mean length."""
     recipe = trainer.recipe
-    tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
+    step_tokens = recipe.windows.batch_size * recipe.windows.length
+    tokens_per_s = step_tokens / step_s
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
-    achieved_flops = tokens_per_s * flops_per_token(trainer.model.config, mean_length)
-    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
+    model = trainer.model.config
+    step_flops = step_tokens * flops_per_token(model, mean_length) + update_flops(model, recipe.optim)
+    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, step_flops / step_s)
 
 
 def remaining(trainer: Trainer, step_s: float) -> str:

@@ -16,6 +16,8 @@ from groundling.corpus.windows import Batch
 from groundling.evaluation.corpus_loss import LossSum
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.fused import FusedAdamW
+from groundling.optim.muon import orthogonal_flops
+from groundling.optim.optimizer import OptimConfig
 from groundling.runtime import Runtime
 
 CLIP_EPS = 1e-6
@@ -85,3 +87,12 @@ def flops_per_token(config: GPTConfig, window: float) -> float:
     """
     in_products = config.n_parameters() - config.n_ctx * config.n_embd  # the position table is only looked up
     return 6.0 * in_products + 6.0 * config.n_layer * config.n_embd * window
+
+
+def update_flops(config: GPTConfig, optim: OptimConfig) -> int:
+    """Matrix FLOP of a step's update, whatever its batch: none of AdamW, of Muon those for the blocks' matrices."""
+    if optim.kind != "muon":
+        return 0
+    n_embd = config.n_embd
+    a_block = 4 * orthogonal_flops(n_embd, n_embd) + 2 * orthogonal_flops(4 * n_embd, n_embd)
+    return config.n_layer * a_block
