@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from groundling.corpus.windows import WindowConfig
 from groundling.errors import CheckpointError, ConfigError, Interrupted, RunFailed
 from groundling.model.gpt2 import GPT2
+from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import Estimate, FirstSteps, is_taken, measure, remaining
+from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, measure, remaining
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
 from groundling.training.progress import clock
-from groundling.training.step import StepResult, flops_per_token, training_step
+from groundling.training.step import StepResult, flops_per_token, training_step, update_flops
 from groundling.training.stopping import StoppingConfig, StopRule
 from groundling.training.trainer import BAD_STEPS, Trainer
 
@@ -498,6 +499,16 @@ def test_the_evaluations_that_patience_asks_for_are_estimated(
         sink.write(step, {"train/step_s": 0.5})
     assert told[0].evaluation_s == pytest.approx(3 * len(tokens) / 3 / (64 / 0.5))
     assert remaining(trainer, 3600.0).startswith(f"left: {clock(10 * 3600 + 3 * len(tokens) / 3 / (64 / 3600))}")
+
+
+def test_losses_are_estimated_without_the_products_of_an_update(make_trainer: MakeTrainer) -> None:
+    """Muon takes most of a step of four windows of 16, and no part of a loss over the text."""
+    adamw, _ = make_trainer()
+    muon, _ = make_trainer(name="muon", optim=OptimConfig(kind="muon"))
+    of_network = 64 * flops_per_token(muon.model.config, 16)
+    share = of_network / (of_network + update_flops(muon.model.config, muon.recipe.optim))
+    assert 0.1 < share < 0.9
+    assert evaluation_s(muon, 1000, 5.0) == pytest.approx(share * evaluation_s(adamw, 1000, 5.0))
 
 
 def test_a_run_that_goes_on_has_no_first_steps(make_trainer: MakeTrainer) -> None:

@@ -216,7 +216,7 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
     for name, n_tokens in reads.items():
-        seconds = evaluation_s(n_tokens, tokens_per_s) if tokens_per_s else math.inf
+        seconds = evaluation_s(trainer, n_tokens, tokens_per_s) if tokens_per_s else math.inf
         known = trainer.known(name) is not None
         if not known and not is_taken(final, seconds, trainer.state.wall_s):
             takes = f"about {clock(seconds)}" if tokens_per_s else "no step says how long it would take"

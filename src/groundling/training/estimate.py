@@ -132,15 +132,13 @@ def _enough(seconds: Sequence[float]) -> bool:
 def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, mean_length: float) -> Estimate:
     """The estimate of a run whose steps take so long, in windows of this mean length."""
     recipe = trainer.recipe
-    step_tokens = recipe.windows.batch_size * recipe.windows.length
-    tokens_per_s = step_tokens / step_s
+    tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
-    model = trainer.model.config
-    step_flops = step_tokens * flops_per_token(model, mean_length) + update_flops(model, recipe.optim)
-    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, step_flops / step_s)
+    achieved_flops = sum(_step_flops(trainer, mean_length)) / step_s
+    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
 
 def remaining(trainer: Trainer, step_s: float) -> str:
@@ -165,10 +163,10 @@ def _evaluations_s(trainer: Trainer, final: str, train_s: float, step_s: float, 
     stopping, reads = trainer.recipe.stopping, trainer.final_reads()
     total_s = 0.0
     if stopping.max_steps is None and stopping.target and stopping.measure != "train/loss":
-        total_s += LOOKS * evaluation_s(reads[stopping.measure], tokens_per_s)
+        total_s += LOOKS * evaluation_s(trainer, reads[stopping.measure], tokens_per_s)
     total_s += _heldout_s(trainer, round(train_s / step_s), tokens_per_s)
     for n_tokens in reads.values():
-        seconds = evaluation_s(n_tokens, tokens_per_s)
+        seconds = evaluation_s(trainer, n_tokens, tokens_per_s)
         total_s += seconds if is_taken(final, seconds, train_s) else 0.0
     return total_s
 
@@ -180,7 +178,7 @@ def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
     n_tokens = trainer.final_reads()["heldout/loss"]
     rule = trainer.stop_rule
     n_left = max(0, end - rule.state.heldout_at_step) // rule.heldout_steps
-    return n_left * evaluation_s(n_tokens, tokens_per_s)
+    return n_left * evaluation_s(trainer, n_tokens, tokens_per_s)
 
 
 def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:
@@ -193,9 +191,17 @@ def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> i
     return round(peak_bytes + of_batch_bytes * (scale - 1))
 
 
-def evaluation_s(n_tokens: int, tokens_per_s: float) -> float:
-    """Seconds to take losses over so many tokens, at a speed measured in training."""
-    return FORWARD_SHARE * n_tokens / tokens_per_s
+def evaluation_s(trainer: Trainer, n_tokens: int, tokens_per_s: float) -> float:
+    """Seconds to take losses over so many tokens, at a speed measured in training: without its updates' products."""
+    of_network, of_update = _step_flops(trainer, trainer.recipe.windows.mean_length)
+    return FORWARD_SHARE * n_tokens / tokens_per_s * of_network / (of_network + of_update)
+
+
+def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:
+    """Matrix FLOP of a step: those of the network in windows of this mean length, and those of its update."""
+    model, windows = trainer.model.config, trainer.recipe.windows
+    of_network = windows.batch_size * windows.length * flops_per_token(model, mean_length)
+    return of_network, update_flops(model, trainer.recipe.optim)
 
 
 def is_taken(final: str, seconds: float, train_s: float) -> bool:
