@@ -22,13 +22,14 @@ from groundling.evaluation.corpus_loss import EvaluationConfig
 from groundling.generation.sampling import SamplingConfig
 from groundling.model.compact import HeadVocabulary
 from groundling.model.gpt2 import GPTConfig
+from groundling.model.positions import InitialPositions
 from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import RuntimeConfig
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.metrics import LoggingConfig
+from groundling.training.recipe import Recipe
 from groundling.training.stopping import StoppingConfig
-from groundling.training.trainer import Recipe
 
 DEFAULT_PRESET = "gpt2"
 
@@ -50,6 +51,9 @@ class RunConfig:
     head_vocabulary: HeadVocabulary = "full"
     """seen: the ids that do not occur in the training text share one row of the embedding, which is quicker and leaves
     them indistinguishable. full: each id has its own. Losses are over the full vocabulary either way."""
+    initial_positions: InitialPositions = "random"
+    """What the position table begins with, unless `init` gives one. random: as GPT-2's. waves: sines and cosines, with
+    which a network learns sooner to go by what stands before a token than by where in a window it stands."""
     text: CorpusConfig = field(default_factory=CorpusConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -98,6 +102,7 @@ class RunConfig:
             self.checkpoint,
             self.objective,
             self.head_vocabulary,
+            self.initial_positions,
         )
 
     def as_dict(self) -> dict[str, Any]:

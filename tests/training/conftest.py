@@ -20,7 +20,8 @@ from groundling.runtime import Runtime
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.metrics import Metrics, Sinks
 from groundling.training.stopping import StoppingConfig
-from groundling.training.trainer import Recipe, Trainer
+from groundling.training.recipe import Recipe
+from groundling.training.trainer import Trainer
 
 
 class Memory:

@@ -22,7 +22,8 @@ from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import measure
 from groundling.training.step import flops_per_token
 from groundling.training.stopping import StoppingConfig
-from groundling.training.trainer import Recipe, Trainer
+from groundling.training.recipe import Recipe
+from groundling.training.trainer import Trainer
 
 MakeTrainer = Any
 

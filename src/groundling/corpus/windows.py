@@ -49,6 +49,9 @@ class WindowConfig:
     pieces: int = 1
     """Every second step reads each window in so many pieces, a divisor of length: as many tokens, more beginnings, at
     which a text that is known by heart is hardest to go on with."""
+    short_passes: float = 0.0
+    """Passes over the text, at the beginning, in which every step reads pieces. What follows what is learned sooner in
+    short windows; the rest of the run is for the long ones."""
 
     def __post_init__(self) -> None:
         for name in ("length", "batch_size", "pieces"):
@@ -59,6 +62,13 @@ class WindowConfig:
         # Its passes often have an even number of steps: the same half of the text would always come in pieces.
         if self.pieces > 1 and self.order == "sequential":
             raise ConfigError(f"windows.pieces is {self.pieces} and windows.order sequential: take another order")
+        if self.short_passes < 0:
+            raise ConfigError(f"windows.short_passes is {self.short_passes:g}: give 0 or more")
+        if self.short_passes and self.pieces == 1:
+            raise ConfigError(
+                f"windows.short_passes is {self.short_passes:g} and windows.pieces 1: say in how many pieces windows"
+                " are read then"
+            )
         if self.micro_batch_size < 0 or self.batch_size % self.micro:
             raise ConfigError(
                 f"windows.micro_batch_size is {self.micro_batch_size}: give a divisor of batch_size, {self.batch_size}"
@@ -76,7 +86,10 @@ class WindowConfig:
 
     @property
     def mean_length(self) -> float:
-        """Tokens in the window that a token is read in, on average: every second step reads pieces."""
+        """Tokens in the window that a token is read in, on average: every second step reads pieces.
+
+        After the short passes; those of attention are too few operations to tell the two apart.
+        """
         return (self.length + self.length / self.pieces) / 2
 
 
@@ -176,14 +189,15 @@ class Windows:
             )
 
     def batch(self, step: int) -> Batch:
-        """The batch of this step on the CPU: B windows of T, or their pieces in every second step."""
+        """The batch of this step on the CPU: B windows of T, or their pieces at first and in every second step."""
         if self.config.order == "sequential":
             windows = self._sequential(step)
         else:
             B = self.config.batch_size
             windows = np.stack([self._window(index) for index in range(step * B, (step + 1) * B)])
         batch = gather(self.tokens, windows, self.config.length, self.objective)
-        return batch.in_pieces(self.config.pieces) if step % 2 else batch
+        is_short = step % 2 or step < self.config.short_passes * self.steps_per_pass()
+        return batch.in_pieces(self.config.pieces) if is_short else batch
 
     def steps_per_pass(self) -> float:
         """Steps after which this text has been read once."""

@@ -15,45 +15,28 @@ from typing import Any
 import torch
 
 from groundling import machine
-from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
-from groundling.corpus.shards import Tokens, occurring_ids
+from groundling.corpus.shards import Tokens
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.corpus.windows import Batch, WindowConfig, Windows
+from groundling.corpus.windows import Batch, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import FORWARD_SHARE, Evaluator, LossSum, n_tokens_read
-from groundling.model.compact import CompactGPT2, HeadVocabulary
-from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.optim.optimizer import OptimConfig, make_optimizer
-from groundling.optim.schedule import ScheduleConfig, learning_rate
+from groundling.model.gpt2 import GPT2
+from groundling.optim.optimizer import make_optimizer
+from groundling.optim.schedule import learning_rate
 from groundling.runtime import Runtime
 from groundling.training import checkpoint
-from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.compiled import CompiledLoss
 from groundling.training.loss_scale import LossScale
 from groundling.training.metrics import Sinks
+from groundling.training.recipe import Recipe, new_model
 from groundling.training.signals import StopSignals
 from groundling.training.step import StepResult, flops_per_token, training_step
-from groundling.training.stopping import StoppingConfig, StopRule, StopState
+from groundling.training.stopping import StopRule, StopState
 
 BAD_STEPS = 3
 """Steps in a row without a finite loss and gradient after which the run goes back to its last checkpoint."""
 MAX_RETURNS = 2
 """Times a run may go back before it is given up."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings that decide the losses of a run and when it ends."""
-
-    seed: int
-    model: GPTConfig
-    windows: WindowConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    stopping: StoppingConfig
-    checkpoint: CheckpointConfig
-    objective: ObjectiveConfig = PLAIN
-    head_vocabulary: HeadVocabulary = "full"
 
 
 @dataclass
@@ -100,7 +83,7 @@ class Trainer:
         self.total_steps = recipe.schedule.steps(self.windows.steps_per_pass())
         assert initial is None or initial.config == recipe.model, "the recipe is of another network"
         assert initial is None or recipe.head_vocabulary == "full", "its rows would be lost"
-        self.model = (initial or self._new_model()).train().to(runtime.device)
+        self.model = (initial or new_model(recipe, train)).train().to(runtime.device)
         self.loss_sum: LossSum = self.model.loss_sum
         if runtime.compile:
             self.loss_sum = CompiledLoss(self.model.loss_sum, recipe.windows.shapes, lambda said: self.sinks.note(said))
@@ -385,13 +368,6 @@ class Trainer:
         now = time.monotonic()
         self.state.wall_s += now - self.clock
         self.clock = now
-
-    def _new_model(self) -> GPT2:
-        torch.manual_seed(self.recipe.seed)
-        full = GPT2(self.recipe.model)
-        if self.recipe.head_vocabulary == "full":
-            return full
-        return CompactGPT2(full, torch.from_numpy(occurring_ids(self.train_tokens, full.config.n_vocab)))
 
     def _new_stop_rule(self) -> StopRule:
         has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows

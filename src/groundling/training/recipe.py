@@ -1,0 +1,45 @@
+"""The settings that decide the losses of a run, and the network that it begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
+from groundling.corpus.shards import Tokens, occurring_ids
+from groundling.corpus.windows import WindowConfig
+from groundling.model.compact import CompactGPT2, HeadVocabulary
+from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.positions import InitialPositions, make_waves
+from groundling.optim.optimizer import OptimConfig
+from groundling.optim.schedule import ScheduleConfig
+from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.stopping import StoppingConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that decide the losses of a run and when it ends."""
+
+    seed: int
+    model: GPTConfig
+    windows: WindowConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    stopping: StoppingConfig
+    checkpoint: CheckpointConfig
+    objective: ObjectiveConfig = PLAIN
+    head_vocabulary: HeadVocabulary = "full"
+    initial_positions: InitialPositions = "random"
+
+
+def new_model(recipe: Recipe, train: Tokens) -> GPT2:
+    """The network that a run of this recipe over this text begins with, drawn by its seed."""
+    torch.manual_seed(recipe.seed)
+    full = GPT2(recipe.model)
+    if recipe.initial_positions == "waves":
+        make_waves(full)
+    if recipe.head_vocabulary == "full":
+        return full
+    return CompactGPT2(full, torch.from_numpy(occurring_ids(train, full.config.n_vocab)))
