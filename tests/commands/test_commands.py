@@ -209,6 +209,7 @@ def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:
         (["--stopping.overtime", "1"], set()),
         (["--optim.momentum", "0.9", "--optimizer", "adamw"], {"optim.momentum"}),
         (["--optim.momentum", "0.9"], set()),
+        (["--initial-positions", "waves"], set()),
     ],
 )
 def test_settings_that_another_leaves_without_effect_are_named(

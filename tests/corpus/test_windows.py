@@ -101,6 +101,26 @@ def test_every_second_step_reads_its_windows_in_pieces(tokens: Tokens, order: st
     assert windows.steps_per_pass() == whole.steps_per_pass()
 
 
+@pytest.mark.parametrize(("fraction", "n_short"), [(0.0, 0), (0.4, 4), (0.45, 5), (1.0, 10)])
+def test_a_schedule_begins_with_short_windows(tokens: Tokens, fraction: float, n_short: int) -> None:
+    """In pieces, all of them, for a fraction of its steps; the same predictions in the same order as ever."""
+    whole = Windows(tokens, WindowConfig(16, 4, order="shifted"), 7)
+    config = WindowConfig(16, 4, order="shifted", pieces=4, short_fraction=fraction)
+    windows = Windows(tokens, config, 7, schedule_steps=10)
+    for step in range(20):
+        batch = windows.batch(step)
+        assert batch.inputs.shape == ((16, 4) if step < n_short or step % 2 else (4, 16))
+        assert batch.targets.flatten().tolist() == whole.batch(step).targets.flatten().tolist()
+
+
+def test_short_windows_at_first_need_pieces() -> None:
+    with pytest.raises(ConfigError, match=r"short_fraction is 0\.4 and windows\.pieces 1: say in how many"):
+        WindowConfig(16, 4, short_fraction=0.4)
+    for fraction in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"short_fraction is {fraction}: give a number from 0 to 1"):
+            WindowConfig(16, 4, pieces=4, short_fraction=fraction)
+
+
 def test_pieces_divide_a_window() -> None:
     assert WindowConfig(16, 4).shapes == {(4, 16)}
     assert WindowConfig(16, 4, 2, pieces=4).shapes == {(2, 16), (8, 4)}

@@ -19,8 +19,8 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import Runtime
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.metrics import Metrics, Sinks
-from groundling.training.stopping import StoppingConfig
 from groundling.training.recipe import Recipe
+from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
 
 

@@ -20,9 +20,9 @@ from groundling.model.gpt2 import GPT2
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import measure
+from groundling.training.recipe import Recipe
 from groundling.training.step import flops_per_token
 from groundling.training.stopping import StoppingConfig
-from groundling.training.recipe import Recipe
 from groundling.training.trainer import Trainer
 
 MakeTrainer = Any

@@ -40,12 +40,19 @@ def test_the_first_ten_losses_are_pinned(make_trainer: MakeTrainer) -> None:
     assert memory.losses() == pytest.approx(PINNED, abs=2e-4)
 
 
-@pytest.mark.parametrize(("order", "pieces"), [("permuted", 1), ("shifted", 4), ("sequential", 1)])
+@pytest.mark.parametrize(
+    "windows",
+    [
+        WindowConfig(16, 4),
+        WindowConfig(16, 4, order="shifted", pieces=4, short_fraction=0.1),
+        WindowConfig(16, 4, order="sequential"),
+    ],
+    ids=lambda windows: windows.order,
+)
 @pytest.mark.parametrize("interrupted_after", [1, 7])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    make_trainer: MakeTrainer, order: Any, pieces: int, interrupted_after: int
+    make_trainer: MakeTrainer, windows: WindowConfig, interrupted_after: int
 ) -> None:
-    windows = WindowConfig(16, 4, order=order, pieces=pieces)
     whole, whole_memory = make_trainer("whole", windows=windows)
     whole.train()
     first, first_memory = make_trainer("cut", windows=windows, stopping=StoppingConfig(max_steps=interrupted_after))
@@ -58,6 +65,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(second.model.state_dict()[name], tensor), name
     assert second.stop_rule.state == whole.stop_rule.state
     assert second.state.tokens_seen == whole.state.tokens_seen
+
+
+def test_a_schedule_begins_short_and_a_network_with_waves(make_trainer: MakeTrainer) -> None:
+    """The trainer hands on the schedule's length, 40 steps, and draws the table that the recipe asks for."""
+    windows = WindowConfig(16, 4, order="shifted", pieces=4, short_fraction=0.1)
+    trainer, memory = make_trainer(windows=windows, initial_positions="waves")
+    other, _ = make_trainer("other")
+    drawn = [name for name, weight in trainer.model.named_parameters() if weight.equal(other.model.get_parameter(name))]
+    assert "transformer.wpe.weight" not in drawn
+    assert "transformer.wte.weight" in drawn
+    assert trainer.train() == "max_steps"
+    in_pieces = [trainer.windows.batch(step).n_pieces > 1 for step in range(10)]
+    assert in_pieces == [True] * 4 + [False, True] * 3
+    emas = [line["train/loss_ema"] for line in memory.metrics if "train/loss" in line]
+    assert [ema is None for ema in emas] == [True] * 4 + [False] * 6  # whole windows alone say how the text is known
 
 
 def test_resuming_compares_two_runs_that_can_differ(make_trainer: MakeTrainer) -> None:

@@ -34,6 +34,7 @@ SHORTCUTS = {
     "tokenizer": "text.tokenizer",
     "loss": "objective.loss",
     "head-vocabulary": "head_vocabulary",
+    "initial-positions": "initial_positions",
     "optimizer": "optim.kind",
     "max-steps": "stopping.max_steps",
     "max-minutes": "stopping.max_minutes",

@@ -266,17 +266,17 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "stopping.overtime": endless,
         "stopping.expected_steps": endless,
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
+        "initial_positions": config.init and f"the position table is that of {config.init}",
     }
     words = [word.partition("=")[0] for word in typed]
-    flags = set(words)
-    lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and f"--{name}" in flags]
     settings = [SHORTCUTS.get(word.removeprefix("--"), word.removeprefix("--")) for word in words]
+    lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and name in settings]
     lines += [
         f"warning: {name} was given {n} times, and the last counts: name all texts after one flag"
         for name in LISTS
         if (n := settings.count(name)) > 1
     ]
-    if "--schedule.warmup_steps" in flags and (n_warmup := warmup(schedule, n_steps)) < schedule.warmup_steps:
+    if "schedule.warmup_steps" in settings and (n_warmup := warmup(schedule, n_steps)) < schedule.warmup_steps:
         lines.append(
             f"warning: schedule.warmup_steps {schedule.warmup_steps:,} is cut to {n_warmup:,}, a quarter of the"
             f" schedule's {n_steps:,} steps"

@@ -1,7 +1,7 @@
 """Which tokens each step reads: order as arithmetic.
 
-Invariant: a batch is a pure function of (config, seed, step). Every pass visits every prediction of the
-text exactly once, in the `permuted` orders; no sampler state exists that a checkpoint could lose.
+Invariant: a batch is a pure function of (config, seed, step, length of the schedule). Every pass visits every
+prediction of the text exactly once, in the `permuted` orders; no sampler state exists that a checkpoint could lose.
 
 A *window* is a start and a length n <= T: inputs are tokens [start, start + n), targets the same moved
 by one. A *grid* with offset o cuts the text at o, o + T, o + 2T ...; its first and last window may be
@@ -49,9 +49,9 @@ class WindowConfig:
     pieces: int = 1
     """Every second step reads each window in so many pieces, a divisor of length: as many tokens, more beginnings, at
     which a text that is known by heart is hardest to go on with."""
-    short_passes: float = 0.0
-    """Passes over the text, at the beginning, in which every step reads pieces. What follows what is learned sooner in
-    short windows; the rest of the run is for the long ones."""
+    short_fraction: float = 0.0
+    """Fraction of the schedule's steps, at its beginning, in which every step reads pieces: what follows what is
+    learned sooner in short windows. The rest of the run is for long ones."""
 
     def __post_init__(self) -> None:
         for name in ("length", "batch_size", "pieces"):
@@ -62,12 +62,12 @@ class WindowConfig:
         # Its passes often have an even number of steps: the same half of the text would always come in pieces.
         if self.pieces > 1 and self.order == "sequential":
             raise ConfigError(f"windows.pieces is {self.pieces} and windows.order sequential: take another order")
-        if self.short_passes < 0:
-            raise ConfigError(f"windows.short_passes is {self.short_passes:g}: give 0 or more")
-        if self.short_passes and self.pieces == 1:
+        if not 0 <= self.short_fraction <= 1:
+            raise ConfigError(f"windows.short_fraction is {self.short_fraction}: give a number from 0 to 1")
+        if self.short_fraction and self.pieces == 1:
             raise ConfigError(
-                f"windows.short_passes is {self.short_passes:g} and windows.pieces 1: say in how many pieces windows"
-                " are read then"
+                f"windows.short_fraction is {self.short_fraction} and windows.pieces 1: say in how many pieces windows"
+                " are read at first, or give a windows.short_fraction of 0"
             )
         if self.micro_batch_size < 0 or self.batch_size % self.micro:
             raise ConfigError(
@@ -88,7 +88,7 @@ class WindowConfig:
     def mean_length(self) -> float:
         """Tokens in the window that a token is read in, on average: every second step reads pieces.
 
-        After the short passes; those of attention are too few operations to tell the two apart.
+        After the fraction that is short; attention's are too few operations to tell the two apart.
         """
         return (self.length + self.length / self.pieces) / 2
 
@@ -173,12 +173,23 @@ def steps_per_pass(n_tokens: int, config: WindowConfig) -> float:
 class Windows:
     """The batches of a run over one token array."""
 
-    def __init__(self, tokens: Tokens, config: WindowConfig, seed: int, objective: ObjectiveConfig = PLAIN) -> None:
-        """Raises `ConfigError` if the text is too short for one sequential batch."""
+    def __init__(
+        self,
+        tokens: Tokens,
+        config: WindowConfig,
+        seed: int,
+        objective: ObjectiveConfig = PLAIN,
+        schedule_steps: int = 0,
+    ) -> None:
+        """`schedule_steps` is the length of the run's schedule, of which `short_fraction` is one.
+
+        Raises `ConfigError` if the text is too short for one sequential batch.
+        """
         self.tokens = tokens
         self.config = config
         self.seed = seed
         self.objective = objective
+        self.n_short = config.short_fraction * schedule_steps
         self._pass = functools.lru_cache(maxsize=2)(self.pass_windows)  # a batch may lie across two passes
         self._first_index = [0]  # of each pass so far, in windows since the start of the run
         n_needed = config.batch_size * config.length + 1
@@ -196,7 +207,7 @@ class Windows:
             B = self.config.batch_size
             windows = np.stack([self._window(index) for index in range(step * B, (step + 1) * B)])
         batch = gather(self.tokens, windows, self.config.length, self.objective)
-        is_short = step % 2 or step < self.config.short_passes * self.steps_per_pass()
+        is_short = step % 2 or step < self.n_short
         return batch.in_pieces(self.config.pieces) if is_short else batch
 
     def steps_per_pass(self) -> float:

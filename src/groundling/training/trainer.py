@@ -17,7 +17,7 @@ import torch
 from groundling import machine
 from groundling.corpus.shards import Tokens
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.corpus.windows import Batch, Windows
+from groundling.corpus.windows import Batch, Windows, steps_per_pass
 from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import FORWARD_SHARE, Evaluator, LossSum, n_tokens_read
 from groundling.model.gpt2 import GPT2
@@ -79,8 +79,8 @@ class Trainer:
         self.checkpoints, self.ceiling_flops = checkpoints, ceiling_flops
         self.sinks = Sinks()
         """Where metrics go; a caller that wants any sets it."""
-        self.windows = Windows(train, recipe.windows, recipe.seed, recipe.objective)
-        self.total_steps = recipe.schedule.steps(self.windows.steps_per_pass())
+        self.total_steps = recipe.schedule.steps(steps_per_pass(len(train), recipe.windows))
+        self.windows = Windows(train, recipe.windows, recipe.seed, recipe.objective, self.total_steps)
         assert initial is None or initial.config == recipe.model, "the recipe is of another network"
         assert initial is None or recipe.head_vocabulary == "full", "its rows would be lost"
         self.model = (initial or new_model(recipe, train)).train().to(runtime.device)
