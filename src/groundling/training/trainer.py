@@ -131,7 +131,7 @@ class Trainer:
             self.sinks.note(f"warning: {newer} is damaged ({wrong}): kept as {aside.name}, the one before it is used")
         self.stop_rule = self._new_stop_rule()
         if path is None:
-            self.model.load_state_dict(self._new_model().state_dict())
+            self.model.load_state_dict(new_model(self.recipe, self.train_tokens).state_dict())
             self.optimizer.state.clear()
             self.state = RunState()
         else:
