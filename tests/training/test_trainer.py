@@ -67,6 +67,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert second.state.tokens_seen == whole.state.tokens_seen
 
 
+def test_resuming_without_a_checkpoint_begins_anew(make_trainer: MakeTrainer) -> None:
+    """With the weights that the recipe draws, whatever was trained in between."""
+    trainer, memory = make_trainer(initial_positions="waves")
+    beginning = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.model.requires_grad_(False).transformer.wpe.weight.fill_(9)
+    trainer.resume()
+    assert all(weight.equal(beginning[name]) for name, weight in trainer.model.state_dict().items())
+    assert "no checkpoint: beginning anew" in memory.notes
+
+
 def test_a_schedule_begins_short_and_a_network_with_waves(make_trainer: MakeTrainer) -> None:
     """The trainer hands on the schedule's length, 40 steps, and draws the table that the recipe asks for."""
     windows = WindowConfig(16, 4, order="shifted", pieces=4, short_fraction=0.1)
