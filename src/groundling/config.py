@@ -52,8 +52,8 @@ class RunConfig:
     """seen: the ids that do not occur in the training text share one row of the embedding, which is quicker and leaves
     them indistinguishable. full: each id has its own. Losses are over the full vocabulary either way."""
     initial_positions: InitialPositions = "random"
-    """What the position table begins with, unless `init` gives one. random: as GPT-2's. waves: sines and cosines, with
-    which a network learns sooner to go by what stands before a token than by where in a window it stands."""
+    """What the position table begins with, unless `init` gives one. random: as GPT-2's. waves: sines and cosines, so
+    that a network learns sooner to use the tokens before, wherever in a window they are; of no use on a fixed grid."""
     text: CorpusConfig = field(default_factory=CorpusConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -128,6 +128,17 @@ def test_settings_that_it_contradicts_are_refused(
     assert "no init is given" in capsys.readouterr().err
 
 
+def test_its_positions_are_kept(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A preset's waves are not drawn, and not recorded; who asks for them by name is told."""
+    for settings, warned in (("--config", False), ("--initial-positions", True)):
+        out = workplace / "runs" / settings.strip("-")
+        Path("waves.yaml").write_text("initial_positions: waves\n")
+        given = [settings, "waves" if warned else "waves.yaml"]
+        assert tune(source, out, *given, "--max-steps", "1") == 0
+        assert ("initial_positions is not used: the position table is that of" in capsys.readouterr().err) == warned
+        assert yaml.safe_load((out / "config.yaml").read_text())["initial_positions"] == "random"
+
+
 def test_an_estimate_of_it(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--init", str(source), "--model.n_layer", "2", *TUNE]) == 0
     printed = capsys.readouterr()

@@ -209,16 +209,34 @@ def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixtu
     assert main(train("--max-steps", "1", "--optimizer", "adamw", "--out", "runs/changed")) == 0
     config = workplace / "runs" / "changed" / "config.yaml"
     before = config.read_text()
-    older = before.replace("  kind: adamw\n", "").replace("  pieces: 1\n", "")  # before there was a choice
-    assert len(before) - len(older) == len("  kind: adamw\n  pieces: 1\n")
+    newer = ("  kind: adamw\n", "  pieces: 1\n", "  short_fraction: 0.0\n", "initial_positions: random\n")
+    older = before
+    for line in newer:  # before there was a choice
+        older = older.replace(line, "")
+    assert len(before) - len(older) == len("".join(newer))
     config.write_text(older)
     resume = ["train", "--resume", "--out", "runs/changed", "--max-steps", "2"]
-    assert main([*resume, "--schedule.peak", "1e-4", "--seed", "8", "--windows.pieces", "2"]) == 0
+    pieces = ["--windows.pieces", "2", "--windows.short_fraction", "0.5"]
+    assert main([*resume, "--schedule.peak", "1e-4", "--seed", "8", *pieces]) == 0
     printed = capsys.readouterr().err
     assert "schedule.peak was 0.0015 and is 0.0001 now" in printed
     assert "seed was 1337 and is 8 now" in printed
     assert "windows.pieces was 1 and is 2 now" in printed
+    assert "windows.short_fraction was 0.0 and is 0.5 now" in printed
     assert "optim.kind" not in printed
+
+
+def test_a_run_keeps_what_its_positions_began_with(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one from before there was a choice; the record would name a table that the network never had."""
+    assert main(train("--max-steps", "1", "--out", "runs/random")) == 0
+    identity = workplace / "runs" / "random" / "identity.json"
+    known = json.loads(identity.read_text())
+    assert known.pop("initial position table") == "random"
+    identity.write_text(json.dumps(known))
+    resume = ["train", "--resume", "--out", "runs/random", "--max-steps", "2"]
+    assert main([*resume, "--initial-positions", "waves"]) == 2
+    assert "was made with another initial position table (random, now waves)" in capsys.readouterr().err
+    assert main(resume) == 0
 
 
 def test_a_signal_while_the_losses_are_taken_keeps_the_run(workplace: Path) -> None:

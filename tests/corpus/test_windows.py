@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -101,7 +103,7 @@ def test_every_second_step_reads_its_windows_in_pieces(tokens: Tokens, order: st
     assert windows.steps_per_pass() == whole.steps_per_pass()
 
 
-@pytest.mark.parametrize(("fraction", "n_short"), [(0.0, 0), (0.4, 4), (0.45, 5), (1.0, 10)])
+@pytest.mark.parametrize(("fraction", "n_short"), [(0.0, 0), (0.4, 4), (0.45, 5), (0.7, 7), (1.0, 10)])
 def test_a_schedule_begins_with_short_windows(tokens: Tokens, fraction: float, n_short: int) -> None:
     """In pieces, all of them, for a fraction of its steps; the same predictions in the same order as ever."""
     whole = Windows(tokens, WindowConfig(16, 4, order="shifted"), 7)
@@ -111,6 +113,17 @@ def test_a_schedule_begins_with_short_windows(tokens: Tokens, fraction: float, n
         batch = windows.batch(step)
         assert batch.inputs.shape == ((16, 4) if step < n_short or step % 2 else (4, 16))
         assert batch.targets.flatten().tolist() == whole.batch(step).targets.flatten().tolist()
+    lengths = [windows.batch(step).inputs.size(1) for step in range(1000, 1010)]  # long after the schedule
+    assert lengths == [16, 4] * 5
+    with pytest.raises(AssertionError, match="a fraction of no schedule"):
+        Windows(tokens, replace(config, short_fraction=0.5), 7)
+
+
+def test_the_mean_length_of_windows_is_that_of_the_schedules_steps(tokens: Tokens) -> None:
+    config = WindowConfig(16, 4, order="shifted", pieces=4, short_fraction=0.4)
+    windows = Windows(tokens, config, 7, schedule_steps=10)
+    lengths = [windows.batch(step).inputs.size(1) for step in range(10)]
+    assert config.mean_length == pytest.approx(sum(lengths) / 10)
 
 
 def test_short_windows_at_first_need_pieces() -> None:

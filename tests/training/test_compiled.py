@@ -64,7 +64,8 @@ def test_the_compiler_is_asked_for_deterministic_code(make_trainer: MakeTrainer)
 def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
     """Its text is no multiple of its windows, which come in pieces, evaluations have short batches, and it goes on."""
     eager, _ = make_trainer("unused")
-    compiled, windows = replace(eager.runtime, compile=True), replace(eager.recipe.windows, pieces=4)
+    compiled = replace(eager.runtime, compile=True)
+    windows = replace(eager.recipe.windows, pieces=4, short_fraction=0.1)
     heldout = eager.train_tokens[:70]
     stopping = replace(eager.recipe.stopping, measure="heldout/loss", target=1e-9)
     begun, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)

@@ -72,6 +72,15 @@ def test_the_losses_of_the_run_are_those_of_the_full_model_it_saved(
     assert len(torch.unique(rows, dim=0)) == len(seen) + 1
 
 
+def test_a_position_table_of_waves_is_kept(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer(initial_positions="waves")
+    full, _ = make_trainer("full", initial_positions="waves", head_vocabulary="full")
+    random, _ = make_trainer("random")
+    table, of_full, of_random = (each.model.transformer.wpe.weight for each in (trainer, full, random))
+    assert table.equal(of_full)
+    assert not table.equal(of_random)
+
+
 def test_it_learns_as_the_full_head_does(make_trainer: MakeTrainer) -> None:
     """Not the same losses, for unseen rows begin apart in the full model; but the same curve."""
     stopping = StoppingConfig(target=0, max_steps=30)

@@ -520,6 +520,19 @@ def test_a_run_is_estimated_once_from_its_own_first_steps(make_trainer: MakeTrai
     assert told[0].tokens_per_s == pytest.approx(64 / 0.55)
 
 
+def test_first_steps_in_short_windows_are_not_taken_for_the_runs(make_trainer: MakeTrainer) -> None:
+    """All that are timed read windows of 4; most of the run's read 4 and 16 in turns, of which attention takes more."""
+    windows = WindowConfig(16, 4, order="shifted", pieces=4, short_fraction=0.1)
+    trainer, _ = make_trainer(windows=windows)
+    told: list[Estimate] = []
+    sink = FirstSteps(trainer, "none", told.append)
+    for step in range(4):
+        sink.write(step, {"train/step_s": 0.5})
+    of_short, of_mean = (flops_per_token(trainer.model.config, length) for length in (4, windows.mean_length))
+    assert told[0].step_s == pytest.approx(0.5 * of_mean / of_short)
+    assert told[0].step_s > 0.5
+
+
 def test_the_evaluations_that_patience_asks_for_are_estimated(
     make_trainer: MakeTrainer, tokens: NDArray[np.uint16]
 ) -> None:

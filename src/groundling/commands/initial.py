@@ -93,8 +93,13 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
             f"windows.length is {windows.length}, but {initial.source} has {n_ctx} positions: give"
             f" --windows.length {n_ctx} or less"
         )
-    text = replace(config.text, tokenizer=FROM_INIT)
-    return replace(config, model=initial.model.config, text=text, windows=windows)
+    return replace(
+        config,
+        initial_positions=RunConfig.initial_positions,  # a preset's waves are not drawn
+        text=replace(config.text, tokenizer=FROM_INIT),
+        windows=windows,
+        model=initial.model.config,
+    )
 
 
 def tokenizer_of(config: RunConfig, initial: Initial | None, resumed: RunFolder | None) -> Tokenizer | None:

@@ -32,7 +32,7 @@ from groundling.optim.schedule import warmup
 from groundling.runtime import Runtime
 from groundling.training.estimate import Estimate
 from groundling.training.progress import clock, progress_bar
-from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, OPTIMIZER, RunFolder
+from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, INITIAL_POSITIONS, OPTIMIZER, RunFolder
 from groundling.training.step import flops_per_token, update_flops
 from groundling.training.trainer import Trainer
 
@@ -78,6 +78,7 @@ class Prepared:
             INITIAL: self.initial_sha256,
             HEAD_VOCABULARY: self.config.head_vocabulary,
             OPTIMIZER: self.config.optim.kind,
+            INITIAL_POSITIONS: self.config.initial_positions,
         }
 
     def trainer(self, checkpoints: Path) -> Trainer:
@@ -268,8 +269,8 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
         "initial_positions": config.init and f"the position table is that of {config.init}",
     }
-    words = [word.partition("=")[0] for word in typed]
-    settings = [SHORTCUTS.get(word.removeprefix("--"), word.removeprefix("--")) for word in words]
+    flags = [word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--")]
+    settings = [SHORTCUTS.get(flag, flag) for flag in flags]
     lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and name in settings]
     lines += [
         f"warning: {name} was given {n} times, and the last counts: name all texts after one flag"

@@ -50,8 +50,9 @@ class WindowConfig:
     """Every second step reads each window in so many pieces, a divisor of length: as many tokens, more beginnings, at
     which a text that is known by heart is hardest to go on with."""
     short_fraction: float = 0.0
-    """Fraction of the schedule's steps, at its beginning, in which every step reads pieces: what follows what is
-    learned sooner in short windows. The rest of the run is for long ones."""
+    """Fraction of the schedule's steps, at its beginning, in which every step reads pieces, before every second does:
+    which token follows which is learned sooner in short windows. Until then no mean loss is kept, and none stops the
+    run."""
 
     def __post_init__(self) -> None:
         for name in ("length", "batch_size", "pieces"):
@@ -86,11 +87,9 @@ class WindowConfig:
 
     @property
     def mean_length(self) -> float:
-        """Tokens in the window that a token is read in, on average: every second step reads pieces.
-
-        After the fraction that is short; attention's are too few operations to tell the two apart.
-        """
-        return (self.length + self.length / self.pieces) / 2
+        """Tokens in the window that a token is read in, on average over the schedule."""
+        in_pieces = (1 + self.short_fraction) / 2
+        return (1 - in_pieces) * self.length + in_pieces * self.length / self.pieces
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Windows:
         objective: ObjectiveConfig = PLAIN,
         schedule_steps: int = 0,
     ) -> None:
-        """`schedule_steps` is the length of the run's schedule, of which `short_fraction` is one.
+        """`schedule_steps` are those that `short_fraction` is a fraction of.
 
         Raises `ConfigError` if the text is too short for one sequential batch.
         """
@@ -189,7 +188,9 @@ class Windows:
         self.config = config
         self.seed = seed
         self.objective = objective
-        self.n_short = config.short_fraction * schedule_steps
+        assert schedule_steps or not config.short_fraction, "a fraction of no schedule"
+        self.n_short = math.ceil(round(config.short_fraction * schedule_steps, 6))
+        """Steps at the beginning that all read pieces."""
         self._pass = functools.lru_cache(maxsize=2)(self.pass_windows)  # a batch may lie across two passes
         self._first_index = [0]  # of each pass so far, in windows since the start of the run
         n_needed = config.batch_size * config.length + 1
@@ -207,8 +208,11 @@ class Windows:
             B = self.config.batch_size
             windows = np.stack([self._window(index) for index in range(step * B, (step + 1) * B)])
         batch = gather(self.tokens, windows, self.config.length, self.objective)
-        is_short = step % 2 or step < self.n_short
-        return batch.in_pieces(self.config.pieces) if is_short else batch
+        return batch.in_pieces(self.n_pieces(step))
+
+    def n_pieces(self, step: int) -> int:
+        """In how many pieces this step reads each of its windows."""
+        return self.config.pieces if step % 2 or step < self.n_short else 1
 
     def steps_per_pass(self) -> float:
         """Steps after which this text has been read once."""

@@ -34,14 +34,16 @@ LOSSES = {"corpus/loss": (FIRST, "o"), "corpus/loss_offset": (SECOND, "s"), "hel
 
 def training_chart(lines: Sequence[Mapping[str, Any]], target: float, label: str) -> str | None:
     """Loss by step, of the batches and of the whole text, from the lines of metrics.jsonl; None without any step."""
-    steps = [line for line in lines if line.get("train/loss") and line.get("train/loss_ema")]
+    steps = [line for line in lines if line.get("train/loss")]
     if not steps:
         return None
     shown = steps[:: max(1, len(steps) // MAX_POINTS)] + steps[-1:]
+    means = [line for line in shown if line.get("train/loss_ema")]  # which whole windows alone have
     figure, axes = _axes("step", "loss, nats per token")
     x = [line["step"] for line in shown]
     axes.plot(x, [line["train/loss"] for line in shown], color=FAINT, linewidth=0.8, label="train/loss, one batch")
-    axes.plot(x, [line["train/loss_ema"] for line in shown], color=INK, linewidth=1.3, label="its running mean")
+    x = [line["step"] for line in means]
+    axes.plot(x, [line["train/loss_ema"] for line in means], color=INK, linewidth=1.3, label="its running mean")
     for name, (color, marker) in LOSSES.items():
         taken = [(line["step"], line[name]) for line in lines if line.get(name)]
         if taken:

@@ -15,7 +15,7 @@ from groundling.model.gpt2 import GPT2, INIT_STD
 InitialPositions = Literal["random", "waves"]
 
 WAVE_STD = 3 * INIT_STD
-"""Of the table's values. Of 1, 2, 4 and 8 times `INIT_STD`, the two in the middle taught a text soonest (LOG.md)."""
+"""Of the table's values. Between the two that were best of 1, 2, 4 and 8 times `INIT_STD` (docs/design/0011)."""
 LONGEST = 10_000
 """Positions in a radian of the slowest wave; the fastest turns by one a position. As in Vaswani et al. 2017."""
 

@@ -5,10 +5,15 @@ Invariant: draws what `metrics.jsonl` holds; batch losses and whole-text losses 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from groundling.files import atomic_file
 from groundling.training.metrics import read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_curve(metrics: Path, target: float, path: Path) -> None:
@@ -17,12 +22,10 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     lines = list(read_lines(metrics))
-    steps = [line for line in lines if line.get("train/loss") is not None and line.get("train/loss_ema") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    x = [line["step"] for line in steps]
-    axes.plot(x, [line["train/loss"] for line in steps], color="0.75", linewidth=0.8, label="train/loss (one batch)")
-    axes.plot(x, [line["train/loss_ema"] for line in steps], color="C0", label="train/loss_ema")
+    _plot(axes, lines, "train/loss", color="0.75", linewidth=0.8, label="train/loss (one batch)")
+    _plot(axes, lines, "train/loss_ema", color="C0", label="train/loss_ema")
     colors = {"corpus/loss": "C3", "corpus/loss_offset": "C1", "heldout/loss": "C2"}
     whole = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in colors}
     lowest = min((taken[-1][1] for taken in whole.values() if taken), default=None)
@@ -41,3 +44,9 @@ def draw_curve(metrics: Path, target: float, path: Path) -> None:
     axes.legend(loc="lower left")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
+
+
+def _plot(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
+    """Draw a metric through the steps that have it."""
+    taken = [line for line in lines if line.get(name) is not None]
+    axes.plot([line["step"] for line in taken], [line[name] for line in taken], **style)

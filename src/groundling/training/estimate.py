@@ -81,8 +81,10 @@ class FirstSteps:
             self.told = True
             memory_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
             step_s = statistics.median(self.seconds[WARMUP_STEPS:])
-            mean_length = self.trainer.recipe.windows.mean_length
-            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, mean_length))
+            windows = self.trainer.windows
+            pieces = [windows.n_pieces(step) for step in range(WARMUP_STEPS, len(self.seconds))]
+            length = statistics.mean(windows.config.length / n_pieces for n_pieces in pieces)
+            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, length))
 
     def note(self, message: str) -> None:
         pass
@@ -129,15 +131,16 @@ def _enough(seconds: Sequence[float]) -> bool:
     return len(seconds) >= WARMUP_STEPS + MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
 
 
-def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, mean_length: float) -> Estimate:
-    """The estimate of a run whose steps take so long, in windows of this mean length."""
+def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, length: float) -> Estimate:
+    """The estimate of a run, from the seconds of a step whose windows have this mean length; its own may be longer."""
     recipe = trainer.recipe
+    achieved_flops = sum(_step_flops(trainer, length)) / step_s
+    step_s = sum(_step_flops(trainer, recipe.windows.mean_length)) / achieved_flops
     tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
     train_s = trainer.expected_steps * step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
-    achieved_flops = sum(_step_flops(trainer, mean_length)) / step_s
     return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
 

@@ -6,7 +6,7 @@ with. A folder that could not begin its run does not stay behind.
     runs/gpt2/
         config.yaml      the whole configuration, resolved
         identity.json    what must not change: text, held-out text, tokenizer, architecture, loss, initial
-                         model, head vocabulary, optimizer
+                         model, head vocabulary, optimizer, initial position table
         origin.json      the text's name and size, and what the run began to compute on
         places.json      the names of the text's documents, in order
         tokenizer.json   Hugging Face tokenizers
@@ -61,7 +61,10 @@ HEAD_VOCABULARY = "head vocabulary"
 OPTIMIZER = "optimizer"
 """`OptimConfig.kind`, whose moments are in the checkpoints: the name in identities."""
 
-UNSAID = {"loss": "plain", INITIAL: None, HEAD_VOCABULARY: "full", OPTIMIZER: "adamw"}
+INITIAL_POSITIONS = "initial position table"
+"""What the position table began with: the name in identities."""
+
+UNSAID = {"loss": "plain", INITIAL: None, HEAD_VOCABULARY: "full", OPTIMIZER: "adamw", INITIAL_POSITIONS: "random"}
 """What identities leave out that were written before there was a choice."""
 
 
@@ -183,7 +186,7 @@ class RunFolder:
         if isinstance(before, dict) and isinstance(now, dict):
             changed = [name for name in before if before[name] != now.get(name)]
             return f" ({', '.join(f'{name} {before[name]}, now {now.get(name)}' for name in changed)})"
-        if what in ("loss", HEAD_VOCABULARY, OPTIMIZER):
+        if what in ("loss", HEAD_VOCABULARY, OPTIMIZER, INITIAL_POSITIONS):
             return f" ({before}, now {now})"
         known = self._origin().get(what)
         return f" ({known})" if isinstance(known, str) else ""
