@@ -34,6 +34,11 @@ PARTIAL = ".partial"
 """Ends the name of what is not whole yet."""
 
 
+def home_expanded(name: str) -> Path:
+    """The path that a user wrote, with `~` as a shell reads it: left alone where nobody is called so."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib's refuses a file whose name begins with ~
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal, read in blocks of constant memory."""
     digest = hashlib.sha256()

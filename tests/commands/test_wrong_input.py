@@ -15,6 +15,7 @@ from .bottles import SMALL, files_but_cache, train
 
 WRONG: list[tuple[list[str], str]] = [
     (["--corpus", "nowhere.txt"], "nowhere.txt"),
+    (["--corpus", "~nobody/novel.txt"], "~nobody/novel.txt"),
     (["--corpus", "empty.txt"], "empty"),
     (["--corpus", "binary.txt"], "binary.txt"),
     (["--corpus", "one.txt", "--tokenizer", "gpt2"], "token"),
@@ -23,7 +24,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["--corpus", "/dev/zero"], "/dev/zero"),
     (["--corpus", "tiny-shakespear"], "tiny-shakespeare"),
     (["--tokenizer", "train:20"], "257"),
+    (["--tokenizer", f"train:{10**20}"], "too large"),
     (["--tokenizer", "nothing.json"], "nothing.json"),
+    (["--tokenizer", "~nobody/nothing.json"], "~nobody/nothing.json"),
     (["--heldout-fraction", "1.5"], "heldout"),
     (["--preset", "gpt3"], "gpt2"),
     (["--config", "nothing.yaml"], "there is no file nothing.yaml"),
@@ -41,6 +44,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model", "3"], "--model reads a file of settings"),
     (["--windows.length", "64"], "n_ctx"),
     (["--windows.batch_size", "0"], "batch_size"),
+    (["--windows.batch_size", f"1{'0' * 400}"], "windows.batch_size is 1000"),
     (["--model.n_head", "3"], "n_head"),
     (["--size", "7B"], "124M"),
     (["--device", "tpu"], "--device is 'tpu': give"),

@@ -152,7 +152,7 @@ def test_plain_loss_drops_nothing() -> None:
     assert dropped_share(tokens, PLAIN) == 0
 
 
-@pytest.mark.parametrize("setting", [{"drop_every": 1}, {"context": 0}])
+@pytest.mark.parametrize("setting", [{"drop_every": 1}, {"drop_every": 2**64}, {"context": 0}])
 def test_settings_that_drop_everything_or_know_nothing_are_refused(setting: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"objective.{next(iter(setting))}"):
         ObjectiveConfig("goldfish", **setting)

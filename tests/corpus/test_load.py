@@ -151,9 +151,16 @@ def test_our_own_token_files_are_sources_too(folder, cache):
         ({"sources": ("de.txt",), "heldout": ("de.txt",)}, "holds the same text"),
         ({"sources": ("-",), "heldout": ("-",)}, "read only once"),
         ({"sources": ("de.txt",), "heldout_fraction": 2.0}, "between 0 and 1"),
-        ({"sources": ("one.txt",)}, "at least two are needed"),
+        ({"sources": ("one.txt",)}, "one.txt has fewer tokens than the two"),
+        ({"sources": ("de.txt",), "heldout": ("one.txt",)}, "one.txt has fewer tokens than the two"),
+        (
+            {"sources": ("end.txt",), "heldout_fraction": 0.01},
+            "the part of .*end.txt that is held out has fewer tokens",
+        ),
         ({"sources": ("de.txt",), "tokenizer": "train:200"}, "257"),
         ({"sources": ("de.txt",), "tokenizer": "train:50000"}, "at most"),
+        ({"sources": ("de.txt",), "tokenizer": f"train:{10**20}"}, "too large"),
+        ({"sources": ("~nobody/de.txt",)}, "there is no file or folder"),
         ({"sources": ("de.txt",), "tokenizer": "none.json"}, "there is no tokenizer"),
         ({"sources": ("good.bin", "de.txt")}, "stands alone"),
         ({"sources": ("good.bin", "good.bin")}, "stands alone"),
@@ -170,6 +177,7 @@ def test_our_own_token_files_are_sources_too(folder, cache):
 )
 def test_settings_that_cannot_be_used_are_refused(folder, cache, settings, words):
     Path("one.txt").write_text(" the")
+    Path("end.txt").write_text("A line of words.\n" * 20 + "End")
     Path("good.bin").write_bytes(struct.pack("<3H", 1, 2, 3))
     Path("high.bin").write_bytes(struct.pack("<3H", 1, 50257, 3))
     Path("odd.bin").write_bytes(bytes(5))

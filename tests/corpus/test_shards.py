@@ -93,7 +93,7 @@ def test_the_tail_is_split_off(tmp_path):
     assert train.tokens.tolist() + heldout.tokens.tolist() == list(range(100))
     assert heldout.n_tokens == 20
     assert train.sha256() != heldout.sha256()
-    for fraction in (0.001, 0.999, 1.5):
+    for fraction in (0.001, 0.999, 1.5, float("nan"), 1e308):
         with pytest.raises(CorpusError, match="cannot be split"):
             TokenFile.open(path).split(fraction)
 

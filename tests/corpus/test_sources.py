@@ -85,6 +85,12 @@ def test_the_home_folder_is_expanded(folder, read, monkeypatch):
     assert read("~/books/b.txt") == ["B"]
 
 
+def test_a_name_may_begin_with_a_tilde(folder, read):
+    Path("~draft.txt").write_text("D")
+    assert read("~draft.txt") == ["D"]
+    assert read("./~draft.txt") == ["D"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -72,6 +72,15 @@ def test_the_end_of_the_schedule_is_always_looked_at() -> None:
     assert r.reason(11, 0.0) == "schedule"
 
 
+def test_a_run_that_is_already_past_the_end_of_its_schedule_is_looked_at() -> None:
+    """As after a resume with a shorter one."""
+    r = rule(total_steps=7, target=1.0)
+    r.observe(19, 3.0)
+    assert r.look_due(20)
+    r.looked(20, 0.9)
+    assert r.reason(20, 0.0) == "target"
+
+
 def test_the_state_survives_json() -> None:
     r = rule(target=1.0)
     r.observe(0, 0.5)

@@ -301,6 +301,17 @@ def test_a_schedule_that_misses_the_target_ends(make_trainer: MakeTrainer) -> No
     assert any("2 steps at most" in note for note in memory.notes)
 
 
+@pytest.mark.parametrize("limit", [{"overtime": 0}, {"max_steps": 8}])
+def test_a_run_that_ends_with_its_schedule_does_not_say_that_it_goes_on(
+    make_trainer: MakeTrainer, limit: dict[str, int]
+) -> None:
+    schedule = ScheduleConfig(total_steps=8, passes=None)
+    trainer, memory = make_trainer(schedule=schedule, stopping=StoppingConfig(target=0.01, **limit))
+    trainer.train()
+    assert trainer.state.n_steps == 8
+    assert not any("going on" in note for note in memory.notes)
+
+
 def test_shifted_grids_can_stop_on_the_offset_loss(make_trainer: MakeTrainer) -> None:
     trainer, memory = make_trainer(
         windows=WindowConfig(16, 4, order="shifted"),
@@ -329,6 +340,23 @@ def test_patience_stops_when_heldout_text_gets_no_better(make_trainer: MakeTrain
     assert min(taken[-2:]) >= min(taken[:-2])
     with pytest.raises(ConfigError, match="held-out"):
         make_trainer(stopping=stopping)
+
+
+def test_patience_waits_for_whole_windows(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
+    """While all windows are read in pieces no position past a piece is trained, and held-out text shows that alone."""
+    trainer, memory = make_trainer(
+        windows=WindowConfig(16, 4, pieces=2, short_fraction=0.5),
+        schedule=ScheduleConfig(total_steps=40, passes=None),
+        stopping=StoppingConfig(target=0, patience=99),
+        heldout=tokens,
+    )
+    remaining_s = remaining(trainer, 3600.0)
+    trainer.train()
+    taken = [line["step"] + 1 for line in memory.metrics if "heldout/loss" in line]
+    assert taken[0] == trainer.windows.n_short + 1
+    assert len(taken) == 1 + (40 - taken[0]) // trainer.stop_rule.heldout_steps
+    of_network = clock(40 * 3600 + len(taken) * evaluation_s(trainer, len(tokens), 64 / 3600))
+    assert remaining_s.startswith(f"left: {of_network} of training")
 
 
 class BeforeLoss:

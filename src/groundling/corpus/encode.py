@@ -99,6 +99,8 @@ def write_tokens(
                     recorded = partial.done.n_bytes
                 if progress:
                     progress(partial.done.n_bytes, total_bytes)
+            if partial.done.n_tokens < 2:
+                raise CorpusError(_too_short(documents))
             partial.finish(path)
         except CorpusError:  # no other try can end better
             partial.discard()
@@ -108,6 +110,16 @@ def write_tokens(
                 partial.record()
             raise
     return TokenFile.open(path)
+
+
+def _too_short(documents: Sequence[Document]) -> str:
+    """What is said of documents, one at most, that give fewer than two tokens."""
+    which = documents[0].name if documents else "the text"
+    if documents and documents[0].start:
+        which, advice = f"the part of {which} that is held out", "hold out more, or name a held-out text"
+    else:
+        advice = "give a longer text"
+    return f"{which} has fewer tokens than the two that are needed to predict one from the other: {advice}"
 
 
 def _whole(path: Path, source: str) -> TokenFile | None:
@@ -214,11 +226,6 @@ class PartialFile:
 
     def finish(self, path: Path) -> None:
         """Write the header, sync, and take the final name."""
-        if self.done.n_tokens < 2:
-            raise CorpusError(
-                f"the text has {self.done.n_tokens} tokens, and at least two are needed to predict one from "
-                f"the other: give a longer text"
-            )
         self._file.flush()
         tokens_sum = hashlib.sha256()
         self._file.seek(shards.HEADER_BYTES)

@@ -46,8 +46,10 @@ class ObjectiveConfig:
     """h: goldfish decides by a hash of so many tokens before the target; a text's first h are always counted."""
 
     def __post_init__(self) -> None:
-        if self.drop_every < 2:
-            raise ConfigError(f"objective.drop_every is {self.drop_every}: give 2 or more, or --loss plain")
+        if not 2 <= self.drop_every < 2**63:
+            raise ConfigError(
+                f"objective.drop_every is {self.drop_every}: give 2 or more, below 2**63, or --loss plain"
+            )
         if self.context < 1:
             raise ConfigError(f"objective.context is {self.context}: give a positive number of tokens")
 

@@ -24,6 +24,7 @@ from groundling.corpus.shards import TokenFile
 from groundling.corpus.sources import STANDARD_INPUT, TINY_SHAKESPEARE, find_documents, refuse_overlap
 from groundling.corpus.tokenizer import Tokenizer, parse_tokenizer_spec, train_tokenizer
 from groundling.errors import CorpusError
+from groundling.files import home_expanded
 
 CACHE_NAME_CHARS = 32
 """Of a SHA-256 in hexadecimal, 128 bits: no two texts share it by chance."""
@@ -194,7 +195,7 @@ def _tokenizer_of_tokens(config: CorpusConfig) -> Tokenizer:
 
 
 def _open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:
-    file = TokenFile.open(Path(source).expanduser())
+    file = TokenFile.open(home_expanded(source))
     if (largest := file.max_token()) >= tokenizer.n_vocab:
         raise CorpusError(
             f"{source} has the token {largest}, and the tokenizer {tokenizer.name} ends at "
@@ -218,7 +219,7 @@ def _measure(file: TokenFile, tokenizer: Tokenizer) -> tuple[int, int]:
 
 def _short_name(sources: Sequence[str]) -> str:
     """The first source, in lower case, with hyphens for all but letters and digits, and how many follow."""
-    path = Path("standard-input" if sources[0] == STANDARD_INPUT else sources[0]).expanduser()
+    path = home_expanded("standard-input" if sources[0] == STANDARD_INPUT else sources[0])
     while glob.has_magic(path.name):  # of a glob, the folder that it searches
         path = path.parent
     plain = unicodedata.normalize("NFKC", path.resolve().stem).lower()

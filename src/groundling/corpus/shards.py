@@ -122,8 +122,8 @@ class TokenFile:
 
     def split(self, fraction: float) -> tuple[Self, Self]:
         """The file without its last `fraction` of tokens, and that tail; two views of one mapping."""
-        cut = self.n_tokens - round(fraction * self.n_tokens)
-        if not (0 < fraction < 1 and 2 <= cut <= self.n_tokens - 2):
+        cut = self.n_tokens - round(fraction * self.n_tokens) if 0 < fraction < 1 else 0
+        if not 2 <= cut <= self.n_tokens - 2:
             raise CorpusError(
                 f"{self.path} with {self.n_tokens:,} tokens cannot be split at heldout_fraction={fraction}: "
                 f"each side needs two tokens"

@@ -32,7 +32,7 @@ from groundling.corpus import plays
 from groundling.corpus.binary import HEAD_BYTES, PIPED, refuse_binary
 from groundling.corpus.documents import Document
 from groundling.errors import CorpusError
-from groundling.files import HASH_BLOCK_BYTES
+from groundling.files import HASH_BLOCK_BYTES, home_expanded
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 STANDARD_INPUT = "-"
@@ -85,7 +85,7 @@ def _find(name: str, cache_dir: Path) -> list[Document]:
         return _packaged(name)
     if not name:
         raise CorpusError("an empty name was given as a text: name a file, a folder or a packaged text")
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.is_dir():
         return _folder(path)
     if path.exists() or path.is_symlink():

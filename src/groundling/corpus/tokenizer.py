@@ -25,12 +25,12 @@ from tokenizers import models, pre_tokenizers, trainers
 from groundling.corpus.documents import Document
 from groundling.corpus.packages import package_file
 from groundling.errors import CheckpointError, CorpusError
-from groundling.files import write_text
+from groundling.files import home_expanded, write_text
 from groundling.json_files import read_object
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB = 257
-"""256 bytes and `<|endoftext|>`."""
+MIN_VOCAB, MAX_VOCAB = 257, 1 << 20
+"""256 bytes and `<|endoftext|>`; more than any tokenizer.json of `MAX_BYTES` holds, and few enough to count with."""
 MAX_BYTES, SPARE_BYTES, BYTES_PER_ID = 16 << 20, 1 << 16, 1 << 10
 """Of a tokenizer.json: at most, and in a model with fewer ids. GPT-2's takes 3.8 MB in its widest spelling, 76 bytes
 for each id."""
@@ -294,11 +294,13 @@ def train_tokenizer(documents: Iterable[Document], n_vocab: int) -> Tokenizer:
 
 
 def check_n_vocab(n_vocab: int) -> None:
-    """Raises `CorpusError` if a vocabulary of that size cannot hold every byte and `<|endoftext|>`."""
+    """Raises `CorpusError` if a vocabulary of that size cannot hold every byte and `<|endoftext|>`, or is too large."""
     if n_vocab < MIN_VOCAB:
         raise CorpusError(
             f"train:{n_vocab} is too small a vocabulary: 256 bytes and {END_OF_TEXT} need {MIN_VOCAB} ids"
         )
+    if n_vocab > MAX_VOCAB:
+        raise CorpusError(f"train:{n_vocab} is too large a vocabulary: {MAX_VOCAB:,} ids are the most")
 
 
 def parse_tokenizer_spec(spec: str) -> int | Path | None:
@@ -314,7 +316,7 @@ def parse_tokenizer_spec(spec: str) -> int | Path | None:
             raise CorpusError(f"the tokenizer {spec} does not say how many ids: write it as train:4096")
         check_n_vocab(int(number))
         return int(number)
-    path = Path(spec).expanduser()
+    path = home_expanded(spec)
     if not path.is_file():
         raise CorpusError(
             f"there is no tokenizer {spec}: give gpt2, train:N (such as train:4096), or the path of a tokenizer.json"

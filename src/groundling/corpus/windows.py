@@ -31,6 +31,9 @@ from groundling.kernels.reference import IGNORED_TARGET
 PERMUTATION, SHIFT, OFFSETS = 0, 1, 2
 """Purposes of random draws, so that none shares a stream with another."""
 
+MOST_WINDOWS = 1 << 20
+"""In one step: far beyond any use, and few enough that a list of them fits in memory."""
+
 
 @dataclass(frozen=True)
 class WindowConfig:
@@ -55,6 +58,8 @@ class WindowConfig:
     run."""
 
     def __post_init__(self) -> None:
+        if self.batch_size > MOST_WINDOWS:
+            raise ConfigError(f"windows.batch_size is {self.batch_size}: give {MOST_WINDOWS:,} or less")
         for name in ("length", "batch_size", "pieces"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"windows.{name} is {getattr(self, name)}: give a positive number")

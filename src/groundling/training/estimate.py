@@ -180,7 +180,8 @@ def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
         return 0.0
     n_tokens = trainer.final_reads()["heldout/loss"]
     rule = trainer.stop_rule
-    n_left = max(0, end - rule.state.heldout_at_step) // rule.heldout_steps
+    begun = max(rule.state.heldout_at_step, trainer.windows.n_short + 1 - rule.heldout_steps)
+    n_left = max(0, end - begun) // rule.heldout_steps
     return n_left * evaluation_s(trainer, n_tokens, tokens_per_s)
 
 

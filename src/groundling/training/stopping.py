@@ -181,7 +181,7 @@ class StopRule:
         config, look = self.config, self._look()
         if config.measure == "train/loss" or not config.target or (look and look.n_steps == n_steps):
             return False
-        if n_steps in (self.total_steps, self.last_step):
+        if n_steps == self.total_steps or n_steps >= self.last_step:  # beyond it, where a resume shortened the schedule
             return True
         ema = self.state.loss_ema
         if ema is None:

@@ -231,12 +231,14 @@ class Trainer:
             loss = self.take(name)
             rule.looked(n_steps, loss)
             self.sinks.write(n_steps - 1, {name: loss})
-            if n_steps == self.total_steps and not rule.reached(n_steps):
+            if n_steps == self.total_steps and not rule.reason(n_steps, self.state.wall_s):
                 more = rule.last_step - n_steps
                 self.sinks.note(
                     f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
-        if rule.heldout_due(n_steps):
+        if n_steps > self.windows.n_short and rule.heldout_due(
+            n_steps
+        ):  # until then no position past a piece is trained
             loss = self.take("heldout/loss")
             rule.observe_heldout(n_steps, loss)
             self.sinks.write(n_steps - 1, {"heldout/loss": loss})
