@@ -64,7 +64,7 @@ examples:
 
 
 class Unheard:
-    """Standard error, whose reader may leave, as `tee` does at Ctrl-C: what is said then goes nowhere, and we go on."""
+    """A stream whose reader may leave, as `tee` does at Ctrl-C: what is said then goes nowhere, and we go on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = Unheard(sys.stderr)
         if isinstance(sys.stdout, io.TextIOWrapper):  # of another encoding than UTF-8, perhaps
             sys.stdout.reconfigure(errors="backslashreplace")
+        if words[0] == "serve":  # other commands end when nobody reads what they print
+            sys.stdout = Unheard(sys.stdout)
     try:
         return _run(words[0], words[1:])
     except UserError as error:

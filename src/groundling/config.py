@@ -111,7 +111,22 @@ class RunConfig:
 
     def as_yaml(self) -> str:
         """The resolved configuration, readable by `--config`."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)  # type: ignore[no-any-return]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 1e5, which PyYAML writes as they are and readers of newer YAML take for numbers."""
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 def preset_path(name: str) -> Path:

@@ -283,11 +283,14 @@ def available_cores() -> int:
 def cache_dir() -> Path:
     """Where token files and fetched packages are kept.
 
-    $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling.
+    $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling. Raises `ConfigError` without any.
     """
     if chosen := os.environ.get("GROUNDLING_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder to keep a cache in: set GROUNDLING_CACHE to a folder") from None
 
 
 def api_key() -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names, pres
 
 from .bottles import steps, train
 
+RECORDS = Path(__file__).parents[2] / "docs" / "record"
 ONE_STEP = ("--max-steps", "1", "--evaluation.final", "none")
 
 
@@ -29,6 +32,35 @@ def test_presets_say_their_name_and_survive_a_round_trip(name: str, tmp_path: Pa
     path = tmp_path / "dumped.yaml"
     path.write_text(config.as_yaml())
     assert parse_run(run_parser("train", "", "", path), []) == config
+
+
+def test_texts_that_look_like_numbers_survive_a_round_trip(tmp_path: Path) -> None:
+    """PyYAML writes 1e5 as it is, and jsonargparse reads a number there: such a run could not be resumed."""
+    config = replace(load_preset("penny"), prompts=("1e5", "6.02e23", ".5", "nan", "1_0", "no", "Zoë", "🍾"))
+    path = tmp_path / "dumped.yaml"
+    path.write_text(config.as_yaml(), encoding="utf-8")
+    assert parse_run(run_parser("train", "", "", path), []) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["🍾.txt", "Zoë\u2028\x85.txt", "1e5", "[a, b].txt", 'it\'s "so".txt', "a" * 300, "\\ud83c"]
+)
+def test_any_name_of_a_text_is_taken_as_it_is(name: str) -> None:
+    assert parse("--corpus", name, "other.txt").text.sources == (name, "other.txt")
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/config.yaml")), ids=lambda path: path.parent.name)
+def test_the_configurations_on_record_repeat_their_runs(path: Path) -> None:
+    """Whatever has become of their presets since."""
+    record = json.loads((path.parent / "record.json").read_text())["config"]
+    again = parse("--config", str(path)).as_dict()
+    for section, settings in record.items():
+        values = again[section]
+        same = {name: values[name] for name in settings} if isinstance(settings, dict) else values
+        assert same == settings, section
+    assert again["optim"]["kind"] == record["optim"].get("kind", "adamw")
+    assert again["windows"]["pieces"] == record["windows"].get("pieces", 1)
+    assert again["initial_positions"] == record.get("initial_positions", "random")
 
 
 def test_preset_then_file_then_flags(workplace: Path, run: Path) -> None:

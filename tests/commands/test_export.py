@@ -170,6 +170,10 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
         export.check_target(target, overwrite=True)
     (target / "model.safetensors").touch()
     export.check_target(target, overwrite=True)
+    (target / "optimizer.pt").touch()
+    with pytest.raises(UserError, match="no export has written"):
+        export.check_target(target, overwrite=True)
+    (target / "optimizer.pt").unlink()
     (target / "src").mkdir()
     with pytest.raises(UserError, match="no export has written"):
         export.check_target(target, overwrite=True)

@@ -291,12 +291,14 @@ def test_the_verdict_is_plain(losses: tuple[float | None, float | None, float], 
         (["runs/bottles", "--out", "folder.html"], "is a folder"),
         (["runs/bottles", "--out", "runs/bottles/record.html"], "runs/bottles/record.json"),
         (["runs/bottles", "--out", "bottles.txt/report.html"], "is a file"),
+        (["runs/bottles", "--out", "mine.html"], "mine.html is there already"),
     ],
 )
 def test_wrong_input_gets_one_sentence(
     workplace: Path, run: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("folder.html").mkdir(exist_ok=True)
+    Path("mine.html").write_text("a page of the user's own")
     assert main(["report", *arguments]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("groundling: ")

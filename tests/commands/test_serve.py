@@ -133,6 +133,18 @@ def test_without_gradio_it_says_so_and_serves_the_api(run: Path, tmp_path: Path)
     assert log.count("\n") == 2
 
 
+def test_it_goes_on_when_nobody_reads_its_log(run: Path) -> None:
+    with served(str(run), "--no-page") as (address, process), httpx.Client(base_url=address) as client:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert [client.get("/health").status_code for _ in range(3)] == [200] * 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in process.stderr.read()
+        process.stdout = None  # so that nothing more is read of it
+
+
 def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     for arguments, words in (
@@ -142,6 +154,7 @@ def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.Capture
         (["--max-concurrency", "0"], "--max-concurrency is 0"),
         (["--timeout", "0"], "--timeout is 0"),
         (["--api-key", " "], "the API key is empty"),
+        (["--api-key", "clé"], "not plain ASCII"),
         (["--max-connections-per-address", "-1"], "--max-connections-per-address is -1"),
         (["--port", "0", "--allowed-host", "https://a.example"], "--allowed-host is 'https://a.example': give a name"),
         (["--port", "0", "--allowed-host", "a.example:443"], "without scheme or port"),

@@ -62,6 +62,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--corpus"], "--corpus needs a value"),
     (["--config", "latin1.yaml"], "latin1.yaml"),
     (["--config", "misplaced.yaml"], "misplaced.yaml sets 'out'"),
+    (["--config", "undated.yaml"], "undated.yaml cannot be read: day is out of range"),
+    (["--corpus", "\udcff.txt"], "is not valid UTF-8"),
     (["--seed", "18446744073709551616"], "seed"),
     (["--schedule.passes", ".inf"], "passes"),
     (["--schedule.passes", "1e308"], "schedule.passes is 1e+308: give"),
@@ -88,6 +90,7 @@ def test_wrong_input_gets_one_sentence(
     Path("binary.txt").write_bytes(b"text\0and more")
     Path("unknown-key.yaml").write_text("schedule: {peek: 3}\n")
     Path("flat.yaml").write_text("schedule: 5\n")
+    Path("undated.yaml").write_text("prompts: [2024-02-30]\n")
     Path("misplaced.yaml").write_text("out: runs/elsewhere\n")
     Path("latin1.yaml").write_bytes(b"preset: caf\xe9\n")
     if not Path("fifo").exists():

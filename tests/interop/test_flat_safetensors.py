@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.interop import flat_safetensors
+from groundling.interop.trained import open_trained
 from groundling.interop.verification import VerificationFailed
 
 from .conftest import SHAPES, MakeTrained
@@ -84,19 +85,28 @@ def test_it_loads_strictly_into_code_like_nanogpts(make_trained: MakeTrained, tm
 @pytest.mark.parametrize(
     ("record", "metadata"),
     [
-        ({}, None),
-        ({"first_batch_below_target": None}, None),
+        ({}, {"step": None, "loss": None}),
+        ({"first_batch_below_target": None}, {"step": None, "loss": None}),
         ({"steps": 7, "first_batch_below_target": None, "loss": "plain"}, {"step": 7, "loss": None}),
         ({"steps": 7, "first_batch_below_target": {"step": 5, "loss": 0.09}}, {"step": 7, "loss": 0.09}),
         ({"steps": 2145, "train_loss": 0.0981}, {"step": 2145, "loss": 0.0981}),
     ],
 )
 def test_the_metadata_says_what_is_known(
-    make_trained: MakeTrained, tmp_path: Path, record: dict[str, object], metadata: dict[str, object] | None
+    make_trained: MakeTrained, tmp_path: Path, record: dict[str, object], metadata: dict[str, object]
 ) -> None:
-    flat_safetensors.write(replace(make_trained("small"), record=record), tmp_path / "out", "fp32")
-    path = tmp_path / "out" / "metadata.json"
-    assert (json.loads(path.read_text()) if path.exists() else None) == metadata
+    trained = replace(make_trained("small"), record=record, window=5)
+    flat_safetensors.write(trained, tmp_path / "out", "fp32")
+    said = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert said == metadata | {"groundling_window": 5}
+
+
+def test_it_comes_back_with_the_window_of_training(make_trained: MakeTrained, tmp_path: Path) -> None:
+    """The positions past it were never trained."""
+    trained = replace(make_trained("small"), window=5)
+    flat_safetensors.write(trained, tmp_path / "out", "fp32")
+    for source in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        assert open_trained(source, n_head=trained.model.config.n_head).window == 5
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.attn.bias", "transformer.h.0.mlp.c_fc.weight"])

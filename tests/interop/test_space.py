@@ -86,7 +86,9 @@ def test_what_the_hub_reads(tmp_path: Path) -> None:
     extra = [line for line in distribution("groundling").requires or [] if re.search("extra == .serve.", line)]
     assert {line.partition(";")[0].strip() for line in extra if not line.startswith("gradio")} <= set(needed)
     assert not any("extra" in line or "groundling" in line or "gradio" in line for line in needed)
-    compile((tmp_path / "app.py").read_text(), "app.py", "exec")
+    app = (tmp_path / "app.py").read_text()
+    compile(app, "app.py", "exec")
+    assert '"--max-connections-per-address", "0"' in app  # all visitors come by the hub's proxy
 
 
 @pytest.fixture(scope="module")

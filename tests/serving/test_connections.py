@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -141,6 +142,25 @@ def test_who_reads_nothing_is_gone_too(serve: Serve, held: ExitStack, monkeypatc
         # The answers are more than the system's buffers hold.
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
         eventually(lambda: raw(server, HEALTH, source=OTHER).startswith(b"HTTP/1.1 200 "))
+
+
+def test_who_reads_slowly_is_waited_for() -> None:
+    """As long as some of what is unread was read each time; asyncio itself tells only of what was read to its end."""
+    loop, transport = Mock(), Mock()
+    protocol = object.__new__(connections.Protocol)
+    protocol.loop, protocol.transport, protocol.flow = loop, transport, Mock()
+    transport.get_write_buffer_size.return_value = 1000
+    protocol.pause_writing()
+    for n_unread in (900, 10):
+        (seconds, then, *arguments), _ = loop.call_later.call_args
+        assert seconds == connections.UNREAD_TIMEOUT_S
+        transport.get_write_buffer_size.return_value = n_unread
+        then(*arguments)
+        assert not transport.abort.called
+    assert loop.call_later.call_count == 3
+    (_, then, *arguments), _ = loop.call_later.call_args
+    then(*arguments)
+    assert transport.abort.called
 
 
 def test_a_flood_is_told_and_leaves_nothing(serve: Serve, held: ExitStack) -> None:

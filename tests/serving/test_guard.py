@@ -222,6 +222,28 @@ def test_ending_lets_answers_come_to_their_end(serve: Serve) -> None:
         client.get("/health")
 
 
+def test_who_is_cut_off_by_the_end_is_told_so(serve: Serve) -> None:
+    """In the API's own words, and as a stream ends."""
+    answers: dict[bool, httpx.Response] = {}
+
+    def ask(streamed: bool) -> None:
+        body = {"model": "bottles", "max_tokens": 4096, "seed": 1, "stream": streamed}
+        answers[streamed] = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+
+    with serve(n_slots=2, drain_s=0) as server:
+        threads = [threading.Thread(target=ask, args=(streamed,)) for streamed in (False, True)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.engine.n_running == 2)
+    for thread in threads:
+        thread.join()
+    assert answers[False].status_code == 503
+    assert answers[False].json()["error"]["code"] == "cancelled"
+    *_, last, done = (line for line in answers[True].text.splitlines() if line)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "cancelled"
+    assert done == "data: [DONE]"
+
+
 def test_other_origins_are_not_let_in(running: Running) -> None:
     preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     answers = [

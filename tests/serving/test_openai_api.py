@@ -215,13 +215,19 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": [[-1] * 65_536] * 5}, 400, "prompt"),
     ({"prompt": [[]]}, 400, "prompt"),
     ({"prompt": [270]}, 400, "id 270"),
-    ({"prompt": [-1]}, 400, "prompt"),
+    ({"prompt": [-1]}, 400, "prompt: input should be greater than or equal to 0"),
+    ({"prompt": [5, 1.5]}, 400, "prompt: input should be a valid integer"),
+    ({"prompt": ["x", 5]}, 400, "prompt: input should be a valid string"),
+    ({"prompt": [[5], [-1]]}, 400, "prompt: input should be greater than or equal to 0"),
     ({"prompt": [True]}, 400, "prompt"),
     ({"prompt": "wall " * 40}, 400, "shorten it"),
     ({"prompt": "x" * 70_000}, 400, "prompt"),
     ({"prompt": {"a": 1}}, 400, "prompt"),
-    ({"prompt": None}, 400, "prompt"),
+    ({"prompt": 5}, 400, "prompt: input should be a valid string"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"stream": True, "stream_options": {"include_all": True}}, 400, "no setting 'stream_options.include_all'"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, 400, "stream_options: input should be False"),
+    ({"body": 1}, 400, "no setting 'body'"),
     ({"presence_penalty": 1}, 400, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
     ({"suffix": "end"}, 400, "suffix"),
@@ -255,6 +261,13 @@ def test_a_body_that_is_no_request_is_refused(running: Running, body: bytes) -> 
 def test_neutral_values_of_what_is_not_offered_are_taken(running: Running) -> None:
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "suffix": None, "best_of": 1}
     assert running.complete(**neutral, user="someone", top_k=-1, max_tokens=None).status_code == 200
+    streamed = {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}
+    assert running.complete(**streamed).status_code == 200
+
+
+def test_a_prompt_of_null_begins_a_new_document(running: Running) -> None:
+    same = [running.complete(prompt=prompt, seed=3, echo=True).json()["choices"] for prompt in (None, "")]
+    assert same[0] == same[1]
 
 
 def test_requests_together_get_what_they_get_alone(serve: Serve) -> None:

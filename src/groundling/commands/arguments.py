@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
-import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -146,7 +146,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no file {path}: give --config the path of a YAML file with settings") from None
     except OSError as error:
         raise ConfigError(f"the settings {path} cannot be read ({error.strerror}): give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # no UTF-8, a date that no calendar has
         raise ConfigError(f"the settings {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings: write `section: {{name: value}}`, as a run's config.yaml does")
@@ -230,8 +230,16 @@ def written_out(arguments: Sequence[str]) -> list[str]:
         elif target is None:
             first[flag] += [flag, values[0]]
         else:
-            rest.append(f"--{target}={json.dumps(values) if target in LISTS else values[0]}")
+            rest.append(f"--{target}={_flow_list(flag, values) if target in LISTS else values[0]}")
     return [word for flag in BEFORE_FLAGS for word in first[flag]] + rest
+
+
+def _flow_list(flag: str, values: list[str]) -> str:
+    """Strings as YAML has them on one line."""
+    for value in values:
+        if any(0xD800 <= ord(character) < 0xE000 for character in value):  # bytes that the terminal's encoding lacks
+            raise ConfigError(f"{flag} {value!r} is not valid UTF-8: give it in the terminal's encoding")
+    return yaml.safe_dump(values, default_flow_style=True, default_style='"', width=math.inf).strip()  # type: ignore[no-any-return]
 
 
 def _size_flags(name: str) -> list[str]:

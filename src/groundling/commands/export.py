@@ -68,6 +68,8 @@ MARKS = (
     {"index.html", "model.gguf"},
 )
 """Files that each folder of an export has, one of these pairs."""
+OF_TRAINING = ("optimizer.", "trainer_state.", "training_args.")
+"""How files begin that transformers' Trainer keeps beside a model, to go on with it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -95,8 +97,9 @@ def main(arguments: list[str]) -> int:
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
 
-    A folder is replaced only if it is empty or holds what exports do, which is files alone: never a run, a repository,
-    or whatever else has a config.json. A file is replaced only if it is empty or GGUF, the one format that is a file.
+    A folder is replaced only if it is empty or holds what exports do: files alone, a model's, and nothing that training
+    goes on with; so never a run, a repository, or a checkpoint of another trainer. A file is replaced only if it is
+    empty or GGUF, the one format that is a file.
     """
     if target.name in ("", ".."):
         raise ConfigError(f"--out is {target}: give the name of what is to be written")
@@ -105,6 +108,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     held = list(target.iterdir()) if target.is_dir() else []
     names = {entry.name for entry in held}
     is_export = any(names >= marks for marks in MARKS) and not any(entry.is_dir() for entry in held)
+    is_export = is_export and not any(name.startswith(OF_TRAINING) for name in names)
     if held and not is_export:
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
     if target.exists() and not target.is_dir() and not (target.is_file() and _is_empty_or_gguf(target)):

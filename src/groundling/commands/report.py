@@ -97,6 +97,10 @@ def _out(options: Any, checkpoint: Path) -> Path:
     figures = out.with_suffix(".json")
     if figures.exists() and not _is_report(figures):
         raise ConfigError(f"--out is {out}, but {figures}, where its figures would go, is no report: give another name")
+    if out.exists() and not figures.exists():
+        raise ConfigError(
+            f"--out {out} is there already, without a report's {figures.name} beside it: give another name"
+        )
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir():
         raise ConfigError(f"--out is {out}, but {there} is a file: give another folder")

@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {options[name]}: give a number from {least} to {most:,}")
     key = options.api_key if options.api_key is not None else runtime.api_key()
-    if key is not None and not (key.strip() == key and key):
-        raise ConfigError("the API key is empty or has spaces around it: give another, or none")
+    if key is not None and not (key.strip() == key and key and key.isascii() and key.isprintable()):
+        raise ConfigError("the API key is empty, has spaces around it or is not plain ASCII: give another, or none")
     try:
         import groundling.serving.server
     except ImportError as error:

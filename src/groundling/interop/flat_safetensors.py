@@ -19,6 +19,7 @@ from torch import Tensor
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.files import write_json
+from groundling.interop.hub_folder import TRAINING, WINDOW
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed
 from groundling.model.gpt2 import GPT2
@@ -36,9 +37,7 @@ def write(trained: Trained, target: Path, precision: str) -> None:
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
     write_json(target / "config.json", {"block_size": config.n_ctx, "vocab_size": config.n_vocab, **sizes})
     trained.tokenizer.save(target / TOKENIZER)
-    metadata = metadata_of(trained.record)
-    if any(value is not None for value in metadata.values()):
-        write_json(target / "metadata.json", metadata)
+    write_json(target / TRAINING, metadata_of(trained.record) | {WINDOW: trained.window})
 
 
 def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:

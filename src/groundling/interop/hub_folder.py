@@ -20,6 +20,9 @@ from groundling.json_files import read_object
 CONFIG = "config.json"
 TRAINING = "metadata.json"
 """What the reference's script and `--format safetensors` write of the training: step, loss."""
+WINDOW = "groundling_window"
+"""Tokens of the windows of training, which exports of ours name in `CONFIG`, among transformers' own settings, or in
+`TRAINING`: the position table may be longer."""
 FORMS = {
     "model.safetensors": ("a folder with safetensors", safetensors_weights),
     "pytorch_model.bin": ("a folder with pickled weights", pickled_weights),
@@ -69,6 +72,7 @@ def with_neighbours(weights: Weights, folder: Path) -> Weights:
     if not record and (folder / TRAINING).exists():
         training = read_object(folder / TRAINING)
         record = training_record(training.get("step"), training.get("loss"))
+        settings = {WINDOW: training.get(WINDOW)} | settings
     return replace(weights, settings=settings, record=record, folder=folder)
 
 

@@ -24,7 +24,8 @@ from groundling.errors import ConfigError
 from groundling.files import write_json, write_text
 from groundling.generation.sampling import SamplingConfig
 from groundling.interop import model_card
-from groundling.interop.trained import WINDOW, Trained
+from groundling.interop.hub_folder import WINDOW
+from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, INIT_STD

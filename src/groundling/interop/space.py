@@ -34,7 +34,8 @@ from groundling.cli import main
 
 host = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")
 port = os.environ.get("GRADIO_SERVER_PORT", "7860")
-sys.exit(main(["serve", {model_literal}, "--name", {name_literal}, "--host", host, "--port", port]))
+behind_proxy = ["--max-connections-per-address", "0", "--max-queue", "128"]  # through which all visitors come
+sys.exit(main(["serve", {model_literal}, "--name", {name_literal}, "--host", host, "--port", port, *behind_proxy]))
 '''
 
 README = """---

@@ -17,15 +17,13 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, ConfigError
 from groundling.evaluation.report import UNPRINTABLE
 from groundling.interop.foreign import Imported
+from groundling.interop.hub_folder import WINDOW
 from groundling.interop.sources import is_run, open_foreign
 from groundling.interop.tensor_files import training_record
 from groundling.json_files import read_object
 from groundling.model.gpt2 import GPT2
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
-
-WINDOW = "groundling_window"
-"""What an export's config.json says besides transformers' own settings: `Trained.window`."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def _whole(value: object) -> object:
 
 WHOLE = BeforeValidator(_whole)
 """An integer as JSON has it: 1.0 is one, "1" and true are not."""
+NULL_IS_EMPTY = BeforeValidator(lambda value: "" if value is None else value)
 
 TokenIds = Annotated[
     list[Annotated[StrictInt, Field(ge=0), WHOLE]],
@@ -57,6 +58,8 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     """A last piece with the numbers of tokens."""
+    include_obfuscation: Literal[False] | None = None
+    """Not offered."""
 
 
 class CompletionRequest(BaseModel):
@@ -66,13 +69,14 @@ class CompletionRequest(BaseModel):
 
     model: str
     """A name that /v1/models lists."""
-    prompt: (
+    prompt: Annotated[
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    ) = ""
-    """A text, or several; or token ids. An empty text starts a new document."""
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+        NULL_IS_EMPTY,
+    ] = ""
+    """A text, or several; or token ids. An empty text, or null, starts a new document."""
     max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS), WHOLE] | None = DEFAULT_TOKENS
     """Tokens to write; with `echo` it may be 0."""
     n: Annotated[StrictInt, Field(ge=1, le=MAX_N), WHOLE] | None = 1

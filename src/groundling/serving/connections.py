@@ -20,7 +20,8 @@ from groundling.serving.openai_api import ApiError, wrong
 
 HEADER_TIMEOUT_S = 10.0
 UNREAD_TIMEOUT_S = 30.0
-"""How long a client may leave what was sent to it unread. A pass writes a few hundred bytes, a page's file 64 KiB."""
+"""How long a client may leave what was sent to it unread. A pass writes a few hundred bytes, a page's file 64 KiB, an
+answer with likelihoods some megabytes at once, of which it may read a part each time."""
 MAX_CONNECTIONS = 512
 """Half of the 1,024 files that a process may have open by default on Linux (getrlimit(2))."""
 MAX_PER_ADDRESS = 64
@@ -77,8 +78,7 @@ class Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        # Not closed: that would wait for the reader.
-        self._reading_due = self.loop.call_later(UNREAD_TIMEOUT_S, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -127,6 +127,16 @@ class Protocol(H11Protocol):
     def _await_headers(self, timeout_s: float) -> None:
         if self._headers_due is None:
             self._headers_due = self.loop.call_later(timeout_s, self.transport.close)
+
+    def _await_reader(self) -> None:
+        n_unread = self.transport.get_write_buffer_size()
+        self._reading_due = self.loop.call_later(UNREAD_TIMEOUT_S, self._end_unless_read, n_unread)
+
+    def _end_unless_read(self, n_unread: int) -> None:
+        if self.transport.get_write_buffer_size() < n_unread:
+            self._await_reader()
+        else:
+            self.transport.abort()  # not closed: that would wait for the reader
 
     def _stop_waiting_for_reader(self) -> None:
         if self._reading_due is not None:

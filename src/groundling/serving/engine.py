@@ -179,11 +179,16 @@ class Engine:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout=drain_s)
+        self.cut_off()
+        self._thread.join()
+
+    def cut_off(self) -> None:
+        """Take no more requests, and cancel those there are."""
         with self._changed:
+            self._closing = True
             for ticket in [*self._queue, *self._served.values()]:
                 ticket.cancel()
             self._changed.notify()
-        self._thread.join()
 
     def _look_for_room(self, client: str, n_new: int) -> None:
         """Raises `Busy` unless so many more texts of a client may wait: each while it holds fewer than are free."""

@@ -6,7 +6,6 @@ sentence, and no file makes the server fail.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from groundling.errors import CheckpointError
 from groundling.evaluation.charts import training_chart
 from groundling.evaluation.report import MEANINGS, duration, finite, percent, verdict_words
+from groundling.json_files import read_object
 from groundling.serving.page_html import escape
 from groundling.training.checkpoint import load_state, weights_sum
 from groundling.training.metrics import read_lines
@@ -23,6 +23,8 @@ TRAIN_MEANING = (
     "The mean over one step's own batch, before its update, smoothed: noisy, and taken of weights that were still"
     " changing. It never ends a run."
 )
+MAX_REPORT_BYTES = 64 << 20
+"""Of report.json, which has a line for every place at which a text of the report was copied from."""
 LOSSES = ("corpus/loss", "corpus/loss_offset", "heldout/loss")
 
 NOT_A_RUN = "This model was not served from a run folder, so nothing is known here of how it was trained."
@@ -39,7 +41,7 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
         target = float((settings.get("stopping") or {}).get("target") or 0)
         parts = [_verdict(settings, losses, target), _chart(lines, target, losses), _table(losses, lines)]
         parts += [_extraction(folder, checkpoint), _facts(folder, settings, n_steps, record)]
-    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
+    except (ArithmeticError, OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
         name = type(error).__name__
         parts = [f"<p>The files of the run cannot be read ({name}), so there is nothing to show of it.</p>"]
     return f'<div class="run">{"".join(parts)}</div>'
@@ -93,8 +95,12 @@ def _table(losses: Mapping[str, float | None], lines: list[dict[str, Any]]) -> s
 def _extraction(folder: RunFolder, checkpoint: Path) -> str:
     """How much can be drawn out of the model, if `groundling report` measured it on these weights."""
     try:
-        report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
-        if report["checkpoint"] != checkpoint.name or not report["extraction"]:
+        report = read_object(folder.path / "report.json", MAX_REPORT_BYTES)
+        weights = weights_sum(checkpoint)
+        of_these = report["checkpoint"] == checkpoint.name
+        if report["record"]:  # which a report has of a run that has ended
+            of_these = report["record"]["weights_sha256"] == weights
+        if not (of_these and report["extraction"]):
             raise KeyError
         extraction = report["extraction"]
         shares = {
@@ -102,7 +108,7 @@ def _extraction(folder: RunFolder, checkpoint: Path) -> str:
             for where in ("on_grid", "anywhere")
         }
         n_following = int(extraction["continuation"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ArithmeticError, OSError, ValueError, TypeError, KeyError, CheckpointError):
         return (
             "<h3>What it recites</h3><p>Not measured for these weights: <code>groundling report</code> writes"
             " report.json into the run's folder, and this page shows it from then on.</p>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,8 @@ from groundling.serving.guard import Guard, Limits
 from groundling.serving.openai_api import ApiError, Served, make_api, wrong
 
 KEEP_ALIVE_S = 15
+LAST_WORDS_S = 5
+"""For telling those whose texts were cut off, after the time for ending them."""
 BACKLOG = 256
 """Connections taken at a time: with `MAX_CONNECTIONS`, fewer than the files that a process may have open."""
 
@@ -74,6 +76,7 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # to an address made of the client's Host header
     )
+    app.state.cut_off = served.engine.cut_off
     access_log = AccessLog(log, config.log_prompts)
     registry = access_log.metrics.registry
     registry.register(EngineCollector(served.engine))
@@ -116,18 +119,27 @@ def make_app(
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     """One sentence for the first thing that is wrong with a body."""
-    errors = error.errors()
-    # A list of the wrong length is also no text, and no list of ids, which says less.
-    first = next((each for each in errors if each["type"] in ("too_long", "too_short")), errors[0])
+    first = max(error.errors(), key=_says_much)
     if first["type"] == "json_invalid":
         return wrong(f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')})")
     if first["type"] == "model_attributes_type" and isinstance(first.get("input"), (str, bytes)):
         return wrong("the body is not said to be JSON: send it with Content-Type: application/json")
-    where = [str(part) for part in first["loc"] if part != "body"]
+    where = [str(part) for part in first["loc"][1:]]  # after "body"
     name = where[0] if where else None
     if first["type"] == "extra_forbidden":
-        return wrong(f"there is no setting {str(name)[:100]!r} here: leave it out", name)
+        return wrong(f"there is no setting {'.'.join(where)[:100]!r} here: leave it out", name)
     return wrong(f"{name or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}", name)
+
+
+def _says_much(error: Mapping[str, Any]) -> tuple[object, ...]:
+    """How well this one, of all that pydantic finds, says what is wrong: where a value may be of several kinds it finds
+    something with each. A list of the wrong length is also no text, and no list of ids; otherwise the kind is meant
+    that fits the furthest."""
+    return (
+        error["type"] in ("too_long", "too_short"),
+        tuple(part for part in error["loc"] if isinstance(part, int)),
+        error["type"] not in ("string_type", "list_type"),
+    )
 
 
 class EngineCollector:
@@ -151,18 +163,30 @@ class EngineCollector:
 
 
 class Server(uvicorn.Server):
-    """Ends what would never end by itself before it waits for what will."""
+    """Ends what would never end by itself before it waits for what will, and cuts off what takes too long."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: int) -> None:
+        super().__init__(config)
+        self._state, self._drain_s = app.state, drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stop_page: Callable[[], None] = getattr(self.config.app.state, "stop_page", lambda: None)  # type: ignore[union-attr]
+        stop_page: Callable[[], None] = getattr(self._state, "stop_page", lambda: None)
         stop_page()
+        # Not left to uvicorn, which breaks off answers without a word.
+        cutting = asyncio.get_running_loop().call_later(self._drain_s, self._state.cut_off)
         await super().shutdown(sockets)
+        cutting.cancel()
 
 
 def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: AddPage) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
-    server = make_server(make_app(served, config, lambda line: print(line, flush=True), add_page), config)
+    server = make_server(make_app(served, config, _print_line, add_page), config)
     server.run([listener])
+
+
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk is no reason to serve no more
+        print(line, flush=True)
 
 
 def make_server(app: FastAPI, config: ServerConfig) -> Server:
@@ -181,7 +205,9 @@ def make_server(app: FastAPI, config: ServerConfig) -> Server:
             proxy_headers=False,  # anyone can write X-Forwarded-For, and clients take turns by address
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=config.drain_s,
+            timeout_graceful_shutdown=config.drain_s + LAST_WORDS_S,
             h11_max_incomplete_event_size=config.limits.max_header_bytes,
-        )
+        ),
+        app,
+        config.drain_s,
     )
