@@ -139,7 +139,7 @@ def seconds_each(product: Callable[[], object], synchronize: Callable[[], None],
             product()
         synchronize()
         seconds.append((time.perf_counter() - start) / n_products)
-        if queued and len(seconds) == CEILING_WARMUPS and seconds[-1] * n_products < QUEUED_SECONDS:
+        if queued and len(seconds) == CEILING_WARMUPS and min(seconds) * n_products < QUEUED_SECONDS:
             n_products, seconds = 2 * n_products, []
     return min(seconds[CEILING_WARMUPS:])
 
