@@ -111,7 +111,7 @@ class RunConfig:
 
     def as_yaml(self) -> str:
         """The resolved configuration, readable by `--config`."""
-        return yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)  # type: ignore[no-any-return]
+        return yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):

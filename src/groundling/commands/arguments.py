@@ -239,7 +239,7 @@ def _flow_list(flag: str, values: list[str]) -> str:
     for value in values:
         if any(0xD800 <= ord(character) < 0xE000 for character in value):  # bytes that the terminal's encoding lacks
             raise ConfigError(f"{flag} {value!r} is not valid UTF-8: give it in the terminal's encoding")
-    return yaml.safe_dump(values, default_flow_style=True, default_style='"', width=math.inf).strip()  # type: ignore[no-any-return]
+    return yaml.safe_dump(values, default_flow_style=True, default_style='"', width=math.inf).strip()
 
 
 def _size_flags(name: str) -> list[str]:
