@@ -236,9 +236,8 @@ class Trainer:
                 self.sinks.note(
                     f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
-        if n_steps > self.windows.n_short and rule.heldout_due(
-            n_steps
-        ):  # until then no position past a piece is trained
+        has_whole_windows = n_steps > self.windows.n_short  # before that no position past a piece is trained
+        if has_whole_windows and rule.heldout_due(n_steps):
             loss = self.take("heldout/loss")
             rule.observe_heldout(n_steps, loss)
             self.sinks.write(n_steps - 1, {"heldout/loss": loss})
