@@ -96,10 +96,9 @@ def _extraction(folder: RunFolder, checkpoint: Path) -> str:
     """How much can be drawn out of the model, if `groundling report` measured it on these weights."""
     try:
         report = read_object(folder.path / "report.json", MAX_REPORT_BYTES)
-        weights = weights_sum(checkpoint)
         of_these = report["checkpoint"] == checkpoint.name
         if report["record"]:  # which a report has of a run that has ended
-            of_these = report["record"]["weights_sha256"] == weights
+            of_these = report["record"]["weights_sha256"] == weights_sum(checkpoint)
         if not (of_these and report["extraction"]):
             raise KeyError
         extraction = report["extraction"]
