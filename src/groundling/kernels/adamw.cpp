@@ -52,6 +52,8 @@ double sum_of_squares(const float* values, int64_t size) {
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    fetch_ahead(values + i);
+    fetch_ahead(values + i + kLanes);
     add(load<Vec>(values + i), 0);
     add(load<Vec>(values + i + kLanes), 2);
   }
@@ -91,6 +93,10 @@ void update_block(const Parameter& p, const Update& update, int64_t start, int64
   uint16_t* copies = p.copy ? p.copy + start : nullptr;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
+    fetch_ahead(weights + i);
+    fetch_ahead(gradients + i);
+    fetch_ahead(firsts + i);
+    fetch_ahead(seconds + i);
     Vec weight = load<Vec>(weights + i), first = load<Vec>(firsts + i), second = load<Vec>(seconds + i);
     update(weight, load<Vec>(gradients + i), first, second);
     store(weights + i, weight);

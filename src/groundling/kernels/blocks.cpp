@@ -20,10 +20,10 @@ using namespace groundling;
 constexpr int64_t kBlockRows = 32;  // rows summed one after the other; blocks are then summed in their order
 constexpr float kEpsilon = 1e-5f;   // LayerNorm's, as in GPT-2's released code
 
-// The derivative of x s(2u), from s(2u).
-inline Vec gelu_slope(Vec x, Vec share) {
-  const Vec twice_u_slope = 1.59576912f * multiply_add(x * x, splat(3 * 0.044715f), splat(1.f));
-  return share * multiply_add(x * (1.f - share), twice_u_slope, splat(1.f));
+// The derivative of x s(2u), from s(2u) and x s(2u).
+inline Vec gelu_slope(Vec x, Vec share, Vec value) {
+  const Vec twice_u_slope = multiply_add(x * x, splat(1.59576912f * 3 * 0.044715f), splat(1.59576912f));
+  return multiply_add(multiply_add(-value, share, value), twice_u_slope, share);
 }
 
 template <class Function>
@@ -83,6 +83,8 @@ void add_layer_norm(int n_threads, int64_t n_rows, int64_t width, const float* x
     const int64_t at = row * width;
     Vec total{}, squares{};
     each_run(width, [&](int64_t c, auto n) {
+      fetch_ahead(x + at + c);
+      fetch_ahead(sums + at + c);
       const Vec value = read<Fp32>(x + at + c, n) + read<Update>(update + at + c, n);
       write<Fp32>(sums + at + c, value, n);
       total += value;
@@ -114,6 +116,8 @@ void add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t width, const
     const float mean = statistics[2 * row], scale = statistics[2 * row + 1];
     Vec along_one{}, along_value{};
     each_run(width, [&](int64_t c, auto n) {
+      fetch_ahead(sums + at + c);
+      fetch_ahead(d_x + at + c);
       const Vec d = read<Normed>(d_normed + at + c, n);
       const Vec value = (read<Fp32>(sums + at + c, n) - mean) * scale;
       add_to(totals + c, d * value, n);
@@ -183,9 +187,10 @@ void groundling_bias_gelu(int n_threads, int64_t n_rows, int64_t width, int bf16
     for (int64_t row = 0; row < n_rows; ++row)
       each_run(width, [&](int64_t c, auto n) {
         const int64_t at = row * width + c;
-        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias_at + c, n), share = gelu_share(x);
-        write<Format>(to + at, x * share, n);
-        if (with_slopes) write<Format>(products_at + at, gelu_slope(x, share), n);
+        const Vec x = read<Format>(products_at + at, n) + read<Fp32>(bias_at + c, n);
+        const Vec share = std::is_same_v<Format, Bf16> ? rough_gelu_share(x) : gelu_share(x), value = x * share;
+        write<Format>(to + at, value, n);
+        if (with_slopes) write<Format>(products_at + at, gelu_slope(x, share, value), n);
       });
   });
 }

@@ -47,6 +47,10 @@ inline V load(const void* from) {
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
+// Asks for what a sweep over memory comes to next. The CPU's own prefetching stops at each page of 4 KiB; of 1,024 to 8,192
+// bytes ahead these were the best (LOG.md).
+inline void fetch_ahead(const float* from) { __builtin_prefetch(reinterpret_cast<const char*>(from) + 2048); }
+
 // The first n lanes, where there may be no more; the others are 0.
 inline Vec load_some(const float* from, int64_t n) {
   if (n >= kLanes) return load<Vec>(from);
@@ -277,11 +281,24 @@ inline void write_some(typename Format::Element* to, Vec value, int64_t n) {
   std::memcpy(to, lanes, n * sizeof *to);
 }
 
+constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lower bits
+
+// x, but nothing outside [low, high]; what is no number stays. Compilers make two instructions of each comparison.
+inline Vec limited(Vec x, float low, float high) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#elif defined(__AVX__)
+  return (Vec)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
+#else
+  x = x < low ? splat(low) : x;
+  return x > high ? splat(high) : x;
+#endif
+}
+
 // e^x by x = n ln 2 + r and the Taylor series of e^r, |r| <= ln 2 / 2, to r^7 / 7!: within 2 units of the last place.
 inline Vec exponential(Vec x) {
-  x = x < -87.f ? splat(-87.f) : x;
-  x = x > 87.f ? splat(87.f) : x;  // whose inverse is no subnormal number either
-  const Vec shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  x = limited(x, -87.f, 87.f);  // whose inverses are no subnormal numbers either
+  const Vec shift = splat(kRounder);
   const Vec n = multiply_add(x, splat(1.44269504f), shift) - shift;
   // ln 2 in two parts (Cody and Waite 1980)
   const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
@@ -298,5 +315,22 @@ inline Vec gelu_share(Vec x) {
 }
 
 inline Vec gelu(Vec x) { return x * gelu_share(x); }
+
+// The same share within 2^-13, which is finer than bf16 by four bits, in two thirds of the time: by 2^x = 2^n 2^r and the
+// Taylor series of 2^r, |r| <= 1/2, to r^4.
+inline Vec rough_gelu_share(Vec x) {
+  constexpr float kFactor = -1.59576912f * 1.44269504f;
+  const Vec power = limited(x * multiply_add(x * x, splat(0.044715f * kFactor), splat(kFactor)), -126.f, 126.f);
+  const Vec rounded = power + kRounder, r = power - (rounded - kRounder);
+  Vec y = splat(9.6181291e-3f);
+  for (float c : {5.5504109e-2f, 0.24022651f, 0.69314718f, 1.f}) y = multiply_add(y, r, splat(c));
+  const Vec scale = (Vec)(((Ints)rounded + 127) << 23);
+  const Vec divisor = multiply_add(y, scale, splat(1.f));
+#if defined(__AVX512F__)
+  return (Vec)_mm512_rcp14_ps((__m512)divisor);
+#else
+  return 1.f / divisor;
+#endif
+}
 
 }  // namespace groundling
