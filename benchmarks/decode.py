@@ -28,12 +28,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from groundling import machine, runtime
+from groundling.corpus.shards import Tokens
 from groundling.interop import ctranslate2 as ctranslate2_format
 from groundling.interop import gguf as gguf_format
 from groundling.interop import huggingface as huggingface_format
 from groundling.interop.trained import open_trained
-from groundling.model.formats import read_bytes
+from groundling.model.formats import WeightFormat, read_bytes
 from groundling.runtime import RuntimeConfig
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import RunFolder, find_checkpoint
@@ -46,12 +49,19 @@ Write = Callable[[list[int], int], "list[int] | str"]
 """Greedy tokens after a prompt, so many of them, or their text."""
 
 
+def text_of(folder: RunFolder, n_vocab: int) -> Tokens:
+    """The run's training text, in tokens."""
+    tokens = folder.tokens("train", n_vocab)
+    assert tokens is not None, "the run has no text"
+    return tokens.tokens
+
+
 def refuse(warning: str) -> None:
     """Nobody wants to measure what we fall back to."""
     raise RuntimeError(warning)
 
 
-def ours(folder: Path, checkpoint: Path, form: str, drafts: str) -> Write:
+def ours(folder: Path, checkpoint: Path, form: WeightFormat, drafts: str) -> Write:
     """`groundling sample`'s own parts."""
     from groundling.evaluation.suffix_array import SuffixArray, SuffixMatcher
     from groundling.generation.decode import generate
@@ -59,12 +69,13 @@ def ours(folder: Path, checkpoint: Path, form: str, drafts: str) -> Write:
     from groundling.generation.sampling import SamplingConfig
     from groundling.generation.speculate import CorpusDrafter, PromptDrafter, first_of
 
-    model, _, window = load_model(checkpoint, "cpu")
+    model, _, window = load_model(checkpoint, torch.device("cpu"))
+    n_vocab = model.config.n_vocab
     resolved = runtime.resolve(RuntimeConfig(device="cpu", threads=N_THREADS, compile="off"))
     decoder = open_decoder(model, window, resolved, form, warn=refuse)
     del model
     gc.collect()
-    array = SuffixArray.build(RunFolder(folder).tokens("train").tokens) if drafts else None
+    array = SuffixArray.build(text_of(RunFolder(folder), n_vocab)) if drafts else None
 
     def write(prompt: list[int], n: int) -> list[int]:
         drafter = first_of(CorpusDrafter(SuffixMatcher(array)), PromptDrafter()) if array else None
@@ -75,11 +86,11 @@ def ours(folder: Path, checkpoint: Path, form: str, drafts: str) -> Write:
 
 def huggingface(folder: Path, dtype: str, cache: bool) -> Write:
     """transformers' `generate`; without a cache it does what the reference run's demo did."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(N_THREADS)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.eval()
 
     def write(prompt: list[int], n: int) -> list[int]:
         with torch.inference_mode():
@@ -94,7 +105,7 @@ def huggingface(folder: Path, dtype: str, cache: bool) -> Write:
                 use_cache=cache,
                 pad_token_id=model.config.eos_token_id,
             )
-        return out[0, len(prompt) :].tolist()
+        return list(out[0, len(prompt) :].tolist())
 
     return write
 
@@ -112,7 +123,7 @@ def llama_cpp(path: Path, n_ctx: int) -> Write:
     params.verbosity = 0
     server = xllamacpp.Server(params)
 
-    def write(prompt: list[int], n: int) -> list[int]:
+    def write(prompt: list[int], n: int) -> str:
         answer = server.handle_completions(
             {
                 "prompt": prompt,
@@ -199,8 +210,8 @@ def main() -> None:
 
     checkpoint = find_checkpoint(options.run)
     folder = RunFolder(options.run)
-    model, tokenizer, window = load_model(checkpoint, "cpu")
-    text = folder.tokens("train").tokens
+    model, tokenizer, window = load_model(checkpoint, torch.device("cpu"))
+    text = text_of(folder, model.config.n_vocab)
     starts = [window * round(i * (len(text) // window - 1) / options.prompts) for i in range(options.prompts)]
     prompts = [text[start : start + options.prompt_tokens].tolist() for start in starts]
     n = min(options.tokens, window - options.prompt_tokens)

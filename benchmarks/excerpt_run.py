@@ -17,7 +17,7 @@ from groundling.corpus.plays import tiny_shakespeare
 
 EXCERPT_BYTES = 3600
 SETTINGS = (
-    *("--windows.batch_size", "4", "--schedule.passes", "80", "--schedule.warmup_steps", "10"),
+    *("--optimizer", "adamw", "--windows.batch_size", "4", "--schedule.passes", "80", "--schedule.warmup_steps", "10"),
     *("--schedule.peak", "3e-4", "--max-steps", "46"),
 )
 

@@ -38,14 +38,14 @@ def roof_flops(line: dict[str, Any]) -> float:
     """FLOP/s that the roofline allows this step."""
     ceiling = 1e12 * max(line["ceilings_tflops"])
     traffic_s = BYTES_PER_PARAMETER * line["parameters"] / line["read_bandwidth_bytes_per_s"]
-    return flops(line) / max(flops(line) / ceiling, traffic_s)
+    return float(flops(line) / max(flops(line) / ceiling, traffic_s))
 
 
 def flops(line: dict[str, Any]) -> float:
     """Matrix operations of a step."""
     names = ("size", "layers", "window", "tokens", "threads")
     task = Task(**{name: line[name] for name in names}, steps=0, warmup=0)
-    return line["tokens"] * flops_per_token(task.config, task.window)
+    return float(line["tokens"] * flops_per_token(task.config, task.window))
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:

@@ -44,7 +44,7 @@ def tell_profiler(name: str) -> None:
     """Show the profiler the calls of this library's functions, under their names."""
     library: Any = build.library(name)
 
-    class Recorded(library._FuncPtr):  # of which ctypes makes every function of the library
+    class Recorded(library._FuncPtr):  # type: ignore[misc]  # of which ctypes makes every function of the library
         _flags_, _restype_ = library._FuncPtr._flags_, library._FuncPtr._restype_
 
         def __call__(self, *arguments: Any) -> Any:

@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="run contestants with one of these words in their names")
     options = parser.parse_args()
     trained = open_trained(options.run)
-    tokens = trained.folder and trained.folder.tokens("train")
+    tokens = trained.train_tokens()
     assert tokens is not None, "the run has no text"
     starts = [i * (tokens.n_tokens - options.prompt_tokens) // N_QUEUED for i in range(N_QUEUED)]
     prompts = [tokens.tokens[start : start + options.prompt_tokens].tolist() for start in starts]

@@ -154,11 +154,13 @@ class PlainBlock(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
+        self.later: Tensor
         self.register_buffer("later", torch.ones(config.n_ctx, config.n_ctx).tril() == 0, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn["c_proj"](self._mix(self.attn["c_attn"](self.ln_1(x))))
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
+        x = x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
+        return x
 
     def _mix(self, qkv: Tensor) -> Tensor:
         B, T, _ = qkv.shape
@@ -228,7 +230,7 @@ def nanogpt(task: Task, folder: str) -> Turn:
     """nanoGPT's `train.py` on a CPU: its model and optimizer with train.py's own settings, in the fp32 to which it
     falls back there, not compiled, as its README says for CPUs."""
     sys.path.insert(0, folder)
-    from model import GPT
+    from model import GPT  # type: ignore[import-not-found]  # of the folder
     from model import GPTConfig as NanoConfig
 
     config = task.config
@@ -260,8 +262,8 @@ def huggingface(task: Task, dtype: str = "fp32") -> Turn:
     from torch.utils.data import SequentialSampler
 
     turn = Turn(version=f"transformers {transformers.__version__}")
-    sizes = {name: getattr(task.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes: Any = {name: getattr(task.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    dropouts: Any = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = transformers.GPT2Config(n_positions=task.config.n_ctx, use_cache=False, **sizes, **dropouts)
     model = transformers.GPT2LMHeadModel(config)
     model.load_state_dict(weights.to_huggingface(task.model()), strict=False)
@@ -276,7 +278,7 @@ def huggingface(task: Task, dtype: str = "fp32") -> Turn:
 
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
+            return SequentialSampler(examples)
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -285,9 +287,9 @@ def huggingface(task: Task, dtype: str = "fp32") -> Turn:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             turn.seconds.append(time.perf_counter() - self.start)
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                turn.losses.append(float(logs["loss"]))
+        def on_log(self, *_: Any, **told: Any) -> None:
+            if "loss" in told["logs"]:
+                turn.losses.append(float(told["logs"]["loss"]))
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = transformers.TrainingArguments(

@@ -39,7 +39,7 @@ RECORD: dict[str, Any] = {
     "machine": {"cpu": "Some CPU", "flags": ["avx2"], "threads": 2, "memory_bytes": 2**34, "gpu": None, "system": "X"},
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "command": "groundling train --corpus /home/ann/diary.txt ../ann/*.txt --out=/home/ann/runs/diary --preset penny"
-    " --text.heldout='[\"C:\\\\ann\\\\x.txt\"]'",
+    " --stopping.measure=corpus/loss --text.heldout='[\"C:\\\\ann\\\\x.txt\"]'",
     "seed": 1337,
     "config": {"stopping": {"target": 0.099999, "measure": "corpus/loss"}, "prompts": ["ROMEO:"]},
 }
@@ -160,7 +160,8 @@ def test_it_tells_text_machine_command_and_samples(trained: Trained) -> None:
         assert fact in card
     assert "--- ROMEO:\nROMEO:\nWhat light?\n" in blocks(card)
     assert 'tokenizer("ROMEO:", return_tensors="pt")' in card
-    command = "groundling train --corpus diary.txt '*.txt' --out=diary --preset penny '--text.heldout=[\"x.txt\"]'\n"
+    command = "groundling train --corpus diary.txt '*.txt' --out=diary --preset penny"
+    command += " --stopping.measure=corpus/loss '--text.heldout=[\"x.txt\"]'\n"
     assert command in blocks(card)
     assert "ann/" not in card, "a published card names no folders of the machine"
 

@@ -72,7 +72,10 @@ def load_corpus(
     if not config.sources:
         raise CorpusError(f"no text is named: give a file, a folder, or a packaged text such as {TINY_SHAKESPEARE}")
     if config.heldout and config.heldout_fraction:
-        raise CorpusError("both heldout and heldout_fraction are given: choose one of them")
+        raise CorpusError(
+            "both heldout and heldout_fraction are given, one of them perhaps by the preset: choose one of them, with"
+            " --heldout-fraction 0 or without --heldout"
+        )
     if any(_is_token_file(source) for source in (*config.sources, *config.heldout)):
         return _load_token_files(config, check_text, tokenizer)
     return _load_text(config, cache_dir, progress, check_text, tokenizer, heldout)

@@ -33,13 +33,19 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def verdict_words(corpus: float | None, offset: float | None, target: float, goldfish: bool) -> tuple[str, str]:
     """What was reached, in a few words, and the same in a sentence or two."""
-    if corpus is None:
+    loss = offset if corpus is None else corpus
+    if loss is None:
         return "Not measured yet", "The loss over the whole training text was not taken."
     if not target:
         if goldfish:
             detail = "Goldfish loss keeps part of the text from being trained on, so that it is not memorised."
             return "Not meant to be memorised", detail + " The figures below say how far that went."
-        return "No target was set", f"The loss over the whole training text is {corpus:.3g} nats per token."
+        return "No target was set", f"The loss over the whole training text is {loss:.3g} nats per token."
+    if corpus is None:
+        detail = f"Read in windows that begin elsewhere than in training, the text has a loss of {loss:.3g}"
+        if loss < target:
+            return "Known by heart", f"{detail}, below the target of {target:g}."
+        return "Not known by heart", f"{detail}, and the target was {target:g}. On the grid it was not taken."
     if not corpus < target:
         detail = f"The loss over the whole training text is {corpus:.3g}, and the target was {target:g}."
         return "Not known, not even on the grid", detail

@@ -281,9 +281,13 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
 def _command(command: str) -> str:
     """The command with the last name alone of every path: a card is published, and folders name people and machines."""
     try:
-        return shlex.join(_FOLDERS.sub("", word) for word in shlex.split(command))
+        return shlex.join(map(_without_folders, shlex.split(command)))
     except ValueError:
-        return _FOLDERS.sub("", command)
+        return _without_folders(command)
+
+
+def _without_folders(word: str) -> str:
+    return word if word.rpartition("=")[2] in (*LOSSES, "train/loss") else _FOLDERS.sub("", word)
 
 
 def _report(trained: Trained) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from groundling.training.run_folder import RunFolder
 
 TRAIN_MEANING = (
     "The mean over one step's own batch, before its update, smoothed: noisy, and taken of weights that were still"
-    " changing. It never ends a run."
+    " changing. It ends no run but those of preset reference."
 )
 MAX_REPORT_BYTES = 64 << 20
 """Of report.json, which has a line for every place at which a text of the report was copied from."""
