@@ -36,7 +36,7 @@ def test_an_atomic_directory_is_whole_or_absent(tmp_path: Path) -> None:
     with files.atomic_directory(path) as directory:
         (directory / "a").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["directory"]
-    with pytest.raises(OSError, match="not empty"), files.atomic_directory(path) as directory:
+    with pytest.raises(CheckpointError, match="has come to be there"), files.atomic_directory(path) as directory:
         (directory / "a").write_text("second")
     assert (path / "a").read_text() == "whole"
 
@@ -83,9 +83,22 @@ def test_an_atomic_folder_does_not_replace_one_unasked(tmp_path: Path) -> None:
     path = tmp_path / "thing"
     path.mkdir()
     (path / "inner").write_text("first")
-    with pytest.raises(OSError, match="not empty"), files.atomic_path(path) as place:
+    with pytest.raises(CheckpointError, match="has come to be there"), files.atomic_path(path) as place:
         place.mkdir()
     assert (path / "inner").read_text() == "first"
+    assert [found.name for found in tmp_path.iterdir()] == ["thing"]
+
+
+def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+
+    def write(place: Path) -> None:
+        place.write_text("ours")
+        path.write_text("theirs")
+
+    with pytest.raises(CheckpointError, match="has come to be there"), files.atomic_path(path) as place:
+        write(place)
+    assert path.read_text() == "theirs"
     assert [found.name for found in tmp_path.iterdir()] == ["thing"]
 
 

@@ -13,6 +13,7 @@ import keyword
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from groundling import __version__, allocator
@@ -91,6 +92,11 @@ def lead_nowhere(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _nowhere() -> TextIO:
+    """In the place of a stream that was closed before we began."""
+    return Path(os.devnull).open("w", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -105,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments is None:  # this process is ours
         allocator.restart(words)
+        sys.stdout, sys.stderr = (stream or _nowhere() for stream in (sys.stdout, sys.stderr))
         sys.stderr = Unheard(sys.stderr)
         if isinstance(sys.stdout, io.TextIOWrapper):  # of another encoding than UTF-8, perhaps
             sys.stdout.reconfigure(errors="backslashreplace")

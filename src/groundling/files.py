@@ -132,7 +132,9 @@ def _renamed(path: Path, overwrite: bool) -> Iterator[Path]:
             if entry.is_file():
                 entry.chmod(mode)  # safetensors writes files that only their owner reads
             sync_file(entry)
-        if overwrite and (path.exists() or path.is_symlink()):
+        if path.exists() or path.is_symlink():
+            if not overwrite:
+                raise CheckpointError(f"{path} has come to be there meanwhile: give another name")
             _remove(replaced)
             path.rename(replaced)
         try:

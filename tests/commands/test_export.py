@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
 from groundling.cli import main
 from groundling.commands import export
@@ -99,15 +100,37 @@ def test_what_is_there_stays_until_the_new_is_whole(
 ) -> None:
     command = ["export", str(run), "--format", "safetensors", "--out", str(place / "out")]
     assert main(command) == 0
-    (place / "out" / "mine.txt").write_text("of the first")
+    (place / "out" / "README.md").write_text("of the first")
     assert main(command) == 2
     with monkeypatch.context() as patch:
         patch.setattr(flat_safetensors, "verify", _interrupt)
         assert main([*command, "--overwrite"]) == 130
-    assert (place / "out" / "mine.txt").exists()
+    assert (place / "out" / "README.md").exists()
     assert main([*command, "--overwrite"]) == 0
-    assert not (place / "out" / "mine.txt").exists()
+    assert not (place / "out" / "README.md").exists()
     assert [path.name for path in place.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), OSError("196608 requested and 9 written")])
+def test_a_disk_that_is_full_is_one_sentence(
+    place: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """As safetensors and NumPy say it."""
+
+    def save_file(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(flat_safetensors, "save_file", save_file)
+    assert main(["export", str(run), "--format", "safetensors", "--out", str(place / "out")]) == 1
+    assert f"out cannot be written ({error}): free the disk" in capsys.readouterr().err
+    assert list(place.iterdir()) == []
+
+
+def test_the_model_that_is_read_is_not_replaced(place: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--out", str(place / "out")]) == 0
+    command = ["export", str(place / "out"), "--format", "safetensors", "--out", str(place / "out"), "--overwrite"]
+    assert main(command) == 2
+    assert "the very model that is read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["write", "verify"])
@@ -169,9 +192,12 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no export has written"):
         export.check_target(target, overwrite=True)
     (target / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"thesis\.txt, which no export has written"):
+        export.check_target(target, overwrite=True)
+    (target / "thesis.txt").unlink()
     export.check_target(target, overwrite=True)
-    (target / "optimizer.pt").touch()
-    with pytest.raises(UserError, match="no export has written"):
+    (target / "optimizer.pt").touch()  # of another trainer
+    with pytest.raises(UserError, match=r"optimizer\.pt, which no export has written"):
         export.check_target(target, overwrite=True)
     (target / "optimizer.pt").unlink()
     (target / "src").mkdir()

@@ -80,13 +80,21 @@ def test_prompts_from_files_and_standard_input(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "whole.txt").write_bytes(b"two\r\nlines\n")
-    (tmp_path / "lines.txt").write_text("first\n\nsecond\u2028still\n", encoding="utf-8")
+    (tmp_path / "lines.txt").write_bytes("first\n\rsecond\u2028still\r".encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n")))
     whole, lines = str(tmp_path / "whole.txt"), str(tmp_path / "lines.txt")
     written = samples(
         capsys, run, "--prompt", "flag", "--prompt-file", whole, "--prompt-file", "-", "--prompt-lines", lines
     )
     assert [facts["prompt"] for facts in written] == ["flag", "two\nlines", "from a pipe", "first", "second\u2028still"]
+
+
+def test_a_closed_standard_input_is_said(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["sample", str(run), "--prompt-file", "-"]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
 
 
 def test_a_stop_string_ends_the_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from groundling.cli import main
 from groundling.commands.tracing import STYLES, Tracer, summary_line, trace_lines
 from groundling.corpus.plays import render_play
+from groundling.errors import UserError
 from groundling.training.run_folder import RunFolder
 
 from .bottles import SMALL, TEXT
@@ -117,6 +118,14 @@ def test_a_checkpoint_stands_for_its_run(run: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "text.txt").write_text(COPIED)
     checkpoint = next((run / "checkpoints").iterdir())
     assert "bottles.txt, line 27" in traced(capsys, str(checkpoint), str(tmp_path / "text.txt"))
+
+
+def test_a_checkpoint_elsewhere_has_no_text_of_another_run(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    lone = tmp_path / "other" / "best" / "kept"  # in a run's folder, but not where its checkpoints are
+    shutil.copytree(next((run / "checkpoints").iterdir()), lone)
+    with pytest.raises(UserError, match=r"lacks train\.bin"):
+        Tracer.of_run(lone)
 
 
 def test_on_a_terminal_spans_are_coloured_by_length(run: Path) -> None:

@@ -24,7 +24,12 @@ def in_memory(*texts: str) -> list[Document]:
 @given(sizes=st.lists(st.integers(1, 50), min_size=2, max_size=8), fraction=st.floats(0.001, 0.999))
 def test_whole_documents_are_held_out_from_the_end(sizes, fraction):
     whole = in_memory(*("x" * size for size in sizes))
-    train, heldout = split_heldout(whole, fraction)
+    try:
+        train, heldout = split_heldout(whole, fraction)
+    except CorpusError:
+        assert sizes[-1] > sum(sizes) / 2
+        assert sizes[-1] > 2 * fraction * sum(sizes)
+        return
     assert [*train, *heldout] == whole
     assert train
     assert heldout
@@ -58,6 +63,18 @@ def test_without_lines_it_is_split_at_a_word_and_without_words_at_a_character():
 def test_a_line_end_of_two_bytes_is_not_cut_in_two():
     (train,), (heldout,) = split_heldout(in_memory("abc def\r\n"), 0.2)
     assert (text_of(train), text_of(heldout)) == ("abc ", "def\n")
+
+
+def test_a_last_document_that_is_nearly_everything_is_not_held_out():
+    with pytest.raises(CorpusError, match="text-1, the last document, is 99% of the text"):
+        split_heldout(in_memory("a preface " * 3, "word " * 500), 0.1)
+
+
+def test_a_line_far_from_the_fraction_is_not_taken():
+    """A title above a text without line ends was all that was left to train on."""
+    (train,), (heldout,) = split_heldout(in_memory("My Novel\n" + "word " * 1000), 0.1)
+    assert heldout.n_bytes / (train.n_bytes + heldout.n_bytes) == pytest.approx(0.1, abs=0.01)
+    assert text_of(train).endswith("word ")
 
 
 def test_lines_far_away_are_not_looked_for(tmp_path, monkeypatch):

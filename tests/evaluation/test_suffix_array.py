@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import time
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_where_nothing_can_be_written_the_index_is_made_in_memory(tokens: NDArra
     array = opened(tokens, tmp_path / "file", warnings)
     assert len(warnings) == 1
     assert array.count(tokens[:3].tolist()) >= 1
+
+
+def test_a_cache_that_may_not_be_searched_is_done_without(
+    tokens: NDArray[np.uint16], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    warnings: list[str] = []
+    assert opened(tokens, tmp_path, warnings).count(tokens[:3].tolist()) >= 1
+    assert "Permission denied" in warnings[0]
 
 
 def test_an_append_is_quick_and_stays_so_in_a_repetitive_text() -> None:

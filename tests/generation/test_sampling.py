@@ -125,6 +125,14 @@ def test_temperature_zero_is_the_likeliest() -> None:
     config = SamplingConfig(temperature=0)
     assert sampling.processors(config) == []
     assert sampling.draw(LOGITS, config, iter([])) == 0
+    with pytest.raises(FloatingPointError):
+        sampling.draw(torch.tensor([0.0, math.nan, 1.0]), config, iter([]))
+
+
+def test_large_seeds_differ() -> None:
+    """PyTorch's generator knows their lower half only."""
+    firsts = {next(sampling.uniform_numbers(seed)) for seed in (5, 5 + 2**32, 5 + 2**40, 2**63 - 1)}
+    assert len(firsts) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from groundling.corpus.tokenizer import Tokenizer
+from groundling.corpus.documents import Document
+from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
 from groundling.errors import ConfigError, RunFailed
 from groundling.files import atomic_path
 from groundling.interop import gguf as format_
@@ -169,6 +172,20 @@ def test_weights_beyond_a_format_are_refused(make_trained: MakeTrained, tmp_path
         trained.model.transformer.wte.weight[3, 5] = 1e5
     with pytest.raises(ConfigError, match="--quant f32 or bf16"):
         format_.write(trained, tmp_path / "out.gguf", "f16")
+
+
+def test_a_tokenizer_without_merges_is_refused(make_trained: MakeTrained, tmp_path: Path) -> None:
+    """llama.cpp cannot load its file."""
+    bytes_alone = train_tokenizer([Document.from_text("text", lambda: TEXT)], 257)
+    assert not bytes_alone.merges
+    with pytest.raises(ConfigError, match="without merges"):
+        format_.write(make_trained(own=bytes_alone), tmp_path / "model.gguf", "f32")
+
+
+def test_hidden_states_may_be_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has null for them."""
+    monkeypatch.setattr(LlamaCpp, "_post", lambda *_: [{"embedding": [[1.0, None]]}])
+    assert math.isnan(LlamaCpp("", io.BytesIO()).hidden([0])[0][1])
 
 
 def test_a_file_that_is_cut_off_is_one_sentence(make_trained: MakeTrained, tmp_path: Path) -> None:

@@ -194,6 +194,14 @@ def test_an_index_that_points_elsewhere(place: str, folder: Path, capsys: pytest
     assert "not in its folder" in refusal(folder, capsys)
 
 
+def test_an_index_of_a_link_that_leads_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model.safetensors").rename(tmp_path / "secret")
+    (folder / "shard").symlink_to(tmp_path / "secret")
+    index = {"weight_map": {"transformer.wte.weight": "shard"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "leads out of its folder" in refusal(folder, capsys)
+
+
 def test_an_index_that_lies(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index = folder / "model.safetensors.index.json"

@@ -146,6 +146,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no file {path}: give --config the path of a YAML file with settings") from None
     except OSError as error:
         raise ConfigError(f"the settings {path} cannot be read ({error.strerror}): give a YAML file") from None
+    except RecursionError:
+        raise ConfigError(f"the settings {path} are nested too deeply: give a YAML file of sections") from None
     except (ValueError, yaml.YAMLError) as error:  # no UTF-8, a date that no calendar has
         raise ConfigError(f"the settings {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from safetensors import SafetensorError
+
 from groundling.commands.arguments import Parser
 from groundling.commands.session import say, say_changes
-from groundling.errors import ConfigError
+from groundling.errors import ConfigError, RunFailed
 from groundling.files import atomic_path
 from groundling.interop.trained import Trained, open_trained
 
@@ -68,8 +72,14 @@ MARKS = (
     {"index.html", "model.gguf"},
 )
 """Files that each folder of an export has, one of these pairs."""
-OF_TRAINING = ("optimizer.", "trainer_state.", "training_args.")
-"""How files begin that transformers' Trainer keeps beside a model, to go on with it."""
+WRITTEN = {
+    *("README.md", "loss.png", "config.json", "generation_config.json", "metadata.json", "special_tokens_map.json"),
+    *("model.safetensors", "model.bin", "model.onnx", "model.onnx_data", "model.gguf"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocabulary.json", "merges.txt"),
+    *("index.html", "page.js", "style.css", "wllama.js", "wllama.wasm", "wllama-compat.js", "wllama-compat.wasm"),
+    "wllama-LICENSE.txt",
+}
+"""All files of all exports: whatever else lies in a folder is its owner's."""
 
 
 def main(arguments: list[str]) -> int:
@@ -79,12 +89,14 @@ def main(arguments: list[str]) -> int:
     precision = _precision(form, options)
     target = Path(options.out)
     check_target(target, options.overwrite)
+    if target.exists() and target.resolve() == Path(options.run).resolve():
+        raise ConfigError(f"--out is {target}, the very model that is read: give another --out")
     module = cast(Writer, importlib.import_module(f"groundling.interop.{form.module}"))
     if options.library:
         _keep_library(options)
     trained = open_trained(Path(options.run), options.tokenizer and Path(options.tokenizer), options.n_head)
     say_changes(trained.changes)
-    with atomic_path(target, options.overwrite) as partial:
+    with disk_watched(target), atomic_path(target, options.overwrite) as partial:
         module.write(trained, partial, precision)
         if options.verify:
             say("verifying: reading it back, and the text with it if weights were rounded (two minutes at most) ...")
@@ -97,23 +109,36 @@ def main(arguments: list[str]) -> int:
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises `ConfigError` if nothing can be written there, or if what is there may not be replaced.
 
-    A folder is replaced only if it is empty or holds what exports do: files alone, a model's, and nothing that training
-    goes on with; so never a run, a repository, or a checkpoint of another trainer. A file is replaced only if it is
-    empty or GGUF, the one format that is a file.
+    A folder is replaced only if it is empty or holds what exports do, and nothing else: so never a run, a repository, a
+    checkpoint of another trainer, or anybody's notes. A file is replaced only if it is empty or GGUF, the one format
+    that is a file.
     """
     if target.name in ("", ".."):
         raise ConfigError(f"--out is {target}: give the name of what is to be written")
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
-    held = list(target.iterdir()) if target.is_dir() else []
-    names = {entry.name for entry in held}
-    is_export = any(names >= marks for marks in MARKS) and not any(entry.is_dir() for entry in held)
-    is_export = is_export and not any(name.startswith(OF_TRAINING) for name in names)
+    held = {entry.name: entry.is_dir() for entry in target.iterdir()} if target.is_dir() else {}
+    is_export = any(held.keys() >= marks for marks in MARKS) and not any(held.values())
     if held and not is_export:
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
+    if others := sorted(held.keys() - WRITTEN):
+        raise ConfigError(
+            f"{target} holds {others[0]}, which no export has written: give another --out, or take it out of there"
+        )
     if target.exists() and not target.is_dir() and not (target.is_file() and _is_empty_or_gguf(target)):
         raise ConfigError(f"{target} is a file that no export has written: give another --out, or remove it yourself")
     check_parent(target)
+
+
+@contextlib.contextmanager
+def disk_watched(target: Path) -> Iterator[None]:
+    """Raises `RunFailed` where a library says in its own words that what it was to write could not be written."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailed(f"{target} cannot be written ({error}): free the disk, or write to another") from None
 
 
 def _is_empty_or_gguf(path: Path) -> bool:

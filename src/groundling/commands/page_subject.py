@@ -60,7 +60,9 @@ def _beginning(run: OpenRun) -> list[str]:
         train = run.folder.tokens("train", run.tokenizer.n_vocab)
     except CorpusError:
         return []
-    text = "" if train is None else run.tokenizer.decode(int(token) for token in train.tokens[:N_BEGINNING])
+    first = [] if train is None else [int(token) for token in train.tokens[:N_BEGINNING]]
+    end = run.tokenizer.end_of_text_id  # as text it would be read as thirteen letters
+    text = run.tokenizer.decode(first[: first.index(end)] if end in first else first)
     return [text] if text and "\N{REPLACEMENT CHARACTER}" not in text else []
 
 

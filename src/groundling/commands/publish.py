@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from groundling.commands.arguments import Parser
-from groundling.commands.export import FORMATS, Writer
+from groundling.commands.export import FORMATS, Writer, disk_watched
 from groundling.commands.session import say, say_changes
 from groundling.errors import ConfigError, Interrupted, RunFailed
 from groundling.interop import space
@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="groundling-") as temporary:
         folders = [Path(temporary) / str(number) for number in range(len(parts))]
         for part, folder in zip(parts, folders, strict=True):  # all of them before anything is uploaded
-            part.write(folder)
+            with disk_watched(folder):
+                part.write(folder)
         for part, folder in zip(parts, folders, strict=True):
             _show(part, folder)
         _ask(options.yes, model)
@@ -142,7 +143,7 @@ def _show(part: Part, folder: Path) -> None:
 def _ask(yes: bool, model: Place) -> None:
     """Ask whoever sits at a terminal before something becomes public; a command in a script has been decided on."""
     say(RECITES)
-    if yes or model.private or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if yes or model.private or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         return
     print("publish it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -116,7 +116,7 @@ def _writable(out: Path, folder: Path) -> Path:
 def _is_report(path: Path) -> bool:
     try:
         return "verdict" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

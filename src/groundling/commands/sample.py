@@ -141,13 +141,15 @@ def _read_prompt(name: str) -> str:
     """The text of a file or of standard input, without the line end that closes it."""
     try:
         if name == "-":
+            if sys.stdin is None:
+                raise ConfigError("standard input is closed: give the prompt another way")
             content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         else:
             with Path(name).open("rb") as file:
                 content = file.read(MAX_PROMPT_BYTES + 1)
         if len(content) > MAX_PROMPT_BYTES:
             raise ConfigError(f"{name} is longer than {MAX_PROMPT_BYTES:,} bytes: give a shorter prompt")
-        return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     except OSError as error:
         raise ConfigError(f"the prompt {name} cannot be read ({error.strerror}): give a text file") from None
     except UnicodeDecodeError as error:

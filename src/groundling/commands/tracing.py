@@ -28,7 +28,7 @@ from groundling.evaluation.memorisation import DEFAULT_MINIMUM, Copies, Span, fi
 from groundling.evaluation.suffix_array import SuffixArray
 from groundling.training.checkpoint import MANIFEST
 from groundling.training.progress import progress_bar
-from groundling.training.run_folder import RunFolder
+from groundling.training.run_folder import RunFolder, folder_of
 
 TokenArray = NDArray[np.uint32]
 
@@ -61,7 +61,7 @@ class Tracer:
         """
         if not run.is_dir():
             raise CheckpointError(f"{run} is no run folder: give the folder that `groundling train` printed")
-        folder = RunFolder(run.resolve().parent.parent if (run / MANIFEST).exists() else run)
+        folder = folder_of(run, run) if (run / MANIFEST).exists() else RunFolder(run)
         corpus = folder.text()
         places = Places(corpus.train.tokens, corpus.tokenizer, folder.document_names())
         if corpus.train.n_tokens >= SLOW_INDEX_TOKENS:

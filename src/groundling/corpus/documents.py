@@ -17,6 +17,7 @@ from typing import BinaryIO
 from groundling.corpus.blocks import cut_blocks, read_text
 from groundling.errors import CorpusError
 
+MAX_CHARACTER_BYTES = 4
 SEARCH_BYTES = 1 << 20
 """How far from the wanted place a line end is looked for when one document is split, in constant memory."""
 
@@ -98,9 +99,10 @@ def split_heldout(documents: Sequence[Document], fraction: float) -> tuple[tuple
     """Documents to train on, and documents to hold out: about `fraction` of the bytes, from the end.
 
     Of several documents the last ones, whole: as many as come nearest to the fraction, at least one on
-    either side. Of a single one its tail, from a line's beginning, or a word's where no line ends within
-    1 MiB. Never windows drawn at random, whose neighbours would give the held-out text away.
-    Raises `CorpusError` unless 0 < fraction < 1 and both sides have text.
+    either side. Of a single one its tail, from a line's beginning, or a word's where no line ends near (within
+    1 MiB, and half of the smaller side). Never windows drawn at random, whose neighbours would give the held-out text
+    away. Raises `CorpusError` unless 0 < fraction < 1 and both sides have text, and if most of it were held out where
+    less than half of that was asked for.
     """
     if not 0 < fraction < 1:
         raise CorpusError(f"heldout_fraction is {fraction}: give a number between 0 and 1, such as 0.1")
@@ -109,12 +111,18 @@ def split_heldout(documents: Sequence[Document], fraction: float) -> tuple[tuple
     if len(documents) == 1:
         train, heldout = _split_one(documents[0], fraction)
         return (train,), (heldout,)
-    wanted = fraction * sum(document.n_bytes for document in documents)
-    best, best_miss, size = 1, float("inf"), 0
+    total = sum(document.n_bytes for document in documents)
+    wanted = fraction * total
+    best, best_size, size = 1, documents[-1].n_bytes, 0
     for count in range(1, len(documents)):
         size += documents[-count].n_bytes
-        if abs(size - wanted) < best_miss:
-            best, best_miss = count, abs(size - wanted)
+        if abs(size - wanted) < abs(best_size - wanted):
+            best, best_size = count, size
+    if best_size > max(total / 2, 2 * wanted):
+        raise CorpusError(
+            f"{documents[-1].name}, the last document, is {best_size / total:.0%} of the text, where heldout_fraction="
+            f"{fraction} asks for less, and documents are held out whole: name a held-out text, or order them otherwise"
+        )
     return tuple(documents[:-best]), tuple(documents[-best:])
 
 
@@ -134,7 +142,8 @@ def _split_one(document: Document, fraction: float) -> tuple[Document, Document]
 
 def _cut_near(file: BinaryIO, wanted: int, start: int, stop: int) -> int:
     """The byte in [start, stop] nearest to `wanted` where a line begins, else a word, else a character."""
-    low, high = max(start, wanted - SEARCH_BYTES), min(stop, wanted + SEARCH_BYTES)
+    near = max(MAX_CHARACTER_BYTES, min(SEARCH_BYTES, (wanted - start) // 2, (stop - wanted) // 2))
+    low, high = max(start, wanted - near), min(stop, wanted + near)
     file.seek(low)
     around = file.read(high - low)
     middle = wanted - low

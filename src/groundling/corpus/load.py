@@ -202,7 +202,7 @@ def _open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:
     if (largest := file.max_token()) >= tokenizer.n_vocab:
         raise CorpusError(
             f"{source} has the token {largest}, and the tokenizer {tokenizer.name} ends at "
-            f"{tokenizer.n_vocab - 1}: set the tokenizer to the tokenizer.json that the file was made with"
+            f"{tokenizer.n_vocab - 1}: the file needs the tokenizer.json that it was made with"
         )
     return file
 

@@ -99,10 +99,7 @@ class Tokenizer:
         except CheckpointError as error:
             raise CorpusError(f"the tokenizer cannot be read: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise CorpusError(
-                f"{path} is not a tokenizer.json of GPT-2's kind ({error}): "
-                f"give one, or set the tokenizer to gpt2 or train:N"
-            ) from None
+            raise CorpusError(f"{path} is not a tokenizer.json of GPT-2's kind ({error}): give one that is") from None
         return cls(vocab, merges, name or str(path))
 
     def save(self, path: Path) -> None:

@@ -160,6 +160,7 @@ def _losses_and_hits(
         for some, its_targets in zip(torch.split(hidden, n_rows), torch.split(targets.flatten(), n_rows), strict=True):
             logits = model.logits(some).float()
             losses.append(F.cross_entropy(logits, its_targets, ignore_index=IGNORED_TARGET, reduction="none").cpu())
-            hits.append((logits.argmax(-1) == its_targets).cpu())
+            largest = logits.max(-1)
+            hits.append(((largest.indices == its_targets) & largest.values.isfinite()).cpu())
     shape = tuple(inputs.shape)
     return torch.cat(losses).double().numpy().reshape(shape), torch.cat(hits).numpy().reshape(shape)

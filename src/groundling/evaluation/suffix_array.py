@@ -81,11 +81,11 @@ class SuffixArray:
         be used, or if none can be written; the index is then in memory.
         """
         path = directory / f"suffixes-{sha256[:NAME_CHARS]}.bin"
-        if path.exists():
-            if found := cls._open(path, sha256, tokens):
-                return found
-            warn(f"the index {path} is damaged or stale: it is made anew")
         try:
+            if path.exists():
+                if found := cls._open(path, sha256, tokens):
+                    return found
+                warn(f"the index {path} is damaged or stale: it is made anew")
             _write(tokens, sha256, path)
         except OSError as error:
             warn(f"the index {path} cannot be written ({error.strerror}): it is made in memory")

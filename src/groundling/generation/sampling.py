@@ -181,6 +181,8 @@ def processors(config: SamplingConfig) -> list[Processor]:
 
 def uniform_numbers(seed: int) -> Iterator[float]:
     """Numbers in [0, 1), the same for a seed however many of them are made at once."""
+    if seed >> 32:  # of which PyTorch's generator would drop the upper half
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.rand(N_NUMBERS, generator=generator, dtype=torch.float64).tolist()
@@ -193,5 +195,8 @@ def draw(logits: Tensor, config: SamplingConfig, numbers: Iterator[float]) -> in
     to the n-th token, however the tokens before it were found.
     """
     if config.temperature == 0:
-        return int(logits.numpy().argmax())  # several times as fast as PyTorch's, on one thread
+        likeliest = int(logits.numpy().argmax())  # several times as fast as PyTorch's, on one thread
+        if not math.isfinite(float(logits[likeliest])):
+            raise FloatingPointError("the likeliest token has a logit that is not finite")
+        return likeliest
     return place(logits, next(numbers))

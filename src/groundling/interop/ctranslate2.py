@@ -79,15 +79,17 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
         return
     probe, spelled = Probe.of(trained), list(trained.tokenizer.vocab)
     difference = probe.hold_logits(logits(probe.window), "CTranslate2")
-    n_tokens = len(probe.continuation)
-    result = generator.generate_batch(
-        [[spelled[token] for token in probe.prompt]],
-        max_length=n_tokens,
-        min_length=n_tokens,
-        end_token=[],
-        include_prompt_in_result=False,
-    )
-    n_same = probe.hold_tokens(result[0].sequences_ids[0], "CTranslate2")
+    written: list[int] = []
+    if n_tokens := len(probe.continuation):
+        result = generator.generate_batch(
+            [[spelled[token] for token in probe.prompt]],
+            max_length=n_tokens,
+            min_length=n_tokens,
+            end_token=[],
+            include_prompt_in_result=False,
+        )
+        written = result[0].sequences_ids[0]
+    n_same = probe.hold_tokens(written, "CTranslate2")
     yield f"CTranslate2 gives the same {n_same} greedy tokens, and our logits to within {difference:.1g}"
 
 

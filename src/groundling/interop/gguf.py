@@ -97,6 +97,8 @@ def write(trained: Trained, target: Path, precision: str) -> None:
     Raises `ConfigError` if a weight is too large for fp16 where that is asked for.
     """
     tensors = {_their_name(name): tensor for name, tensor in _tensors(trained.model)}
+    if not trained.tokenizer.merges:
+        raise ConfigError("llama.cpp reads no tokenizer without merges, as this one is: choose another format")
     kinds = {name: _kind(name, tensor, precision) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if kinds[name] == Kind.F16 and float(tensor.abs().max()) > LARGEST_FP16:

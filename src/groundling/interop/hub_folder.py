@@ -96,6 +96,7 @@ def _shards(folder: Path, index: Path) -> list[str]:
             raise CheckpointError(
                 f"{index} names the file {name[:100]!r}, which is not in its folder: give another model"
             )
+        _inside(folder / name)
     if len(shards) > MAX_SHARDS:
         raise CheckpointError(f"{index} names {len(shards):,} files, far more than a GPT-2 has: give another model")
     return shards

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import subprocess
 import sys
@@ -73,12 +74,12 @@ class LlamaCpp:
         """
         request = {"prompt": prompt, "n_predict": 1, "n_probs": 1 << 30, "logit_bias": [[drawn, 1e9]]}
         first = self._post("/completion", request)["completion_probabilities"][0]
-        return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
+        return {entry["id"]: _number(entry["logprob"]) for entry in first["top_logprobs"]}
 
     def hidden(self, tokens: Sequence[int]) -> list[list[float]]:
         """The final hidden states (T, n_embd) of some ids, after the last LayerNorm."""
         answer = self._post("/embeddings", {"content": tokens, "embd_normalize": -1})
-        return cast("list[list[float]]", answer[0]["embedding"])
+        return [[_number(element) for element in state] for state in answer[0]["embedding"]]
 
     def _post(self, path: str, request: dict[str, Any]) -> Any:
         connection = http.client.HTTPConnection(self._address)
@@ -93,6 +94,11 @@ class LlamaCpp:
         if response.status != http.HTTPStatus.OK:
             raise RunFailed(f"llama.cpp refuses what was written ({answer['error']['message']})")
         return answer
+
+
+def _number(element: float | None) -> float:
+    """Of JSON, which has none for what is no number."""
+    return math.nan if element is None else element
 
 
 def _cause(log: IO[bytes]) -> str:

@@ -104,7 +104,9 @@ def save(
             sums = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
             write_json(directory / MANIFEST, sums)
     except (OSError, SafetensorError) as error:
-        raise RunFailed(f"the checkpoint {path} cannot be written ({error}): free the disk, then --resume") from None
+        raise RunFailed(
+            f"the checkpoint {path} cannot be written ({error}): free the disk, then begin again (train: --resume)"
+        ) from None
     for old in complete(root)[:-keep]:
         shutil.rmtree(old)
     return path
