@@ -18,6 +18,7 @@ from groundling.corpus.blocks import cut_blocks, read_text
 from groundling.errors import CorpusError
 
 MAX_CHARACTER_BYTES = 4
+"""Of UTF-8."""
 SEARCH_BYTES = 1 << 20
 """How far from the wanted place a line end is looked for when one document is split, in constant memory."""
 
