@@ -77,7 +77,7 @@ def test_held_out_by_name_and_by_fraction(folder, cache):
     named = load_corpus(CorpusConfig(("de.txt", "ru.txt"), heldout=("zh.txt",)), cache)
     assert named.heldout
     assert GPT2.decode(named.heldout.tokens) == CHINESE * 5
-    whole = load_corpus(CorpusConfig(("de.txt", "ru.txt"), heldout_fraction=0.1), cache)
+    whole = load_corpus(CorpusConfig(("de.txt", "ru.txt"), heldout_fraction=0.4), cache)
     assert whole.heldout
     assert GPT2.decode(whole.heldout.tokens) == RUSSIAN * 5
     tail = load_corpus(CorpusConfig(("de.txt",), heldout_fraction=0.2), cache)
