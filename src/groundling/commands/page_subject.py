@@ -61,8 +61,7 @@ def _beginning(run: OpenRun) -> list[str]:
     except CorpusError:
         return []
     first = [] if train is None else [int(token) for token in train.tokens[:N_BEGINNING]]
-    end = run.tokenizer.end_of_text_id  # as text it would be read as thirteen letters
-    text = run.tokenizer.decode(first[: first.index(end)] if end in first else first)
+    text = run.tokenizer.decode(run.tokenizer.first_document(first))
     return [text] if text and "\N{REPLACEMENT CHARACTER}" not in text else []
 
 

@@ -137,8 +137,7 @@ def samples_of(run: OpenRun, tracer: Tracer | None, settings: Mapping[str, Any])
     asked = [(_title(prompt), prompt, config) for prompt in prompts for config in configs]
     if tracer is not None:
         first = tracer.array.tokens_at(0, BEGINNING_TOKENS)
-        end = tracer.tokenizer.end_of_text_id  # as text it would be read as thirteen letters
-        beginning = tracer.tokenizer.decode(first[: first.index(end)] if end in first else first)
+        beginning = tracer.tokenizer.decode(tracer.tokenizer.first_document(first))
         beginning = beginning.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut in two
         asked.insert(0, ("The training text's beginning", beginning, configs[0]))
     texts = [""] * len(asked)

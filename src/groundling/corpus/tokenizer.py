@@ -141,6 +141,11 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def first_document(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The ids up to the first `<|endoftext|>`, which as text would be read as thirteen letters."""
+        end = self.end_of_text_id
+        return tokens[: tokens.index(end)] if end in tokens else tokens
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; where they begin or end inside a character, U+FFFD stands for the rest."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
