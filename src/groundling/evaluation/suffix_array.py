@@ -126,18 +126,6 @@ class SuffixArray:
         low, high = self.interval(pattern)
         return np.sort(self._order[low:high])[:limit]
 
-    def longest_suffix_match(self, context: Sequence[int], limit: int | None = None) -> tuple[int, int]:
-        """Length of the longest suffix of `context`, up to `limit`, that stands in the text, and where it first does.
-
-        (0, 0) if not even the last token does.
-        """
-        longest = len(context) if limit is None else min(limit, len(context))
-        encoded = self.encode(context[len(context) - longest :])
-        length = self.longest_suffix(encoded, longest)
-        if not length:
-            return 0, 0
-        return length, self.first_position(*self.encoded_interval(encoded[len(encoded) - length * self._token_bytes :]))
-
     def first_position(self, low: int, high: int) -> int:
         """The least position in a range of sorted suffixes."""
         return int(self._order[low:high].min())

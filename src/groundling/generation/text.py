@@ -97,11 +97,9 @@ def write(
             yield Piece(which, text, reason)
 
 
-def continue_text(
-    decoder: Decoder, tokenizer: Tokenizer, prompt: str, config: SamplingConfig, drafter: Drafter | None = None
-) -> Iterator[str]:
+def continue_text(decoder: Decoder, tokenizer: Tokenizer, prompt: str, config: SamplingConfig) -> Iterator[str]:
     """Pieces of the text that continues one prompt."""
-    for piece in write(decoder, tokenizer, [(prompt, config)], [drafter] if drafter else None):
+    for piece in write(decoder, tokenizer, [(prompt, config)]):
         yield piece.text
 
 
