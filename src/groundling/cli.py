@@ -43,7 +43,7 @@ SYSTEM_REFUSALS = {
 }
 """What the operating system says of a path that no check of ours foresaw, and what to do."""
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Invalid buffer size")
 """In what PyTorch says where a GPU, or the system, has no more."""
 LESS_MEMORY = "lower --windows.micro_batch_size (--batch-size of evaluate), or take a smaller model"
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from groundling.cli import main
+from groundling.commands.session import check_gpu_memory
+from groundling.errors import ConfigError
+from groundling.runtime import Runtime
 
 from .bottles import SMALL, files_but_cache, train
 
@@ -177,3 +182,11 @@ def test_a_damaged_text_gets_one_sentence(
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "train, evaluate" in capsys.readouterr().err
+
+
+def test_an_apple_gpu_is_not_given_more_tokens_than_it_computes_rightly() -> None:
+    gpu = Runtime(torch.device("mps"), torch.float32, threads=1, compile=False, reasons=())
+    check_gpu_memory(64, 256, gpu, "--batch-size")
+    with pytest.raises(ConfigError, match="give --batch-size 64"):
+        check_gpu_memory(65, 256, gpu, "--batch-size")
+    check_gpu_memory(65, 256, replace(gpu, device=torch.device("cpu")), "--batch-size")

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from groundling import kernels, runtime
 from groundling.errors import ConfigError
+from groundling.kernels import reference
 from groundling.kernels.build import library
 from groundling.kernels.reference import IGNORED_TARGET
+from groundling.model.gpt2 import GPTConfig
 from groundling.runtime import RuntimeConfig
 
 
@@ -52,6 +56,41 @@ def test_the_last_row_counts_as_often_as_it_is_told(n_rows: int, n_last: int, n_
     torch.testing.assert_close(own[0], theirs[0])
     summed = torch.cat([theirs[1][: n_rows - 1], theirs[1][n_rows - 1 :].sum(0, keepdim=True)])
     torch.testing.assert_close(own[1], summed)
+
+
+@pytest.mark.parametrize(("n_rows", "longest"), [(7, 8), (8, 8), (9, 8), (50, 8)])
+def test_no_sum_of_the_head_is_longer_than_allowed(n_rows: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple GPUs sum up longer ones wrongly, in the gradient for the hidden states."""
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(n_rows, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(n_rows, (5,))
+    whole = reference.linear_cross_entropy(hidden, weight, targets, 3)
+    whole_gradients = torch.autograd.grad(whole, [hidden, weight])
+    monkeypatch.setattr(reference, "_longest_sum", lambda device: longest)
+    with Sums() as sums:
+        loss = reference.linear_cross_entropy(hidden, weight, targets, 3)
+        gradients = torch.autograd.grad(loss, [hidden, weight])
+    assert 0 < max(sums.lengths) <= longest
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(gradients, whole_gradients)
+
+
+def test_apple_gpus_sum_up_less_than_gpt2s_vocabulary() -> None:
+    assert reference._longest_sum(torch.device("mps")) < 32_767 < GPTConfig().n_vocab
+    assert reference._longest_sum(torch.device("cpu")) > GPTConfig().n_vocab
+
+
+class Sums(TorchDispatchMode):
+    """Notes how many terms each element of a product is the sum of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.lengths.append(args[0].size(1))
+        return func(*args, **(kwargs or {}))
 
 
 def test_an_unknown_backend_is_refused() -> None:

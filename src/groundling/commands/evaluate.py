@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groundling.commands.model_options import model_parser, resolve_runtime
-from groundling.commands.session import say
+from groundling.commands.session import check_gpu_memory, say
 from groundling.corpus.config import CorpusConfig
 from groundling.corpus.load import load_corpus
 from groundling.errors import CheckpointError, ConfigError, CorpusError
@@ -86,6 +86,7 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
     folder = folder_of(run, checkpoint)
     runtime = resolve_runtime(options, options.dtype, "auto")
     model, tokenizer, window = load_model(checkpoint, runtime.device)
+    check_gpu_memory(options.batch_size, window, runtime, "--batch-size")
     train, heldout = (folder.tokens(name, tokenizer.n_vocab) for name in ("train", "heldout"))
     if train is None and folder.imported.exists():
         raise CheckpointError(f"{folder.path} was imported, so it has no text of its own: give one with --corpus")
@@ -133,6 +134,7 @@ def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None]
     checkpoint = find_checkpoint(run)
     runtime = resolve_runtime(options, options.dtype, "auto")
     model, tokenizer, window = load_model(checkpoint, runtime.device)
+    check_gpu_memory(options.batch_size, window, runtime, "--batch-size")
     sources = CorpusConfig(sources=tuple(options.corpus))
     with progress_bar("encoding the text") as advance:
         corpus = load_corpus(sources, cache_dir(), advance, tokenizer=tokenizer, heldout=False)

@@ -123,7 +123,7 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
         config = with_initial(config, initial, typed)
     config.check_window()
     check_prompts(config)
-    check_gpu_memory(config, resolved)
+    check_gpu_memory(config.windows.micro, config.windows.length, resolved, "--windows.micro_batch_size")
     tokenizer = tokenizer_of(config, None if resumed else initial, resumed)
     corpus = _text(config, resumed, tokenizer)  # before anything is printed: what is wrong with the input comes first
     for what, choice, why in resolved.reasons:
@@ -166,13 +166,12 @@ def check_prompts(config: RunConfig) -> None:
             raise ConfigError(f"{what}: give it in the terminal's encoding") from None
 
 
-def check_gpu_memory(config: RunConfig, runtime: Runtime) -> None:
-    """Raises `ConfigError` for more tokens at a time than PyTorch computes rightly on an Apple GPU."""
-    n_tokens = config.windows.micro * config.windows.length
-    if runtime.device.type == "mps" and n_tokens > MPS_TOKENS:
+def check_gpu_memory(n_windows: int, length: int, runtime: Runtime, option: str) -> None:
+    """Raises `ConfigError` for more tokens at a time than PyTorch computes rightly on an Apple GPU, with the option."""
+    if runtime.device.type == "mps" and n_windows * length > MPS_TOKENS:
         raise ConfigError(
-            f"{n_tokens:,} tokens at a time are too many for PyTorch on an Apple GPU: give --windows.micro_batch_size"
-            f" {max(1, MPS_TOKENS // config.windows.length)}"
+            f"{n_windows * length:,} tokens at a time are too many for PyTorch on an Apple GPU:"
+            f" give {option} {max(1, MPS_TOKENS // length)}"
         )
 
 

@@ -6,6 +6,7 @@ Invariant: short enough to be checked by reading; a faster backend is right when
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     The last row of `weight` stands for `n_last` equal rows: the softmax is over n_vocab - 1 + n_last logits, and a
     target that is the last id means any one of them. The gradient of that row is the sum of theirs.
     """
-    logits = F.linear(hidden, weight)  # (N, n_vocab)
+    logits = _logits(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if n_last == 1:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
@@ -87,3 +88,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     n_targets_last = (targets == len(weight) - 1).sum(dtype=logits.dtype)
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
     return loss + math.log(n_last) * n_targets_last
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (N, C) @ weight.T, (N, n_vocab); in parts of the vocabulary where the gradient needs it."""
+    n_parts = math.ceil(len(weight) / _longest_sum(hidden.device))
+    if n_parts == 1:
+        return F.linear(hidden, weight)
+    return torch.cat([F.linear(hidden, part) for part in weight.tensor_split(n_parts)], dim=1)
+
+
+def _longest_sum(device: torch.device) -> int:
+    """Terms that a product may sum up for each element; the gradient for `hidden` sums over the vocabulary.
+
+    On M1 and M2, PyTorch 2.13 reads beyond the operands of longer sums (pytorch#183535, pytorch#195012).
+    """
+    return 32_766 if device.type == "mps" else sys.maxsize

@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
@@ -27,8 +29,6 @@ MEASURED_S = 1.0
 MEASURED_TOKENS = 2048
 """A measured step reads about this many tokens, unless compiled code has its own shapes only."""
 
-GRADIENT_AND_MOMENTS_BYTES = 12
-"""For each parameter, in fp32."""
 LOOKS = 3
 """Full passes for the stop rule that a run is assumed to take."""
 
@@ -117,9 +117,9 @@ def measure(trainer: Trainer, final: str) -> Estimate:
         steps.append(
             training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
         )
+    memory_bytes = _memory_bytes(trainer, before_bytes, micro / n_windows)
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.optimizer.state.clear()
-    memory_bytes = _memory_bytes(trainer, before_bytes, micro / n_windows)
     update_s = statistics.median(step.update_seconds for step in steps[WARMUP_STEPS:])
     rest_s = statistics.median(step.seconds - step.update_seconds for step in steps[WARMUP_STEPS:])
     step_s = rest_s * recipe.windows.batch_size / n_windows + update_s
@@ -190,7 +190,10 @@ def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> i
     peak_bytes = machine.peak_memory_bytes(trainer.runtime.device)
     if peak_bytes is None or before_bytes is None:
         return None
-    kept_bytes = GRADIENT_AND_MOMENTS_BYTES * trainer.model.config.n_parameters()  # whatever the batch
+    moments = (moment for state in trainer.optimizer.state.values() for moment in state.values())
+    moments_bytes = sum(moment.nbytes for moment in moments if isinstance(moment, Tensor))
+    gradient_bytes = sum(weight.nbytes for weight in trainer.model.parameters())
+    kept_bytes = moments_bytes + gradient_bytes  # whatever the batch
     of_batch_bytes = max(0, peak_bytes - before_bytes - kept_bytes)
     return round(peak_bytes + of_batch_bytes * (scale - 1))
 
