@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def sync_file(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its final name only if the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
             yield file

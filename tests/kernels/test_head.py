@@ -121,6 +121,20 @@ def test_a_target_that_is_no_token_is_refused(target: int) -> None:
         head.linear_cross_entropy(torch.ones(3, 2), torch.ones(7, 2), torch.tensor([6, -100, target]))
 
 
+@pytest.mark.parametrize(("hidden", "n_targets"), [((4, 8), 3), ((4, 8), 6), ((4, 7), 4), ((1, 4, 8), 4)])
+def test_shapes_that_do_not_belong_together_are_refused(hidden: tuple[int, ...], n_targets: int) -> None:
+    with pytest.raises(ValueError, match="do not belong together"):
+        head.linear_cross_entropy(torch.ones(hidden), torch.ones(17, 8), torch.zeros(n_targets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_formats_are_pytorchs(dtype: torch.dtype) -> None:
+    hidden, weight, targets = torch.randn(5, 8, dtype=dtype), torch.randn(17, 8, dtype=dtype), torch.arange(5)
+    with torch.no_grad():
+        loss = head.linear_cross_entropy(hidden, weight, targets)
+    assert float(loss) == pytest.approx(float(formula(hidden.double(), weight.double(), targets, 1)), rel=2e-3)
+
+
 @pytest.mark.parametrize("logit", [0.0, -100.0, -300.0, 1e5])
 def test_what_all_logits_share_changes_nothing(logit: float) -> None:
     """GPT-2's are around -100: what they have in common must not round away what they differ by."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_a_compiler_that_cannot_make_them_costs_a_warning(
     monkeypatch.setattr(products, "library", fail)
     assert products.available.__wrapped__() is False
     assert "g++ knows no products" in caplog.text
+
+
+def test_a_unit_that_is_withheld_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An old compiler compiles them all, without the unit's instructions."""
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"amx_bf16"})
+    without = SimpleNamespace(**{f"groundling_has_{name}": lambda: 0 for name in products.libraries()})
+    monkeypatch.setattr(products, "library", lambda name: without)
+    assert products.available.__wrapped__() is False
+    assert "does not know the CPU's matrix unit" in caplog.text
 
 
 def test_a_loss_beyond_all_raises_is_infinite() -> None:

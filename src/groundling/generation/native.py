@@ -53,7 +53,8 @@ class NativeDecoder:
             )
         )
         if not self._network:
-            raise ConfigError(f"{n_slots} texts at a time need more memory than there is: ask for fewer, or for int8")
+            what = f"{n_slots} texts at a time with {n_threads} threads need more memory or threads than there are"
+            raise ConfigError(f"{what}: ask for fewer, or for int8")
         self._logits = torch.empty(1, self._n_vocab)
         _hold_torch_threads()
 

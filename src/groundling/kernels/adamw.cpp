@@ -36,12 +36,6 @@ std::vector<Block> blocks_of(int64_t n_tensors, SizeOf size_of) {
   return blocks;
 }
 
-inline Vec load_first(const float* from, int64_t n) {  // zeros after them
-  Vec value{};
-  std::memcpy(&value, from, n * sizeof *from);
-  return value;
-}
-
 // In double, where the square of any float is finite.
 double sum_of_squares(const float* values, int64_t size) {
   Doubles sums[4] = {};  // so many that no addition waits for the one before
@@ -57,7 +51,7 @@ double sum_of_squares(const float* values, int64_t size) {
     add(load<Vec>(values + i), 0);
     add(load<Vec>(values + i + kLanes), 2);
   }
-  for (; i < size; i += kLanes) add(load_first(values + i, size - i < kLanes ? size - i : kLanes), 0);
+  for (; i < size; i += kLanes) add(load_some(values + i, size - i), 0);
   const Doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
   for (int lane = 0; lane < kLanes / 2; ++lane) total += all[lane];
@@ -105,11 +99,11 @@ void update_block(const Parameter& p, const Update& update, int64_t start, int64
     if (copies) Bf16::write(copies + i, weight);
   }
   if (const int64_t n = size - i) {
-    Vec weight = load_first(weights + i, n), first = load_first(firsts + i, n), second = load_first(seconds + i, n);
-    update(weight, load_first(gradients + i, n), first, second);
-    std::memcpy(weights + i, &weight, n * sizeof(float));
-    std::memcpy(firsts + i, &first, n * sizeof(float));
-    std::memcpy(seconds + i, &second, n * sizeof(float));
+    Vec weight = load_some(weights + i, n), first = load_some(firsts + i, n), second = load_some(seconds + i, n);
+    update(weight, load_some(gradients + i, n), first, second);
+    store_some(weights + i, weight, n);
+    store_some(firsts + i, first, n);
+    store_some(seconds + i, second, n);
     uint16_t halves[kLanes];
     Bf16::write(halves, weight);
     if (copies) std::memcpy(copies + i, halves, n * sizeof(uint16_t));
@@ -122,11 +116,12 @@ void update_block(const Parameter& p, const Update& update, int64_t start, int64
 using namespace groundling;
 
 // The sum of the squares of all elements of these tensors.
-extern "C" double groundling_sum_of_squares(int64_t n_tensors, const float* const* tensors, const int64_t* sizes) {
+extern "C" double groundling_sum_of_squares(int n_threads, int64_t n_tensors, const float* const* tensors,
+                                             const int64_t* sizes) {
   const std::vector<Block> blocks = blocks_of(n_tensors, [sizes](int64_t tensor) { return sizes[tensor]; });
   const int64_t n_blocks = blocks.size();
   std::vector<double> sums(n_blocks);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t i = 0; i < n_blocks; ++i)
     sums[i] = sum_of_squares(tensors[blocks[i].tensor] + blocks[i].start, blocks[i].size);
   double total = 0;
@@ -135,7 +130,7 @@ extern "C" double groundling_sum_of_squares(int64_t n_tensors, const float* cons
 }
 
 // Counts a step of each parameter and takes it, with gradients times `scale`.
-extern "C" void groundling_adamw(int64_t n_parameters, const Parameter* parameters, double scale) {
+extern "C" void groundling_adamw(int n_threads, int64_t n_parameters, const Parameter* parameters, double scale) {
   std::vector<Update> updates;
   for (int64_t i = 0; i < n_parameters; ++i) {
     ++*parameters[i].n_steps;
@@ -144,7 +139,7 @@ extern "C" void groundling_adamw(int64_t n_parameters, const Parameter* paramete
   const std::vector<Block> blocks =
       blocks_of(n_parameters, [parameters](int64_t parameter) { return parameters[parameter].size; });
   const int64_t n_blocks = blocks.size();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t i = 0; i < n_blocks; ++i) {
     const Block& block = blocks[i];
     update_block(parameters[block.tensor], updates[block.tensor], block.start, block.size);

@@ -12,8 +12,8 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
+import secrets
 import subprocess
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def _version(compiler: str) -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _run([*command, "-o", str(temporary)])

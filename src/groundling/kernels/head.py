@@ -24,10 +24,13 @@ CHUNK_BYTES = 128 << 20
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int = 1) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against the targets; see `reference.py`.
 
-    The gradients are computed with the loss, while the logits are at hand. Raises `IndexError` for a target that
-    the weight has no row for.
+    The gradients are computed with the loss, while the logits are at hand. Raises `ValueError` for shapes that do not
+    belong together, and `IndexError` for a target that the weight has no row for.
     """
-    if not len(targets):
+    if hidden.shape != (len(targets), weight.size(1)):
+        shapes = f"hidden states of {tuple(hidden.shape)}, a weight of {tuple(weight.shape)} and {len(targets)} targets"
+        raise ValueError(f"{shapes} do not belong together")
+    if not len(targets) or _product_format(hidden) not in (torch.float32, torch.bfloat16):
         return reference.linear_cross_entropy(hidden, weight, targets, n_last)
     strange = targets[((targets < 0) | (targets >= len(weight))) & (targets != reference.IGNORED_TARGET)]
     if len(strange):
@@ -37,6 +40,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     return loss
 
 
+def _product_format(hidden: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Its forward pass leaves the gradients for its backward pass, which scales them."""
 
@@ -44,7 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int, with_gradient: bool
     ) -> Tensor:
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        kind = _product_format(hidden)
         with torch.autocast("cpu", enabled=False):
             factor = weight_copy(weight) if kind is torch.bfloat16 else weight
             factors = hidden.to(kind).contiguous(), factor, targets.contiguous()

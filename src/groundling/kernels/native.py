@@ -71,6 +71,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def self_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal attention of whole windows to themselves; see `reference.py`."""
+    if qkv.size(2) % (3 * n_head):
+        raise ValueError(f"{qkv.size(2)} columns are not queries, keys and values of {n_head} equal heads")
     if not qkv.numel() or (_bf16(qkv) and not products.available()):
         return reference.self_attention(qkv, n_head)
     return SelfAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call, no-any-return]
@@ -103,6 +105,8 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         x, update, weight, bias = x.contiguous(), update.contiguous(), weight.contiguous(), bias.contiguous()
+        assert x.dtype is weight.dtype is bias.dtype is torch.float32
+        assert weight.shape == bias.shape == x.shape[-1:]
         sums = torch.empty_like(x)
         normed = torch.empty_like(x, dtype=_product_format())
         statistics = torch.empty(x.numel() // len(weight), 2)
@@ -171,6 +175,8 @@ class LinearGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, with_slopes: bool) -> Tensor:
         rows, matrix, bias = *_factors(x, weight), bias.contiguous()
+        assert bias.dtype is torch.float32
+        assert len(bias) == len(matrix)
         sums = torch.mm(rows, matrix.T)
         activated = torch.empty_like(sums)
         _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated, with_slopes)

@@ -33,12 +33,17 @@ def libraries() -> tuple[str, ...]:
 
 @functools.cache
 def available() -> bool:
-    """Whether the functions of this module can be called here; says so once if only the compiler is in the way."""
-    try:
-        return bool(libraries()) and all(getattr(library(name), f"groundling_has_{name}")() for name in libraries())
-    except BuildError as error:
-        logging.getLogger(__name__).warning("products stay with PyTorch, which is slower: %s", error)
+    """Whether the functions of this module can be called here; says so once if the CPU has the unit and they cannot."""
+    if not libraries():
         return False
+    why = "the compiler does not know the CPU's matrix unit, or the system withholds it"
+    try:
+        if all(getattr(library(name), f"groundling_has_{name}")() for name in libraries()):
+            return True
+    except BuildError as error:
+        why = str(error)
+    logging.getLogger(__name__).warning("products stay with PyTorch, which is slower: %s", why)
+    return False
 
 
 def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

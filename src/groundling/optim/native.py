@@ -46,7 +46,7 @@ class NativeAdamW(FusedAdamW):
         n = len(gradients)
         addresses = (ctypes.c_void_p * n)(*map(_address, gradients))
         sizes = (ctypes.c_int64 * n)(*(gradient.numel() for gradient in gradients))
-        sum_of_squares = self._library.groundling_sum_of_squares(ctypes.c_int64(n), addresses, sizes)
+        sum_of_squares = self._library.groundling_sum_of_squares(_threads(), ctypes.c_int64(n), addresses, sizes)
         return torch.tensor(math.sqrt(sum_of_squares), dtype=torch.float64)
 
     @torch.no_grad()
@@ -69,7 +69,9 @@ class NativeAdamW(FusedAdamW):
                 parameters.append(_Parameter(*map(_address, tensors), copy_address, weight.numel(), *constants))
                 moments += state
         n = len(parameters)
-        self._library.groundling_adamw(ctypes.c_int64(n), (_Parameter * n)(*parameters), ctypes.c_double(scale))
+        self._library.groundling_adamw(
+            _threads(), ctypes.c_int64(n), (_Parameter * n)(*parameters), ctypes.c_double(scale)
+        )
         increment_version(moments)
         written_with_copies(weights)
 
@@ -79,6 +81,10 @@ class NativeAdamW(FusedAdamW):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
 
 
 def _address(tensor: Tensor) -> int:
