@@ -10,9 +10,9 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.training.stopping import REASONS, StoppingConfig, StopRule, StopState, reason_in_words
 
 
-def rule(total_steps: int = 100, look_steps: float = 1.0, **settings: object) -> StopRule:
+def rule(total_steps: int = 100, look_steps: float = 1.0, rate_falls: bool = True, **settings: object) -> StopRule:
     config = StoppingConfig(**settings)  # type: ignore[arg-type]
-    return StopRule(config, total_steps, steps_per_pass=10, has_heldout=True, look_steps=look_steps)
+    return StopRule(config, total_steps, 10, has_heldout=True, look_steps=look_steps, rate_falls=rate_falls)
 
 
 def test_a_batch_below_the_target_is_noted_and_stops_nothing() -> None:
@@ -63,13 +63,28 @@ def test_the_end_of_the_schedule_is_always_looked_at() -> None:
     r = rule(total_steps=7, target=1.0)
     r.observe(6, 3.0)
     assert r.look_due(7)
-    r.looked(7, 2.9)
+    r.looked(7, 1.9)
     assert not r.look_due(7)
     assert r.reason(7, 0.0) is None  # the rate stays at its floor and the run goes on, for half a schedule
     assert r.reason(10, 0.0) is None
     assert r.look_due(11)
-    r.looked(11, 2.8)
+    r.looked(11, 1.8)
     assert r.reason(11, 0.0) == "schedule"
+
+
+def test_a_low_rate_is_not_waited_for_where_the_target_is_far() -> None:
+    r = rule(total_steps=7, target=1.0)
+    r.looked(6, 2.1)
+    assert r.reason(6, 0.0) is None
+    assert r.reason(7, 0.0) is None  # a look before the end says nothing about the end
+    r.looked(7, 2.1)
+    assert r.reason(7, 0.0) == r.reason(9, 0.0) == "schedule"
+    longer = rule(total_steps=20, target=1.0)
+    longer.state = r.state
+    assert longer.reason(9, 0.0) is None
+    constant = rule(total_steps=7, target=1.0, rate_falls=False)
+    constant.state = r.state
+    assert constant.reason(9, 0.0) is None
 
 
 def test_a_run_that_is_already_past_the_end_of_its_schedule_is_looked_at() -> None:
@@ -147,7 +162,7 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 
 def test_patience_needs_heldout_text() -> None:
     with pytest.raises(ConfigError, match="heldout"):
-        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False, look_steps=1)
+        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False, look_steps=1, rate_falls=True)
 
 
 def test_without_a_target_a_run_ends_with_its_schedule() -> None:

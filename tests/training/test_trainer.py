@@ -292,16 +292,15 @@ def test_a_resumed_run_is_judged_by_its_present_target(make_trainer: MakeTrainer
 
 
 def test_a_schedule_that_misses_the_target_ends(make_trainer: MakeTrainer) -> None:
-    trainer, memory = make_trainer(
-        schedule=ScheduleConfig(total_steps=8, passes=None), stopping=StoppingConfig(target=0.01, overtime=0.25)
-    )
+    schedule = ScheduleConfig(total_steps=8, passes=None, decay="constant")
+    trainer, memory = make_trainer(schedule=schedule, stopping=StoppingConfig(target=0.01, overtime=0.25))
     assert trainer.train() == "schedule"
     assert trainer.state.n_steps == 10
     assert [line["step"] for line in memory.metrics if "corpus/loss" in line] == [7, 9]
     assert any("2 steps at most" in note for note in memory.notes)
 
 
-@pytest.mark.parametrize("limit", [{"overtime": 0}, {"max_steps": 8}])
+@pytest.mark.parametrize("limit", [{"overtime": 0}, {"max_steps": 8}, {"overtime": 0.5}])
 def test_a_run_that_ends_with_its_schedule_does_not_say_that_it_goes_on(
     make_trainer: MakeTrainer, limit: dict[str, int]
 ) -> None:
@@ -485,7 +484,7 @@ def test_the_running_mean_is_of_whole_windows(make_trainer: MakeTrainer) -> None
     """Losses of pieces are higher, so that a mean with them would ask for no look at a text that is known."""
     trainer, memory = make_trainer(windows=WindowConfig(16, 4, pieces=16), stopping=StoppingConfig(max_steps=6))
     trainer.train()
-    rule = StopRule(trainer.recipe.stopping, 40, 10, has_heldout=False, look_steps=1)
+    rule = StopRule(trainer.recipe.stopping, 40, 10, has_heldout=False, look_steps=1, rate_falls=True)
     for step, loss in enumerate(memory.losses()):
         if step % 2 == 0:
             rule.observe(step, loss)
