@@ -31,6 +31,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def run(workplace: Path) -> Path:
     """A short run of a small network on a text of the user's."""
-    arguments = train("--max-steps", "12", "--heldout-fraction", "0.2", "--out", "runs/bottles")
+    arguments = train(
+        "--max-steps", "12", "--schedule.passes", "13", "--heldout-fraction", "0.2", "--out", "runs/bottles"
+    )
     assert main(arguments) == 0
     return workplace / "runs" / "bottles"

@@ -18,6 +18,8 @@ import torch
 
 from groundling import machine, runtime
 from groundling.cli import COMMANDS, main
+from groundling.commands import evaluate
+from groundling.errors import ConfigError
 from groundling.training.run_folder import RunFolder
 
 from .bottles import SMALL, files_but_cache, steps
@@ -242,6 +244,18 @@ def test_settings_that_another_leaves_without_effect_are_named(
     assert set(re.findall(r"warning: ([\w.]+) (?:is not used|\d+ is cut)", said)) == unused
 
 
+@pytest.mark.parametrize("another", [[], ["--corpus", "bottles.txt"]])
+def test_evaluate_asks_whether_a_gpu_takes_so_many_tokens(
+    workplace: Path, run: Path, another: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(n_windows: int, length: int, resolved: runtime.Runtime, option: str) -> None:
+        raise ConfigError(f"{option} {n_windows} windows of {length}")
+
+    monkeypatch.setattr(evaluate, "check_gpu_memory", refuse)
+    assert main(["evaluate", str(run), "--batch-size", "77", *another]) == 2
+    assert "--batch-size 77 windows of" in capsys.readouterr().err
+
+
 def test_a_text_that_another_flag_replaces_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twice = ["--text.sources", "[bottles.txt]", "--corpus", "bottles.txt"]
     assert main(["estimate", *twice, *SMALL]) == 0
@@ -257,7 +271,14 @@ def test_the_input_is_looked_at_before_anything_is_said_of_the_machine(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore"), MemoryError()], ids=type
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Invalid buffer size: 47.99 GB"),
+        MemoryError(),
+    ],
+    ids=str,
 )
 def test_too_little_memory_gets_one_sentence(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -203,6 +203,11 @@ def test_self_attention_of_scores_that_are_not_small(dtype: torch.dtype, largest
     assert_agrees("self_attention", [heads.view(2, 150, -1)], dtype, 3, factor=10 if dtype is torch.float32 else 2)
 
 
+def test_heads_that_are_not_equal_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 equal heads"):
+        native.self_attention(torch.ones(1, 4, 30), 3)
+
+
 def test_self_attention_of_what_all_positions_share() -> None:
     """What keys and values have in common takes no part in the gradients of the scores."""
     assert_agrees("self_attention", [10 + randoms(0, (1, 300, 3 * 64))[0]], torch.float32, 1, factor=100)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groundling.model.gpt2 import GPT2
@@ -141,3 +144,22 @@ def test_every_gradient_counts_in_the_norm(model: GPT2) -> None:
         norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
         found = make_optimizer(model, CONFIG, native).gradient_norm()
         assert float(found) == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize(("device", "n_products"), [("cpu", 3), ("meta", 1)])
+def test_only_a_cpu_takes_symmetric_products_in_strips(device: str, n_products: int) -> None:
+    """A GPU would wait for the launches, and Apple's write wrongly to parts of a matrix (pytorch#187255)."""
+    left = torch.empty(2 * STRIP + 9, 20, device=device)
+    with Products() as products:
+        symmetric(left, left.T)
+    assert products.n == n_products
+
+
+class Products(TorchDispatchMode):
+    """Counts them."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten.addmm.out
+        return func(*args, **(kwargs or {}))

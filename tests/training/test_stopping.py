@@ -10,9 +10,9 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.training.stopping import REASONS, StoppingConfig, StopRule, StopState, reason_in_words
 
 
-def rule(total_steps: int = 100, look_steps: float = 1.0, rate_falls: bool = True, **settings: object) -> StopRule:
+def rule(total_steps: int = 100, look_steps: float = 1.0, ends_low: bool = True, **settings: object) -> StopRule:
     config = StoppingConfig(**settings)  # type: ignore[arg-type]
-    return StopRule(config, total_steps, 10, has_heldout=True, look_steps=look_steps, rate_falls=rate_falls)
+    return StopRule(config, total_steps, 10, has_heldout=True, look_steps=look_steps, ends_low=ends_low)
 
 
 def test_a_batch_below_the_target_is_noted_and_stops_nothing() -> None:
@@ -63,26 +63,27 @@ def test_the_end_of_the_schedule_is_always_looked_at() -> None:
     r = rule(total_steps=7, target=1.0)
     r.observe(6, 3.0)
     assert r.look_due(7)
-    r.looked(7, 1.9)
+    r.looked(7, 1.4)
     assert not r.look_due(7)
     assert r.reason(7, 0.0) is None  # the rate stays at its floor and the run goes on, for half a schedule
     assert r.reason(10, 0.0) is None
     assert r.look_due(11)
-    r.looked(11, 1.8)
+    r.looked(11, 1.3)
     assert r.reason(11, 0.0) == "schedule"
 
 
 def test_a_low_rate_is_not_waited_for_where_the_target_is_far() -> None:
     r = rule(total_steps=7, target=1.0)
-    r.looked(6, 2.1)
+    r.looked(6, 1.6)
     assert r.reason(6, 0.0) is None
     assert r.reason(7, 0.0) is None  # a look before the end says nothing about the end
-    r.looked(7, 2.1)
+    r.looked(7, 1.6)
     assert r.reason(7, 0.0) == r.reason(9, 0.0) == "schedule"
-    longer = rule(total_steps=20, target=1.0)
-    longer.state = r.state
-    assert longer.reason(9, 0.0) is None
-    constant = rule(total_steps=7, target=1.0, rate_falls=False)
+    for total_steps in (6, 20):  # resumed with another schedule: it was a look at another rate
+        other = rule(total_steps=total_steps, target=1.0)
+        other.state = r.state
+        assert other.reason(7, 0.0) is None
+    constant = rule(total_steps=7, target=1.0, ends_low=False)
     constant.state = r.state
     assert constant.reason(9, 0.0) is None
 
@@ -162,7 +163,7 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 
 def test_patience_needs_heldout_text() -> None:
     with pytest.raises(ConfigError, match="heldout"):
-        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False, look_steps=1, rate_falls=True)
+        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False, look_steps=1, ends_low=True)
 
 
 def test_without_a_target_a_run_ends_with_its_schedule() -> None:

@@ -302,7 +302,7 @@ def test_a_schedule_that_misses_the_target_ends(make_trainer: MakeTrainer) -> No
 
 @pytest.mark.parametrize("limit", [{"overtime": 0}, {"max_steps": 8}, {"overtime": 0.5}])
 def test_a_run_that_ends_with_its_schedule_does_not_say_that_it_goes_on(
-    make_trainer: MakeTrainer, limit: dict[str, int]
+    make_trainer: MakeTrainer, limit: dict[str, float]
 ) -> None:
     schedule = ScheduleConfig(total_steps=8, passes=None)
     trainer, memory = make_trainer(schedule=schedule, stopping=StoppingConfig(target=0.01, **limit))
@@ -484,7 +484,7 @@ def test_the_running_mean_is_of_whole_windows(make_trainer: MakeTrainer) -> None
     """Losses of pieces are higher, so that a mean with them would ask for no look at a text that is known."""
     trainer, memory = make_trainer(windows=WindowConfig(16, 4, pieces=16), stopping=StoppingConfig(max_steps=6))
     trainer.train()
-    rule = StopRule(trainer.recipe.stopping, 40, 10, has_heldout=False, look_steps=1, rate_falls=True)
+    rule = StopRule(trainer.recipe.stopping, 40, 10, has_heldout=False, look_steps=1, ends_low=True)
     for step, loss in enumerate(memory.losses()):
         if step % 2 == 0:
             rule.observe(step, loss)
@@ -531,6 +531,22 @@ def test_a_large_batch_is_updated_once(make_trainer: MakeTrainer, monkeypatch: p
     assert 0 < n_windows < trainer.recipe.windows.batch_size
     step_s = 2 + trainer.recipe.windows.batch_size / n_windows
     assert measure(trainer, "none").step_s == pytest.approx(step_s)
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("adamw", 12.0, 12.1), ("muon", 8.0, 11.0)])
+def test_what_the_optimizer_keeps_is_not_multiplied(
+    kind: str, least: float, most: float, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes for each parameter: a gradient and two moments of AdamW, or one of Muon."""
+    peaks = iter([0, 10**9])
+    monkeypatch.setattr("groundling.training.estimate.MEASURED_TOKENS", 16)
+    trainer, _ = make_trainer(optim=OptimConfig(kind=kind))
+    n_more = trainer.recipe.windows.batch_size - 1
+    monkeypatch.setattr("groundling.machine.peak_memory_bytes", lambda device: next(peaks))
+    memory_bytes = measure(trainer, "none").memory_bytes
+    assert memory_bytes is not None
+    kept_bytes = 10**9 - (memory_bytes - 10**9) / n_more
+    assert least <= kept_bytes / trainer.model.config.n_parameters() <= most
 
 
 def test_a_run_is_estimated_once_from_its_own_first_steps(make_trainer: MakeTrainer) -> None:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import LISTS, SHORTCUTS, load_preset
 from groundling.commands.initial import open_initial, tokenizer_of, with_initial
@@ -178,7 +180,10 @@ def check_gpu_memory(n_windows: int, length: int, runtime: Runtime, option: str)
 @cache
 def _ceiling_flops(runtime: Runtime) -> float:
     """The matrix ceiling, measured once in a process: who trains several runs in one waits for it once."""
-    return machine.matrix_ceiling_flops(runtime.device, runtime.dtype, runtime.synchronize)
+    ceiling_flops = machine.matrix_ceiling_flops(runtime.device, runtime.dtype, runtime.synchronize)
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runtime.device)  # its operands are none of a run's memory
+    return ceiling_flops
 
 
 def _text(config: RunConfig, resumed: RunFolder | None, tokenizer: Tokenizer | None) -> Corpus:

@@ -16,6 +16,10 @@ MOST = 1e9
 """Passes, or lengths of a schedule, that may be asked for: more is a slip, and would overflow a count of steps."""
 
 
+LOW = 0.1
+"""Share of the peak at which little more is learned; a choice."""
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate: linear warm-up, then a hold at the peak, then a decay to the floor."""
@@ -54,6 +58,11 @@ class ScheduleConfig:
         for name in ("hold_fraction", "floor_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}: give a number from 0 to 1")
+
+    @property
+    def ends_low(self) -> bool:
+        """Whether the rate has fallen so far by the end that a target which is far then is not met after it."""
+        return self.decay != "constant" and self.hold_fraction < 1 and self.floor_fraction <= LOW
 
     def steps(self, steps_per_pass: float) -> int:
         """Length of the schedule in steps, for a text of which one pass takes this many."""

@@ -148,7 +148,8 @@ def remaining(trainer: Trainer, step_s: float) -> str:
     """What is left of a resumed run, as one line for the user; `step_s` is its seconds per step so far."""
     n_steps, expected_steps = trainer.state.n_steps, trainer.expected_steps
     if n_steps >= expected_steps:
-        more = max(0, trainer.stop_rule.last_step - n_steps)
+        ended = trainer.stop_rule.reason(n_steps, trainer.state.wall_s) is not None
+        more = 0 if ended else max(0, trainer.stop_rule.last_step - n_steps)
         return f"left: the {expected_steps:,} steps that were expected are over; at most {more:,} more"
     left_s = (expected_steps - n_steps) * step_s
     per_step = trainer.recipe.windows.batch_size * trainer.recipe.windows.length

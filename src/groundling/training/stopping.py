@@ -25,13 +25,13 @@ windows last trained on a whole pass ago, so it lies above corpus/loss while a r
 NEXT_LOOK = 0.95
 """After a look above the target, the running mean must fall at least to this share before the next ..."""
 
-NEAR = 2.0
-"""A loss of so many targets or more at the end of a schedule is too much for the rate that is left: from 4.2 targets a
-run of the 124M model gained nothing in 65 steps at 2 % of its peak (LOG.md)."""
-
 TRAINED_BETWEEN = 0.5
 """... and training since must have taken this share of the time of a look. The mean also falls where a shifted grid
 comes near one that it was on lately, which says little of other grids."""
+
+NEAR = 1.5
+"""A loss of so many targets or more at the end of a schedule is too much for the rate that is left: from 1.67 of them,
+362 steps more brought nothing (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StoppingConfig:
     """Steps after which the target is expected, for estimate and ETA; without it, the end of the schedule."""
     overtime: float = 0.5
     """How far a run may go past the end of its schedule, as a share of it, when the target was nearly met by then (a
-    loss below two targets), or at a constant rate."""
+    loss over the text below 1.5 targets), or where the rate does not fall to a tenth."""
     max_steps: int | None = None
     """Steps of the whole run, those before a resume included."""
     max_minutes: float | None = None
@@ -104,9 +104,9 @@ def reason_in_words(reason: str, stopping: StoppingConfig, schedule: ScheduleCon
         if schedule.total_steps is not None
         else f"--schedule.passes {2 * (schedule.passes or 0):g}"
     )
-    when = "with this schedule, at whose end the learning rate is too low to get there"
-    if schedule.decay == "constant":
-        when = f"{stopping.overtime:.0%} past the end of the schedule"
+    when = f"{stopping.overtime:.0%} past the end of the schedule"
+    if schedule.ends_low:
+        when = "with this schedule, at whose end the learning rate is too low to get there"
     return f"the target is not met {when} (schedule): train anew with more passes, such as {longer}"
 
 
@@ -160,9 +160,10 @@ class StopRule:
         steps_per_pass: float,
         has_heldout: bool,
         look_steps: float,
-        rate_falls: bool,
+        ends_low: bool,
     ) -> None:
-        """`look_steps` take as long as a loss over the whole text; `rate_falls`: the schedule ends at a low rate.
+        """`look_steps` take as long as a loss over the whole text; `ends_low` is the
+        schedule's.
 
         Raises `ConfigError` if patience is asked for and there is no held-out text.
         """
@@ -173,7 +174,7 @@ class StopRule:
         overtime = config.overtime if config.target else 0.0  # there is nothing to wait for without a target
         self.last_step = total_steps + math.ceil(overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
-        self.look_steps, self.rate_falls = look_steps, rate_falls
+        self.look_steps, self.ends_low = look_steps, ends_low
         self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:
@@ -255,6 +256,6 @@ class StopRule:
     def _out_of_reach(self) -> bool:
         """Whether the loss at the end of the schedule was too far above the target for the rate that is left."""
         look = self._look()
-        if not self.rate_falls or look is None or look.n_steps < self.total_steps:
+        if not self.ends_low or look is None or look.n_steps != self.total_steps:
             return False
         return look.loss >= NEAR * self.config.target

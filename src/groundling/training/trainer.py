@@ -374,5 +374,5 @@ class Trainer:
         has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows
         n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
         look_steps = FORWARD_SHARE * n_read / (windows.batch_size * windows.length)
-        rate_falls, steps_per_pass = self.recipe.schedule.decay != "constant", self.windows.steps_per_pass()
-        return StopRule(stopping, self.total_steps, steps_per_pass, has_heldout, look_steps, rate_falls)
+        ends_low, steps_per_pass = self.recipe.schedule.ends_low, self.windows.steps_per_pass()
+        return StopRule(stopping, self.total_steps, steps_per_pass, has_heldout, look_steps, ends_low)
