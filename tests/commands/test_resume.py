@@ -33,11 +33,15 @@ def test_a_finished_run_goes_on_for_more_steps(workplace: Path, kind: str) -> No
     assert record["weights_sha256"] == json.loads((whole / "record.json").read_text())["weights_sha256"]
 
 
+LONG = ("--schedule.total_steps", "100000")
+"""A run that only a signal ends."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_killed_and_resumed_equals_one_that_was_not(workplace: Path, number: signal.Signals) -> None:
     """Bit for bit, also after SIGKILL, where it continues from the last checkpoint."""
     cut, whole = (workplace / "runs" / f"{name}-{number.name}" for name in ("cut", "whole"))
-    process = start("--out", str(cut), "--save-every", "7", "--max-steps", "100000")
+    process = start("--out", str(cut), "--save-every", "7", *LONG)
     wait_for(cut / "metrics.jsonl", "train/loss", 30, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -47,14 +51,14 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(workplace: Path, numbe
         assert "Traceback" not in errors
     n_steps = str(len(steps(cut)) + 20)
     assert main(["train", "--resume", "--out", str(cut), "--max-steps", n_steps]) == 0
-    assert main(train("--out", str(whole), "--max-steps", n_steps)) == 0
+    assert main(train("--out", str(whole), *LONG, "--max-steps", n_steps)) == 0
     assert [line["train/loss"] for line in steps(cut)] == [line["train/loss"] for line in steps(whole)]
 
 
 def test_a_run_whose_listener_leaves_goes_on(workplace: Path) -> None:
     """As under `2>&1 | tee log`, where Ctrl-C ends `tee` first; what it has to say then goes nowhere."""
     run = workplace / "runs" / "unheard"
-    process = start("--out", str(run), "--save-every", "0", "--max-steps", "100000")
+    process = start("--out", str(run), "--save-every", "0", *LONG)
     assert process.stderr
     assert process.stdout
     process.stderr.readline()
@@ -68,7 +72,7 @@ def test_a_run_whose_listener_leaves_goes_on(workplace: Path) -> None:
 
 def test_a_second_signal_ends_at_once(workplace: Path) -> None:
     """While the first one's checkpoint is being written, or waits to be, a second does not wait for it."""
-    process = start("--out", "runs/impatient", "--save-every", "0", "--max-steps", "100000")
+    process = start("--out", "runs/impatient", "--save-every", "0", *LONG)
     wait_for(workplace / "runs" / "impatient" / "metrics.jsonl", "train/loss", 5, process)
     process.send_signal(signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
