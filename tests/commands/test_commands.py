@@ -233,6 +233,8 @@ def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:
         (["--stopping.overtime", "1"], set()),
         (["--optim.momentum", "0.9", "--optimizer", "adamw"], {"optim.momentum"}),
         (["--optim.momentum", "0.9"], set()),
+        (["--optim.last_block_share", "0.1", "--optimizer", "adamw"], {"optim.last_block_share"}),
+        (["--optim.last_block_share", "0.1"], set()),
         (["--initial-positions", "waves"], set()),
     ],
 )

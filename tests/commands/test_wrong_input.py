@@ -79,6 +79,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--prompts", "\udcff"], "is not valid UTF-8"),
     (["--schedule.peak", ".nan"], "peak"),
     (["--optim.clip", ".nan"], "clip"),
+    (["--optim.last_block_share", "0"], "last_block_share is 0.0: give a positive number"),
     (["--stopping.target", ".nan"], "target"),
     (["--out", "runs/bottles"], "--resume"),
 ]

@@ -16,7 +16,7 @@ from groundling.optim.muon import STRIP, Muon, NativeMuon, orthogonal, orthogona
 from groundling.optim.native import NativeAdamW
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 
-CONFIG = OptimConfig(kind="muon", momentum=0.8, weight_decay=0.5, eps=1e-6)
+CONFIG = OptimConfig(kind="muon", momentum=0.8, weight_decay=0.5, eps=1e-6, last_block_share=0.25)
 RATE = 0.01
 
 
@@ -114,7 +114,8 @@ def test_an_update_is_the_formula(model: GPT2, native: bool, kind: type[FusedAda
             ahead = 0.2 * gradient + 0.8 * moments[name]
             parts = ahead.split(model.config.n_embd) if "c_attn" in name else [ahead]
             update = torch.cat([0.2 * max(part.shape) ** 0.5 * expected_orthogonal(part) for part in parts])
-            expected[name] = expected[name] * (1 - RATE * 0.5) - RATE * update
+            rate = RATE * 0.25 ** (int(name.split(".")[2]) / (model.config.n_layer - 1))
+            expected[name] = expected[name] * (1 - rate * 0.5) - rate * update
         take_step(optimizer, scale)
     for name, parameter in matrices.items():
         torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-4, atol=2e-5)

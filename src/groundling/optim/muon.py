@@ -38,7 +38,8 @@ TINY = 1e-7
 
 
 class Muon(FusedAdamW):
-    """AdamW, but for groups with "momentum": their matrices are Muon's, each in so many "parts" of its rows."""
+    """AdamW, but for groups with "momentum": their matrices are Muon's, each in so many "parts" of its rows, at a
+    "share" of the rate."""
 
     @torch.no_grad()
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]  # takes no closure
@@ -58,11 +59,12 @@ class Muon(FusedAdamW):
             state["moment"] = torch.zeros_like(weight)
         moment = state["moment"].lerp_(gradient, 1 - momentum)
         ahead = gradient.lerp_(moment, momentum)  # Nesterov's
+        rate = group["lr"] * group["share"]
         if group["weight_decay"]:
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.mul_(1 - rate * group["weight_decay"])
         for rows, part in zip(weight.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True):
             size = RMS * max(part.shape) ** 0.5
-            rows.add_(orthogonal(part, group["product_format"]), alpha=-group["lr"] * size)
+            rows.add_(orthogonal(part, group["product_format"]), alpha=-rate * size)
 
 
 class NativeMuon(Muon, NativeAdamW):

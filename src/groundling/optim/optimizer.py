@@ -39,6 +39,9 @@ class OptimConfig:
     """Added to the square root of AdamW's second moment."""
     momentum: float = 0.95
     """Muon's decay of the moment of the blocks' matrices."""
+    last_block_share: float = 1.0
+    """Muon's rate in the last block, as a share of that in the first; in between it falls by the same factor from block
+    to block. Deep networks learn a text in fewer passes with 0.1 (docs/training.md)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, per unit of learning rate."""
     decayed: Literal["matrices", "all"] = "matrices"
@@ -50,6 +53,8 @@ class OptimConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give a number from 0 to below 1")
+        if not 0 < self.last_block_share < math.inf:
+            raise ConfigError(f"optim.last_block_share is {self.last_block_share}: give a positive number")
         if not MIN_EPS <= self.eps < math.inf:
             raise ConfigError(f"optim.eps is {self.eps}: give {MIN_EPS:g} or more, for weights without a gradient")
         for name in ("weight_decay", "clip"):
@@ -85,9 +90,14 @@ def make_optimizer(
 def _muon_groups(
     named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, product_format: torch.dtype
 ) -> list[dict[str, Any]]:
-    """One for the matrices that make queries, keys and values, which are three, and one for all others."""
-    by_parts: dict[int, list[nn.Parameter]] = {1: [], 3: []}
+    """One of each block for the matrix that makes queries, keys and values, which is three, and one for the others."""
+    by_block: dict[tuple[int, int], list[nn.Parameter]] = {}
     for name, parameter in named:
-        by_parts[3 if name.endswith("attn.c_attn.weight") else 1].append(parameter)
+        block = int(name.partition(".h.")[2].partition(".")[0])
+        by_block.setdefault((block, 3 if name.endswith("attn.c_attn.weight") else 1), []).append(parameter)
+    last = max((block for block, _ in by_block), default=0)
     muon = {"momentum": config.momentum, "product_format": product_format, "weight_decay": config.weight_decay}
-    return [{"params": params, "parts": parts, **muon} for parts, params in by_parts.items()]
+    return [
+        {"params": params, "parts": parts, "share": config.last_block_share ** (block / max(1, last)), **muon}
+        for (block, parts), params in by_block.items()
+    ]
