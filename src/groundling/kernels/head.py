@@ -30,7 +30,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     if hidden.shape != (len(targets), weight.size(1)):
         shapes = f"hidden states of {tuple(hidden.shape)}, a weight of {tuple(weight.shape)} and {len(targets)} targets"
         raise ValueError(f"{shapes} do not belong together")
-    if not len(targets) or _product_format(hidden) not in (torch.float32, torch.bfloat16):
+    if not len(targets) or product_format(hidden.dtype) not in (torch.float32, torch.bfloat16):
         return reference.linear_cross_entropy(hidden, weight, targets, n_last)
     strange = targets[((targets < 0) | (targets >= len(weight))) & (targets != reference.IGNORED_TARGET)]
     if len(strange):
@@ -40,8 +40,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_last
     return loss
 
 
-def _product_format(hidden: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+def product_format(otherwise: torch.dtype) -> torch.dtype:
+    """The number format of products: autocast's, or this one without it."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else otherwise
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -51,7 +52,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int, with_gradient: bool
     ) -> Tensor:
-        kind = _product_format(hidden)
+        kind = product_format(hidden.dtype)
         with torch.autocast("cpu", enabled=False):
             factor = weight_copy(weight) if kind is torch.bfloat16 else weight
             factors = hidden.to(kind).contiguous(), factor, targets.contiguous()

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from groundling import runtime
 from groundling.kernels import products, reference
 from groundling.kernels.build import library
-from groundling.kernels.head import linear_cross_entropy
+from groundling.kernels.head import linear_cross_entropy, product_format
 from groundling.kernels.reference import causal_attention
 from groundling.kernels.weight_copies import weight_copy
 
@@ -108,7 +108,7 @@ class AddLayerNorm(torch.autograd.Function):
         assert x.dtype is weight.dtype is bias.dtype is torch.float32
         assert weight.shape == bias.shape == x.shape[-1:]
         sums = torch.empty_like(x)
-        normed = torch.empty_like(x, dtype=_product_format())
+        normed = torch.empty_like(x, dtype=product_format(torch.float32))
         statistics = torch.empty(x.numel() // len(weight), 2)
         _sweep(
             "add_layer_norm", *_rows(x), x, _bf16(update), update, weight, bias, sums, _bf16(normed), normed, statistics
@@ -229,13 +229,9 @@ class SelfAttention(torch.autograd.Function):
 def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x and the weight, as a product takes them."""
     rows = x.reshape(x.numel() // x.size(-1), x.size(-1))
-    if _product_format() is torch.float32:
+    if product_format(torch.float32) is torch.float32:
         return rows, weight
     return rows.to(torch.bfloat16), weight_copy(weight)
-
-
-def _product_format() -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 def _rows(matrix: Tensor) -> tuple[int, int]:
