@@ -58,6 +58,12 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         list(read_lines(path))
 
 
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    """As when somebody deletes the folder of a run at work."""
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, what the run measured, is not there"):
+        list(read_lines(tmp_path / "metrics.jsonl"))
+
+
 class Full:
     """A file on a full disk: what was not written is tried again when it is closed."""
 

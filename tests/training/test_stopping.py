@@ -9,10 +9,14 @@ from groundling.errors import ConfigError
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training.stopping import REASONS, StoppingConfig, StopRule, StopState, reason_in_words
 
+FALLING = ScheduleConfig()
 
-def rule(total_steps: int = 100, look_steps: float = 1.0, ends_low: bool = True, **settings: object) -> StopRule:
+
+def rule(
+    total_steps: int = 100, look_steps: float = 1.0, schedule: ScheduleConfig = FALLING, **settings: object
+) -> StopRule:
     config = StoppingConfig(**settings)  # type: ignore[arg-type]
-    return StopRule(config, total_steps, 10, has_heldout=True, look_steps=look_steps, ends_low=ends_low)
+    return StopRule(config, schedule, total_steps, 10, has_heldout=True, look_steps=look_steps)
 
 
 def test_a_batch_below_the_target_is_noted_and_stops_nothing() -> None:
@@ -83,9 +87,20 @@ def test_a_low_rate_is_not_waited_for_where_the_target_is_far() -> None:
         other = rule(total_steps=total_steps, target=1.0)
         other.state = r.state
         assert other.reason(7, 0.0) is None
-    constant = rule(total_steps=7, target=1.0, ends_low=False)
+    constant = rule(total_steps=7, target=1.0, schedule=ScheduleConfig(decay="constant"))
     constant.state = r.state
     assert constant.reason(9, 0.0) is None
+    held = rule(total_steps=7, target=1.0, schedule=ScheduleConfig(hold_fraction=1.0))  # it falls all at once
+    held.state = r.state
+    assert held.reason(7, 0.0) == "schedule"
+
+
+def test_a_rate_of_zero_is_not_waited_for() -> None:
+    """It moves no weight, however near the target is."""
+    r = rule(total_steps=7, target=1.0, schedule=ScheduleConfig(floor_fraction=0.0))
+    assert r.look_due(7)
+    r.looked(7, 1.1)
+    assert r.reason(7, 0.0) == "schedule"
 
 
 def test_a_run_that_is_already_past_the_end_of_its_schedule_is_looked_at() -> None:
@@ -163,7 +178,7 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 
 def test_patience_needs_heldout_text() -> None:
     with pytest.raises(ConfigError, match="heldout"):
-        StopRule(StoppingConfig(patience=1), 10, 10, has_heldout=False, look_steps=1, ends_low=True)
+        StopRule(StoppingConfig(patience=1), FALLING, 10, 10, has_heldout=False, look_steps=1)
 
 
 def test_without_a_target_a_run_ends_with_its_schedule() -> None:

@@ -341,10 +341,13 @@ def test_patience_stops_when_heldout_text_gets_no_better(make_trainer: MakeTrain
         make_trainer(stopping=stopping)
 
 
-def test_patience_waits_for_whole_windows(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
+@pytest.mark.parametrize(("short_fraction", "first_whole"), [(0.5, 20), (0.525, 22)])
+def test_patience_waits_for_whole_windows(
+    make_trainer: MakeTrainer, tokens: NDArray[np.uint16], short_fraction: float, first_whole: int
+) -> None:
     """While all windows are read in pieces no position past a piece is trained, and held-out text shows that alone."""
     trainer, memory = make_trainer(
-        windows=WindowConfig(16, 4, pieces=2, short_fraction=0.5),
+        windows=WindowConfig(16, 4, pieces=2, short_fraction=short_fraction),
         schedule=ScheduleConfig(total_steps=40, passes=None),
         stopping=StoppingConfig(target=0, patience=99),
         heldout=tokens,
@@ -352,7 +355,7 @@ def test_patience_waits_for_whole_windows(make_trainer: MakeTrainer, tokens: NDA
     remaining_s = remaining(trainer, 3600.0)
     trainer.train()
     taken = [line["step"] + 1 for line in memory.metrics if "heldout/loss" in line]
-    assert taken[0] == trainer.windows.n_short + 1
+    assert taken[0] == first_whole + 1
     assert len(taken) == 1 + (40 - taken[0]) // trainer.stop_rule.heldout_steps
     of_network = clock(40 * 3600 + len(taken) * evaluation_s(trainer, len(tokens), 64 / 3600))
     assert remaining_s.startswith(f"left: {of_network} of training")
@@ -484,7 +487,7 @@ def test_the_running_mean_is_of_whole_windows(make_trainer: MakeTrainer) -> None
     """Losses of pieces are higher, so that a mean with them would ask for no look at a text that is known."""
     trainer, memory = make_trainer(windows=WindowConfig(16, 4, pieces=16), stopping=StoppingConfig(max_steps=6))
     trainer.train()
-    rule = StopRule(trainer.recipe.stopping, 40, 10, has_heldout=False, look_steps=1, ends_low=True)
+    rule = StopRule(trainer.recipe.stopping, trainer.recipe.schedule, 40, 10, has_heldout=False, look_steps=1)
     for step, loss in enumerate(memory.losses()):
         if step % 2 == 0:
             rule.observe(step, loss)

@@ -219,6 +219,11 @@ class Windows:
         """In how many pieces this step reads each of its windows."""
         return self.config.pieces if step % 2 or step < self.n_short else 1
 
+    @property
+    def first_whole(self) -> int:
+        """The first step that reads whole windows: before it no position past a piece is trained."""
+        return self.n_short + self.n_short % 2
+
     def steps_per_pass(self) -> float:
         """Steps after which this text has been read once."""
         return steps_per_pass(len(self.tokens), self.config)

@@ -62,7 +62,12 @@ class ScheduleConfig:
     @property
     def ends_low(self) -> bool:
         """Whether the rate has fallen so far by the end that a target which is far then is not met after it."""
-        return self.decay != "constant" and self.hold_fraction < 1 and self.floor_fraction <= LOW
+        return self.decay != "constant" and self.floor_fraction <= LOW
+
+    @property
+    def ends_at_zero(self) -> bool:
+        """Whether the rate is zero from the end on, where no step moves a weight."""
+        return self.decay != "constant" and self.floor_fraction == 0
 
     def steps(self, steps_per_pass: float) -> int:
         """Length of the schedule in steps, for a text of which one pass takes this many."""

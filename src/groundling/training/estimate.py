@@ -16,9 +16,9 @@ from torch import Tensor
 from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
-from groundling.training.metrics import Metrics
+from groundling.training.metrics import Metrics, Sink
 from groundling.training.progress import clock
-from groundling.training.step import StepResult, flops_per_token, training_step, update_flops
+from groundling.training.step import StepResult, step_flops, training_step
 from groundling.training.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -61,7 +61,7 @@ class Estimate:
         )
 
 
-class FirstSteps:
+class FirstSteps(Sink):
     """A sink that tells the estimate as soon as enough of the run's own first steps have been taken.
 
     A run that goes on after others' steps has no first ones, and is told nothing.
@@ -85,18 +85,6 @@ class FirstSteps:
             pieces = [windows.n_pieces(step) for step in range(WARMUP_STEPS, len(self.seconds))]
             length = statistics.mean(windows.config.length / n_pieces for n_pieces in pieces)
             self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, length))
-
-    def note(self, message: str) -> None:
-        pass
-
-    def progress(self, what: str, share: float) -> None:
-        pass
-
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def measure(trainer: Trainer, final: str) -> Estimate:
@@ -181,7 +169,7 @@ def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
         return 0.0
     n_tokens = trainer.final_reads()["heldout/loss"]
     rule = trainer.stop_rule
-    begun = max(rule.state.heldout_at_step, trainer.windows.n_short + 1 - rule.heldout_steps)
+    begun = max(rule.state.heldout_at_step, trainer.windows.first_whole + 1 - rule.heldout_steps)
     n_left = max(0, end - begun) // rule.heldout_steps
     return n_left * evaluation_s(trainer, n_tokens, tokens_per_s)
 
@@ -206,10 +194,8 @@ def evaluation_s(trainer: Trainer, n_tokens: int, tokens_per_s: float) -> float:
 
 
 def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:
-    """Matrix FLOP of a step: those of the network in windows of this mean length, and those of its update."""
-    model, windows = trainer.model.config, trainer.recipe.windows
-    of_network = windows.batch_size * windows.length * flops_per_token(model, mean_length)
-    return of_network, update_flops(model, trainer.recipe.optim)
+    """`step_flops` of this run."""
+    return step_flops(trainer.model.config, trainer.recipe.windows, trainer.recipe.optim, mean_length)
 
 
 def is_taken(final: str, seconds: float, train_s: float) -> bool:

@@ -29,7 +29,10 @@ class LoggingConfig:
 
 
 class Sink(Protocol):
-    """Something that takes metrics: one call per step, evaluations in calls of their own."""
+    """Something that takes metrics: one call per step, evaluations in calls of their own.
+
+    A sink that derives from it leaves out what does not concern it.
+    """
 
     def write(self, step: int, metrics: Metrics) -> None: ...
     def note(self, message: str) -> None: ...
@@ -70,7 +73,7 @@ class Sinks:
                 all_of_them.callback(sink.close)
 
 
-class JsonLines:
+class JsonLines(Sink):
     """`metrics.jsonl`: one JSON object a line, full precision; numbers that are not finite become null."""
 
     def __init__(self, path: Path) -> None:
@@ -88,12 +91,6 @@ class JsonLines:
         except OSError as error:
             error.filename = str(self.path)  # a full disk does not say what it has no room for
             raise
-
-    def note(self, message: str) -> None:
-        pass
-
-    def progress(self, what: str, share: float) -> None:
-        pass
 
     def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         last = n_steps - 1
@@ -113,7 +110,7 @@ class JsonLines:
             self.file.close()
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Scalars for TensorBoard; needs the extra `groundling[tensorboard]`."""
 
     def __init__(self, directory: Path) -> None:
@@ -130,12 +127,6 @@ class TensorBoard:
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
 
-    def note(self, message: str) -> None:
-        pass
-
-    def progress(self, what: str, share: float) -> None:
-        pass
-
     def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -149,8 +140,10 @@ class TensorBoard:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a metrics file; a last line cut short by a crash is left out.
 
-    Raises `CheckpointError` for any other line that is damaged.
+    Raises `CheckpointError` if the file is gone, or for any other line that is damaged.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}, what the run measured, is not there: restore it, or begin the run anew")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

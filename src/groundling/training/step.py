@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from groundling.corpus.windows import Batch
+from groundling.corpus.windows import Batch, WindowConfig
 from groundling.evaluation.corpus_loss import LossSum
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.fused import FusedAdamW
@@ -87,6 +87,12 @@ def flops_per_token(config: GPTConfig, window: float) -> float:
     """
     in_products = config.n_parameters() - config.n_ctx * config.n_embd  # the position table is only looked up
     return 6.0 * in_products + 6.0 * config.n_layer * config.n_embd * window
+
+
+def step_flops(config: GPTConfig, windows: WindowConfig, optim: OptimConfig, mean_length: float) -> tuple[float, float]:
+    """Matrix FLOP of a step: those of the network in windows of this mean length, and those of its update."""
+    of_network = windows.batch_size * windows.length * flops_per_token(config, mean_length)
+    return of_network, update_flops(config, optim)
 
 
 def update_flops(config: GPTConfig, optim: OptimConfig) -> int:

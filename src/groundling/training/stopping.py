@@ -47,7 +47,7 @@ class StoppingConfig:
     """Steps after which the target is expected, for estimate and ETA; without it, the end of the schedule."""
     overtime: float = 0.5
     """How far a run may go past the end of its schedule, as a share of it, when the target was nearly met by then (a
-    loss over the text below 1.5 targets), or where the rate does not fall to a tenth."""
+    loss over the text below 1.5 targets), or where the rate does not fall to a tenth; not at all if it falls to 0."""
     max_steps: int | None = None
     """Steps of the whole run, those before a resume included."""
     max_minutes: float | None = None
@@ -156,14 +156,13 @@ class StopRule:
     def __init__(
         self,
         config: StoppingConfig,
+        schedule: ScheduleConfig,
         total_steps: int,
         steps_per_pass: float,
         has_heldout: bool,
         look_steps: float,
-        ends_low: bool,
     ) -> None:
-        """`look_steps` take as long as a loss over the whole text; `ends_low` is the
-        schedule's.
+        """`schedule` has `total_steps`; `look_steps` take as long as a loss over the whole text.
 
         Raises `ConfigError` if patience is asked for and there is no held-out text.
         """
@@ -171,10 +170,11 @@ class StopRule:
             raise ConfigError("stopping.patience needs held-out text: give --heldout or --heldout-fraction")
         self.config = config
         self.total_steps = total_steps
-        overtime = config.overtime if config.target else 0.0  # there is nothing to wait for without a target
+        has_overtime = config.target and not schedule.ends_at_zero  # else there is nothing to wait for
+        overtime = config.overtime if has_overtime else 0.0
         self.last_step = total_steps + math.ceil(overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
-        self.look_steps, self.ends_low = look_steps, ends_low
+        self.look_steps, self.ends_low = look_steps, schedule.ends_low
         self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:

@@ -109,8 +109,8 @@ class Trainer:
         with self.signals:
             try:
                 while (reason := self._stop_reason()) is None:
+                    self._save_if_due()  # with the losses that were just taken
                     self._take_step()
-                    self._save_if_due()
             except Interrupted as interrupt:
                 if self.saved_step is None or not (self.state.n_bad and self._ruined(self.state.n_steps)):
                     self.save()  # ruined weights displace no good ones
@@ -236,8 +236,7 @@ class Trainer:
                 self.sinks.note(
                     f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
-        has_whole_windows = n_steps > self.windows.n_short  # before that no position past a piece is trained
-        if has_whole_windows and rule.heldout_due(n_steps):
+        if n_steps > self.windows.first_whole and rule.heldout_due(n_steps):
             loss = self.take("heldout/loss")
             rule.observe_heldout(n_steps, loss)
             self.sinks.write(n_steps - 1, {"heldout/loss": loss})
@@ -362,7 +361,8 @@ class Trainer:
         self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
 
     def _save_if_due(self) -> None:
-        if self.trained and self.recipe.checkpoint.due(self.state.n_steps, time.monotonic() - self.saved_at):
+        n_steps = self.state.n_steps
+        if n_steps and self.trained and self.recipe.checkpoint.due(n_steps, time.monotonic() - self.saved_at):
             self.save()
 
     def _count_wall(self) -> None:
@@ -374,5 +374,5 @@ class Trainer:
         has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows
         n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
         look_steps = FORWARD_SHARE * n_read / (windows.batch_size * windows.length)
-        ends_low, steps_per_pass = self.recipe.schedule.ends_low, self.windows.steps_per_pass()
-        return StopRule(stopping, self.total_steps, steps_per_pass, has_heldout, look_steps, ends_low)
+        schedule, steps_per_pass = self.recipe.schedule, self.windows.steps_per_pass()
+        return StopRule(stopping, schedule, self.total_steps, steps_per_pass, has_heldout, look_steps)
