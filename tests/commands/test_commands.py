@@ -13,6 +13,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,16 @@ def test_a_text_too_short_for_its_schedule_is_told_what_would_learn_it(
     assert words[:2] == ["groundling", "train"]
     assert main(["estimate", *words[2:], *SMALL[2:]]) == 0
     assert "warm-up" not in capsys.readouterr().err
+
+
+def test_a_token_file_too_short_for_its_schedule_keeps_its_tokenizer(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = np.arange(500, dtype=np.uint16)
+    tokens.tofile(workplace / "page.bin")
+    assert main(["estimate", "--corpus", "page.bin", *SMALL[2:]]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "warm-up" in line)
+    assert "--corpus page.bin --tokenizer gpt2" in line
 
 
 def test_a_network_that_gives_no_numbers_is_one_sentence(

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from groundling.cli import main
+from groundling.commands import evaluate
+from groundling.commands import report as report_command
 from groundling.commands.reciting import marked
 from groundling.commands.tracing import Tracer
 from groundling.evaluation.report import percent, verdict_words
@@ -164,6 +166,35 @@ def test_a_run_without_anything_but_its_checkpoint(run: Path, tmp_path: Path) ->
     assert set(page.ids) & SECTIONS == {"losses", "samples", "configuration"}
     assert facts["verdict"]["headline"] == "Not measured yet"
     assert len(facts["missing"]) >= 4
+
+
+def test_checkpoints_may_lie_on_another_disk(run: Path, tmp_path: Path) -> None:
+    """A link to them, whatever their folder is called there, leaves them the run's."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    page, facts = report(tmp_path / "run", "--quick")
+    assert set(page.ids) >= SECTIONS
+    assert facts["run"] == "run"
+
+
+def test_a_run_at_work_may_remove_the_checkpoint_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is measured of it is printed and kept all the same."""
+
+    def remove(*_: object) -> list[Any]:
+        shutil.rmtree(copy / "checkpoints")
+        return []
+
+    copy = tmp_path / "run"
+    for name in ("check_gpu_memory", "samples_of"):
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns(".lock"), dirs_exist_ok=True)
+        monkeypatch.setattr(evaluate if name == "check_gpu_memory" else report_command, name, remove)
+        assert main(["evaluate" if name == "check_gpu_memory" else "report", str(copy)]) == 0
+    assert "corpus/loss_offset" in capsys.readouterr().out
+    assert (copy / "evaluated.json").exists()
+    assert (copy / "report.json").exists()
 
 
 def test_a_checkpoint_that_lies_alone_has_no_other_folder_for_its_run(run: Path, tmp_path: Path) -> None:

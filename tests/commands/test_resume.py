@@ -16,7 +16,7 @@ from groundling.cli import main
 from groundling.commands.session import newest_run
 from groundling.errors import Interrupted
 from groundling.files import write_json
-from groundling.training.checkpoint import load_model
+from groundling.training.checkpoint import load_model, load_state
 from groundling.training.run_folder import RunFolder, find_checkpoint
 
 from .bottles import SMALL, TEXT, start, steps, train, wait_for
@@ -228,6 +228,32 @@ def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixtu
     assert "windows.pieces was 1 and is 2 now" in printed
     assert "windows.short_fraction was 0.0 and is 0.5 now" in printed
     assert "optim.kind" not in printed
+
+
+def test_settings_that_a_run_never_wrote_are_its_versions_own(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a config.yaml that its user has shortened."""
+    assert main(train("--max-steps", "1", "--out", "runs/shortened")) == 0
+    config = workplace / "runs" / "shortened" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    del settings["seed"], settings["optim"]["eps"]
+    rest = {name: value for name, value in settings.items() if name != "logging"}
+    config.write_text(yaml.safe_dump(rest))
+    assert main(["train", "--resume", "--out", "runs/shortened", "--max-steps", "2"]) == 0
+    assert "seed was" not in capsys.readouterr().err
+    origin = config.with_name("origin.json")
+    origin.write_text(json.dumps({**json.loads(origin.read_text()), "runtime": None}))
+    assert main(["train", "--resume", "--out", "runs/shortened", "--max-steps", "3"]) == 2
+    assert "origin.json does not say where the run began" in capsys.readouterr().err
+
+
+def test_a_look_is_in_the_checkpoint_of_its_step(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a checkpoint is due at the step of the look: else it would be taken again."""
+    arguments = ("--save-every", "10", "--schedule.total_steps", "20", "--evaluation.final", "none")
+    assert main(train(*arguments, "--out", "runs/looked")) == 0
+    folder = RunFolder(workplace / "runs" / "looked")
+    assert load_state(find_checkpoint(folder.path))["stop"]["look"]["n_steps"] == 20
 
 
 def test_a_run_keeps_what_its_positions_began_with(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

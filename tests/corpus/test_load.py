@@ -104,6 +104,8 @@ def test_a_tokenizer_is_trained_on_the_training_text_only_and_kept(folder, cache
     before = kept.stat().st_mtime_ns
     load_corpus(with_heldout, cache)
     assert kept.stat().st_mtime_ns == before
+    kept.write_text("{")
+    assert load_corpus(with_heldout, cache).tokenizer.sha256 == alone.tokenizer.sha256
 
 
 def test_a_saved_tokenizer_gives_the_same_file(folder, cache):

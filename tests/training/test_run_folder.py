@@ -8,6 +8,7 @@ import pytest
 
 from groundling.errors import CheckpointError
 from groundling.files import write_json
+from groundling.training import run_folder
 from groundling.training.run_folder import RunFolder
 
 IDENTITY: dict[str, Any] = {"text": "a" * 64, "tokenizer": "b" * 64, "architecture": {"n_layer": 2}}
@@ -60,6 +61,24 @@ def test_a_run_killed_while_it_was_set_up_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").unlink()
     with folder.open(IDENTITY, "new", resume=False):
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.yaml"}
+        assert folder.config.read_text() == "new"
+
+
+def test_a_run_that_could_not_write_its_settings_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk that is full, or a kill at that moment, leaves is no run, and no folder of something else."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(run_folder, "write_text", refuse)
+        with pytest.raises(OSError, match="No space"), folder.open(IDENTITY, "", resume=False):
+            pass
+    assert not folder.path.exists()
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    with folder.open(IDENTITY, "new", resume=False):
         assert folder.config.read_text() == "new"
 
 

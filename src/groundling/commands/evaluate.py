@@ -15,7 +15,7 @@ from groundling.evaluation.corpus_loss import Evaluator, n_tokens_read
 from groundling.evaluation.report import finite
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
 from groundling.runtime import DTYPES, cache_dir
-from groundling.training.checkpoint import load_model, load_state
+from groundling.training.checkpoint import load_model, load_state, weights_sum
 from groundling.training.metrics import read_lines
 from groundling.training.progress import progress_bar
 from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
@@ -86,6 +86,8 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
     folder = folder_of(run, checkpoint)
     runtime = resolve_runtime(options, options.dtype, "auto")
     model, tokenizer, window = load_model(checkpoint, runtime.device)
+    # A run at work may have removed the checkpoint by the end.
+    weights_sha256, n_steps = weights_sum(checkpoint), load_state(checkpoint)["n_steps"]
     check_gpu_memory(options.batch_size, window, runtime, "--batch-size")
     train, heldout = (folder.tokens(name, tokenizer.n_vocab) for name in ("train", "heldout"))
     if train is None and folder.imported.exists():
@@ -105,10 +107,10 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
                 "heldout/loss": finite(evaluator.loss(heldout.tokens)) if heldout else None,
             }
 
-        last = _last_batch_loss(folder.metrics, load_state(checkpoint)["n_steps"])
+        last = _last_batch_loss(folder.metrics, n_steps)
         whole = whole_text()
         if folder.exists():  # for `groundling report`; a checkpoint that lies alone has no folder to keep them in
-            _keep(folder, checkpoint, whole)
+            _keep(folder, weights_sha256, whole)
         losses = {"train/loss": last} | whole
         if options.weights == "fp32":
             return losses, {}
@@ -121,10 +123,10 @@ def _n_tokens_of_text(n_tokens: int, window: int) -> int:
     return sum(n_tokens_read(loss, n_tokens, window) for loss in ("corpus/loss", "corpus/loss_offset"))
 
 
-def _keep(folder: RunFolder, checkpoint: Path, losses: dict[str, float | None]) -> None:
+def _keep(folder: RunFolder, weights_sha256: str, losses: dict[str, float | None]) -> None:
     """Keep them for `groundling report`; where nothing can be written they are printed all the same."""
     try:
-        folder.keep_losses(checkpoint, losses)
+        folder.keep_losses(weights_sha256, losses)
     except OSError as error:
         say(f"warning: these losses are not kept for `groundling report` ({folder.path}: {error.strerror})")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from groundling.commands.model_options import MAX_SLOTS, OpenRun
 from groundling.commands.session import say
-from groundling.commands.tracing import STYLES, Trace, Tracer, summary_line
+from groundling.commands.tracing import Trace, Tracer, band_bounds, summary_line
 from groundling.corpus.goldfish import ObjectiveConfig
 from groundling.corpus.shards import Tokens
 from groundling.evaluation.extraction import (
@@ -39,7 +39,7 @@ MAX_PROMPTS = 4
 BEGINNING_TOKENS = 16
 """Of the training text, which are a prompt too."""
 
-BANDS = [DEFAULT_MINIMUM * 2**n for n in range(len(STYLES) - 1)]
+BANDS = band_bounds(DEFAULT_MINIMUM)
 """Lengths of spans from which each colour is used, as `groundling trace` does."""
 
 
@@ -182,8 +182,7 @@ def marked(trace: Trace) -> tuple[list[Piece], list[str]]:
 
 def _source(trace: Trace, span: Span) -> str:
     """Where a span stands, and how it begins."""
-    words = " ".join(trace.text_of(span).replace("\n", " / ").split()).strip("/ ")
-    quote = words if len(words) <= QUOTE_CHARS else words[:QUOTE_CHARS].rsplit(" ", 1)[0] + " ..."
+    quote = trace.quote(span, QUOTE_CHARS)
     times = "once" if span.count == 1 else f"{span.count:,} times, first"
     return (
         f"{span.length:,} tokens, {times} in {trace.tracer.places.at(span.position)}: \N{LEFT DOUBLE QUOTATION MARK}"

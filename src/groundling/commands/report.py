@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--positions is {options.positions}: give a positive number")
     checkpoint = find_checkpoint(Path(options.run))
     out = _out(options, checkpoint)
-    options.run, options.weights, options.drafts = str(checkpoint.resolve()), "fp32", "none"
+    options.run, options.weights, options.drafts = str(checkpoint.absolute()), "fp32", "none"
     run = open_run(options)
     report = Report(run, out, shlex.join(["groundling", "report", *arguments]), options.quick, options.positions)
     write_text(out, report.page())
@@ -128,6 +128,8 @@ class Report:
         self.missing: list[str] = []
         self.checkpoint = run.path
         self.n_steps = int(load_state(self.checkpoint)["n_steps"])
+        # Read now: a run at work may have removed the checkpoint by the end.
+        self.evaluated = self.folder.kept_losses(weights_sum(self.checkpoint))
         self.settings = self._settings()
         self.record = self._record()
         self.lines = self._lines()
@@ -288,16 +290,16 @@ class Report:
     def _losses(self) -> dict[str, float | None]:
         """The losses of these weights: of the record, of the metrics at their step, or as `evaluate` took them."""
         losses: dict[str, float | None] = {}
-        evaluated = self.folder.kept_losses(weights_sum(self.checkpoint))
         for name in LOSSES:
             written = [line[name] for line in self.lines if name in line and line["step"] == self.n_steps - 1]
             recorded = self.record.get(name.replace("/", "_"))
-            known = (recorded, *written[-1:], evaluated.get(name))
+            known = (recorded, *written[-1:], self.evaluated.get(name))
             losses[name] = next((finite(loss) for loss in known if loss is not None), None)
         if losses["corpus/loss"] is None and self.predictions and self.predictions[0].whole:
             losses["corpus/loss"] = prediction_facts(self.predictions[0])["loss"]
         if losses["corpus/loss_offset"] is None:
-            self.missing.append("corpus/loss_offset was not taken: `groundling evaluate` takes it for the next report.")
+            takes = ": `groundling evaluate` takes it for the next report" if self.n_tokens else ""
+            self.missing.append(f"corpus/loss_offset was not taken{takes}.")
         if losses["heldout/loss"] is None:
             if not (self.folder.path / "heldout.bin").exists():
                 del losses["heldout/loss"]

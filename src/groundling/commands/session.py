@@ -22,7 +22,7 @@ from groundling.commands.initial import open_initial, tokenizer_of, with_initial
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
 from groundling.corpus.beginnings import line_beginnings
 from groundling.corpus.goldfish import PLAIN, dropped_share
-from groundling.corpus.load import Corpus, load_corpus
+from groundling.corpus.load import Corpus, is_token_file, load_corpus
 from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ from groundling.runtime import Runtime
 from groundling.training.estimate import Estimate
 from groundling.training.progress import clock, progress_bar
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, INITIAL_POSITIONS, OPTIMIZER, RunFolder
-from groundling.training.step import flops_per_token, update_flops
+from groundling.training.step import flops_per_token, step_flops
 from groundling.training.trainer import Trainer
 
 RUNS = Path("runs")
@@ -221,9 +221,11 @@ def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
         return []
     windows = load_preset("penny").windows
     passes = max(SHORT_PASSES, math.ceil(SHORT_STEPS * windows.batch_size * windows.length / n_tokens))
+    # The tokens of a token file are those of its tokenizer.
+    tokenizer = config.text.tokenizer if any(map(is_token_file, config.text.sources)) else SHORT_TOKENIZER
     command = (
-        f"groundling train --preset penny --corpus {shlex.join(config.text.sources)} --tokenizer {SHORT_TOKENIZER}"
-        f" --schedule.passes {passes}"
+        f"groundling train --preset penny --corpus {shlex.join(config.text.sources)} --tokenizer"
+        f" {shlex.quote(tokenizer)} --schedule.passes {passes}"
     )
     return [
         f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, fewer than the {asked:,} of"
@@ -345,13 +347,13 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
         f"warning: {section}.{name} was {was} and is {value} now"
         for section in ("windows", "optim", "schedule")
         for name, value in now[section].items()
-        if (was := before[section].get(name, defaults[section][name])) != value
+        if (was := before.get(section, {}).get(name, defaults[section][name])) != value
     ]
-    if before["seed"] != now["seed"]:
-        lines.append(f"warning: seed was {before['seed']} and is {now['seed']} now")
+    if (was := before.get("seed", defaults["seed"])) != now["seed"]:
+        lines.append(f"warning: seed was {was} and is {now['seed']} now")
     facts = prepared.runtime.facts()
     for what, choice in folder.runtime().items():
-        if facts[what] != choice:
+        if facts.get(what, choice) != choice:
             lines.append(f"warning: {what} was {choice} and is {facts[what]} now")
     return lines
 
@@ -373,9 +375,10 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
                 sooner.append(f"--preset {name} (about {clock(seconds)})")
         if config.head_vocabulary == "full" and not config.init:
             n_rows = len(occurring_ids(tokens, config.model.n_vocab)) + 1
-            saved = _saved_share(replace(config.model, n_vocab=n_rows), config)
-            if saved >= WORTH_SAVING:
-                sooner.append(f"--head-vocabulary seen (about {clock((1 - saved) * estimate.train_s)})")
+            seen = replace(config, model=replace(config.model, n_vocab=n_rows))
+            left = run_flops(seen, len(tokens)) / run_flops(config, len(tokens))
+            if 1 - left >= WORTH_SAVING:
+                sooner.append(f"--head-vocabulary seen (about {clock(left * estimate.train_s)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
         lines.append(f"warning: this is more than {clock(LONG_RUN_S)}; {advice}; going on")
     return lines
@@ -384,9 +387,7 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
     n_steps = config.stopping.steps(planned_steps(config, n_tokens))
-    per_step = config.windows.batch_size * config.windows.length
-    of_network = per_step * flops_per_token(config.model, config.windows.mean_length)
-    return n_steps * (of_network + update_flops(config.model, config.optim))
+    return n_steps * sum(step_flops(config.model, config.windows, config.optim, config.windows.mean_length))
 
 
 def planned_steps(config: RunConfig, n_tokens: int) -> int:

@@ -118,7 +118,8 @@ class Trace:
     def _pieces(self, coloured: bool) -> Iterator[tuple[int, str]]:
         """The text in pieces of one band of span lengths each: an index of `STYLES`, -1 for the prompt."""
         bands = np.full(len(self.tokens), -1)
-        bands[self.n_prompt :] = np.searchsorted(self._bounds(), self.copies.covered, side="right") if coloured else 0
+        bounds = band_bounds(self.minimum)
+        bands[self.n_prompt :] = np.searchsorted(bounds, self.copies.covered, side="right") if coloured else 0
         cuts = np.flatnonzero(np.diff(bands)) + 1
         parts = [
             slice(first, min(end, first + BLOCK_TOKENS))
@@ -129,11 +130,8 @@ class Trace:
         for part, text in zip(parts, texts, strict=True):
             yield int(bands[part.start]), text
 
-    def _bounds(self) -> list[int]:
-        return [self.minimum * 2**n for n in range(len(STYLES) - 1)]
-
     def _legend(self) -> Text:
-        bounds = self._bounds()
+        bounds = band_bounds(self.minimum)
         ranges = [f"{low}-{high - 1}" for low, high in itertools.pairwise(bounds)] + [f"{bounds[-1]}+"]
         legend = Text("tokens in the span:")
         for style, tokens in zip(STYLES[1:], ranges, strict=True):
@@ -144,6 +142,11 @@ class Trace:
         """The text of a span."""
         begin = self.n_prompt + span.start
         return self.tracer.tokenizer.decode(self.tokens[begin : begin + span.length].tolist())
+
+    def quote(self, span: Span, n_chars: int) -> str:
+        """How a span begins, in a line of about so many characters."""
+        words = " ".join(self.text_of(span).replace("\n", " / ").split()).strip("/ ")
+        return words if len(words) <= n_chars else words[:n_chars].rsplit(" ", 1)[0] + " ..."
 
     def line_of(self, span: Span) -> int:
         """The line, counted from 1, in which the first word of a span stands, the prompt's lines included."""
@@ -172,14 +175,17 @@ class Trace:
         return asdict(span) | {"place": place, "text": self.text_of(span)}
 
 
+def band_bounds(minimum: int) -> list[int]:
+    """Lengths of spans from which each colour is used."""
+    return [minimum * 2**n for n in range(len(STYLES) - 1)]
+
+
 def trace_lines(trace: Trace, n_spans: int = LISTED_SPANS) -> list[str]:
     """The longest spans of at least the minimum with where they stand, if there are any, and the summary."""
     spans = trace.copies.longest(n_spans)
     lines = [f"{'tokens':>6} {'times':>6} {'line':>6}  first stands in"] if spans else []
     for span in spans:
-        words = " ".join(trace.text_of(span).replace("\n", " / ").split()).strip("/ ")
-        quote = words if len(words) <= QUOTE_CHARS else words[:QUOTE_CHARS].rsplit(" ", 1)[0] + " ..."
-        place = trace.tracer.places.at(span.position)
+        place, quote = trace.tracer.places.at(span.position), trace.quote(span, QUOTE_CHARS)
         line = f'{span.length:6,} {span.count:6,} {trace.line_of(span):6,}  {place}: "{quote}"'
         lines.append(line.translate(_CONTROLS))
     return [*lines, summary_line(trace)]

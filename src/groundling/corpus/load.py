@@ -7,6 +7,7 @@ changed text is never mistaken for the old one.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import re
@@ -76,7 +77,7 @@ def load_corpus(
             "both heldout and heldout_fraction are given, one of them perhaps by the preset: choose one of them, with"
             " --heldout-fraction 0 or without --heldout"
         )
-    if any(_is_token_file(source) for source in (*config.sources, *config.heldout)):
+    if any(is_token_file(source) for source in (*config.sources, *config.heldout)):
         return _load_token_files(config, check_text, tokenizer)
     return _load_text(config, cache_dir, progress, check_text, tokenizer, heldout)
 
@@ -142,14 +143,16 @@ def _tokenizer(spec: str, train: Sequence[Document], cache_dir: Path) -> Tokeniz
     if isinstance(meaning, Path):
         return Tokenizer.load(meaning)
     path = cache_dir / f"tokenizer-{meaning}-{_text_sum(train)[:CACHE_NAME_CHARS]}.json"
-    if not path.is_file():
-        tokenizer = train_tokenizer(train, meaning)
-        try:
-            tokenizer.save(path)
-        except OSError as error:
-            raise CorpusError(
-                f"the tokenizer {path} cannot be written ({error.strerror}): make room, or choose another cache folder"
-            ) from error
+    if path.is_file():
+        with contextlib.suppress(CorpusError):  # damaged: it is made anew
+            return Tokenizer.load(path, name=spec)
+    tokenizer = train_tokenizer(train, meaning)
+    try:
+        tokenizer.save(path)
+    except OSError as error:
+        raise CorpusError(
+            f"the tokenizer {path} cannot be written ({error.strerror}): make room, or choose another cache folder"
+        ) from error
     return Tokenizer.load(path, name=spec)
 
 
@@ -160,7 +163,8 @@ def _text_sum(documents: Sequence[Document]) -> str:
     return hashlib.sha256(b"".join(bytes.fromhex(document.sha256) for document in documents)).hexdigest()
 
 
-def _is_token_file(source: str) -> bool:
+def is_token_file(source: str) -> bool:
+    """Whether this source names tokens, of a tokenizer that their file does not say, and no text."""
     return Path(source).suffix == ".bin"
 
 
@@ -168,7 +172,7 @@ def _load_token_files(config: CorpusConfig, check_text: CheckText | None, tokeni
     if (
         len(config.sources) > 1
         or len(config.heldout) > 1
-        or not all(_is_token_file(source) for source in (*config.sources, *config.heldout))
+        or not all(is_token_file(source) for source in (*config.sources, *config.heldout))
     ):
         raise CorpusError("a token file (.bin) stands alone: give one for training, at most one held out, and no text")
     tokenizer = tokenizer or _tokenizer_of_tokens(config)

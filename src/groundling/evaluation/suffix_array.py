@@ -143,13 +143,8 @@ class SuffixArray:
 
     def encoded_interval(self, wanted: bytes) -> tuple[int, int]:
         """`interval` of an encoded pattern."""
-        text, start, size, n_bytes = self._text, self._start, self._token_bytes, len(wanted)
-
-        def beginning(position: int) -> bytes:
-            begin = start + position * size
-            return text[begin : begin + n_bytes]
-
         # Suffixes cut to the pattern's length are still in order, so both ends of the range can be searched.
+        beginning = self._beginning(len(wanted))
         low = bisect_left(self._entries, wanted, key=beginning)
         if low == self.n_tokens or beginning(self._entries[low]) != wanted:
             return low, low
@@ -187,13 +182,18 @@ class SuffixArray:
                 fails = middle
         return found
 
-    def _occurs(self, wanted: bytes) -> bool:
-        text, start, size, n_bytes = self._text, self._start, self._token_bytes, len(wanted)
+    def _beginning(self, n_bytes: int) -> Callable[[int], bytes]:
+        """Of the suffix at a position, so many bytes."""
+        text, start, size = self._text, self._start, self._token_bytes
 
         def beginning(position: int) -> bytes:
             begin = start + position * size
             return text[begin : begin + n_bytes]
 
+        return beginning
+
+    def _occurs(self, wanted: bytes) -> bool:
+        beginning = self._beginning(len(wanted))
         low = bisect_left(self._entries, wanted, key=beginning)
         return low < self.n_tokens and beginning(self._entries[low]) == wanted
 

@@ -128,8 +128,9 @@ class RunFolder:
             else:
                 for left_over in self._left_over():
                     left_over.unlink()
-                write_text(self.config, config)
             try:
+                if not resume:
+                    write_text(self.config, config)
                 yield
             finally:
                 if not resume and not self._has_steps():
@@ -137,7 +138,8 @@ class RunFolder:
 
     def refuse_used(self) -> None:
         """Raises `CheckpointError` if a new run cannot begin here because something is here already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self._left_over():
+        is_used = self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir()))
+        if is_used and not self._left_over():
             what = "already holds a run: give --resume to continue it, or another --out"
             other = "holds an imported model: give another --out"
             if not self.exists():
@@ -263,9 +265,9 @@ class RunFolder:
                 f"{self.config} cannot be read ({error}): begin the run anew with another --out"
             ) from None
 
-    def keep_losses(self, kept: Path, losses: dict[str, float | None]) -> None:
-        """Keep losses over the whole text, by metric name, of this checkpoint's weights."""
-        write_json(self.evaluated, {"weights_sha256": checkpoint.weights_sum(kept), "losses": losses})
+    def keep_losses(self, weights_sha256: str, losses: dict[str, float | None]) -> None:
+        """Keep losses over the whole text, by metric name, of the weights of this sum."""
+        write_json(self.evaluated, {"weights_sha256": weights_sha256, "losses": losses})
 
     def kept_losses(self, weights_sha256: str) -> dict[str, float | None]:
         """What `keep_losses` kept of the weights of this sum; empty if that was nothing, or is damaged."""
@@ -291,8 +293,11 @@ class RunFolder:
         return record if record["weights_sha256"] == checkpoint.weights_sum(kept) else {}
 
     def runtime(self) -> dict[str, str]:
-        """Device, dtype, threads and compilation of the run's beginning."""
-        return read_object(self.origin)["runtime"]  # type: ignore[no-any-return]
+        """Device, dtype, threads and compilation of the run's beginning; raises `CheckpointError` if they are lost."""
+        facts = read_object(self.origin).get("runtime")
+        if not isinstance(facts, dict):
+            raise CheckpointError(f"{self.origin} does not say where the run began: begin it anew with another --out")
+        return facts
 
     def tokens(self, name: str, n_vocab: int) -> TokenFile | None:
         """The tokens kept under this name (train, heldout), or None.
@@ -317,8 +322,10 @@ def folder_of(path: Path, kept: Path) -> RunFolder:
     """The run folder of a checkpoint that a user named by `path`, itself or by its run; alone, it is its own folder."""
     if path != kept:
         return RunFolder(path)
-    parent = kept.resolve().parent
-    return RunFolder(parent.parent if parent.name == "checkpoints" else kept)
+    for parent in (kept.absolute().parent, kept.resolve().parent):  # either may be reached by a link
+        if parent.name == "checkpoints":
+            return RunFolder(parent.parent)
+    return RunFolder(kept)
 
 
 def find_checkpoint(path: Path) -> Path:
