@@ -153,7 +153,9 @@ def test_losses_that_are_no_numbers_are_not_quoted(run: Path, record: dict[str, 
     """A network that has overflowed gives them, and its run records them."""
     record["corpus_loss"], record["corpus_loss_offset"] = float("nan"), float("inf")
     (run / "record.json").write_text(json.dumps(record))
-    (run / "evaluated.json").write_text(json.dumps({"steps": record["steps"], "losses": {"corpus/loss": float("nan")}}))
+    (run / "evaluated.json").write_text(
+        json.dumps({"weights_sha256": record["weights_sha256"], "losses": {"corpus/loss": float("nan")}})
+    )
     assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 0
     card = (tmp_path / "export" / "README.md").read_text()
     assert "nan" not in card.lower().replace("nanogpt", "")
@@ -164,7 +166,9 @@ def test_a_sound_record_of_many_files(run: Path, record: dict[str, Any], tmp_pat
     record["config"]["text"]["sources"] = [f"{n:0100}.txt" for n in range(20_000)]
     record["command"] = " ".join(record["config"]["text"]["sources"])
     (run / "record.json").write_text(json.dumps(record))
-    (run / "evaluated.json").write_text(json.dumps({"steps": record["steps"], "losses": {"corpus/loss": "x"}}))
+    (run / "evaluated.json").write_text(
+        json.dumps({"weights_sha256": record["weights_sha256"], "losses": {"corpus/loss": "x"}})
+    )
     assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-verify"]) == 0
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,30 @@ def test_it_tells_text_machine_command_and_samples(trained: Trained) -> None:
     assert "ann/" not in card, "a published card names no folders of the machine"
 
 
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/home/Jane Doe/my books/a novel.txt", "a novel.txt"),
+        ("--corpus=/srv/O'Brien/x.txt", "--corpus=x.txt"),
+        ('--text.heldout=["/home/Jane Doe/a, b/x.txt", "y.txt"]', '--text.heldout=["x.txt", "y.txt"]'),
+        ("C:\\Users\\Jane Doe\\x.txt", "x.txt"),
+        ("--stopping.measure=corpus/loss", "--stopping.measure=corpus/loss"),
+        ("[/home/jane/x.txt", "x.txt"),
+    ],
+)
+def test_folders_with_any_name_are_left_out(trained: Trained, word: str, shown: str) -> None:
+    record = RECORD | {"command": shlex.join(["groundling", "train", word])}
+    assert shlex.join(["groundling", "train", shown]) + "\n" in blocks(
+        model_card.render(replace(trained, record=record), "fp32")
+    )
+
+
+def test_the_example_has_a_prompt_of_which_something_is_left(trained: Trained) -> None:
+    config = RECORD["config"] | {"prompts": ["", "ROMEO:"]}
+    card = model_card.render(replace(trained, record=RECORD | {"config": config}), "fp32")
+    assert 'tokenizer("ROMEO:", return_tensors="pt")' in card
+
+
 def test_a_run_without_a_record_gets_a_shorter_card_that_is_true(trained: Trained) -> None:
     for bare in (replace(trained, record={}), replace(trained, record={}, folder=None)):
         card = model_card.render(bare, "fp32")
@@ -185,13 +210,10 @@ def test_a_run_without_a_record_gets_a_shorter_card_that_is_true(trained: Traine
 def test_losses_that_evaluate_took_later_are_shown(trained: Trained) -> None:
     assert trained.folder is not None
     losses = {"corpus/loss": 0.05, "corpus/loss_offset": 0.06}
-    manifest = trained.folder.checkpoints / "step-00000494" / "manifest.json"
-    write_json(manifest, {"model.safetensors": RECORD["weights_sha256"]})
-    trained.folder.keep_losses(manifest.parent, losses)
+    trained.folder.keep_losses(RECORD["weights_sha256"], losses)
     record = RECORD | {"corpus_loss": None, "corpus_loss_offset": None}
     assert "it knows it by heart" in model_card.render(replace(trained, record=record), "fp32")
-    write_json(manifest, {"model.safetensors": "0" * 64})  # as many steps, and other weights
-    trained.folder.keep_losses(manifest.parent, losses)
+    trained.folder.keep_losses("0" * 64, losses)
     assert "was not measured" in model_card.render(replace(trained, record=record), "fp32")
 
 

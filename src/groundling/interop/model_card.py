@@ -19,6 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from groundling.evaluation.report import duration, finite, number, percent
 from groundling.files import write_text
 from groundling.interop.trained import Trained, printable
@@ -45,8 +47,8 @@ LOSSES = {
 }
 """Of each measured loss, what `model-index` adds to its name, and what it means."""
 
-# The folders before the last name of a path, also of one in a list.
-_FOLDERS = re.compile(r"""[^\s"'\[\],=]*[/\\](?=[^\s"'\[\],/\\])""")
+# The folders before the last name of a path.
+_FOLDERS = re.compile(r".*[/\\](?=[^/\\])", re.DOTALL)
 # What means something in Markdown within a line; an underscore does only at the edge of a word.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#!{}]|(?<![^\W_])_|_(?![^\W_])")
 
@@ -157,7 +159,7 @@ def _facts(trained: Trained, precision: str) -> dict[str, Any]:
         "curve": bool(folder and record and folder.curve.is_file()),
         "samples": samples and _cut(samples),
         "report": _report(trained),
-        "prompt": json.dumps(printable(prompts[0]) if prompts else "Once", ensure_ascii=False),
+        "prompt": json.dumps(next((text for text in map(printable, prompts) if text), "Once"), ensure_ascii=False),
     }
 
 
@@ -281,13 +283,25 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
 def _command(command: str) -> str:
     """The command with the last name alone of every path: a card is published, and folders name people and machines."""
     try:
-        return shlex.join(map(_without_folders, shlex.split(command)))
+        words = shlex.split(command)
     except ValueError:
-        return _without_folders(command)
+        words = command.split()
+    return shlex.join(map(_without_folders, words))
 
 
 def _without_folders(word: str) -> str:
-    return word if word.rpartition("=")[2] in (*LOSSES, "train/loss") else _FOLDERS.sub("", word)
+    """A word of a command: a path, a list of them, or either after the name of an option."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if value in (*LOSSES, "train/loss"):
+        return word
+    try:
+        listed = yaml.safe_load(value) if value.startswith("[") else None
+    except yaml.YAMLError:
+        listed = None
+    if isinstance(listed, list):
+        value = json.dumps([_FOLDERS.sub("", str(each)) for each in listed], ensure_ascii=False)
+        return f"{option}{equals}{value}"
+    return f"{option}{equals}{_FOLDERS.sub('', value)}"
 
 
 def _report(trained: Trained) -> dict[str, Any] | None:
