@@ -21,7 +21,7 @@ def regular_file(path: Path) -> Path:
     if not path.is_file():  # false for FIFOs and devices, which opening could wait for or fill the memory from
         there = path.exists() or path.is_symlink()
         raise CheckpointError(
-            f"{path} is {'no regular file' if there else 'not there'}: give the path of a whole model"
+            f"{path} is {'no regular file' if there else 'not there'}: restore it, or give another path"
         )
     return path
 
@@ -36,7 +36,7 @@ def read_bounded(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check the path") from None
     if max(size, len(content)) > max_bytes:
         raise CheckpointError(
-            f"{path} has {size:,} bytes, and {max_bytes:,} are more than it needs: give another model"
+            f"{path} has {size:,} bytes, and {max_bytes:,} are more than it needs: restore it, or give another"
         )
     return content
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import yaml
 
 from groundling.cli import main
+from groundling.commands.initial import Initial, with_initial
+from groundling.config import RunConfig
 from groundling.corpus.goldfish import PLAIN
 from groundling.corpus.shards import TokenFile
+from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import WindowConfig, Windows
+from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.model.weights import sha256_of_weights
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import find_checkpoint
@@ -126,6 +132,14 @@ def test_settings_that_it_contradicts_are_refused(
         assert not out.exists()
     assert main(["train", *TUNE, "--tokenizer", "init", "--out", str(out)]) == 2
     assert "no init is given" in capsys.readouterr().err
+
+
+def test_a_size_says_nothing_of_the_ids(workplace: Path) -> None:
+    """They are the tokenizer's, and a size that agrees in all else may be given."""
+    size = GPTConfig(n_vocab=300)
+    model, tokenizer = SimpleNamespace(config=size), SimpleNamespace(name="train:300")
+    initial = Initial(cast(GPT2, model), cast(Tokenizer, tokenizer), 256, "runs/other")
+    assert with_initial(RunConfig(), initial, ["--size", "124M"]).model == size
 
 
 def test_its_positions_are_kept(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

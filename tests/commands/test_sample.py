@@ -137,6 +137,12 @@ def test_presets_are_settings_to_start_from(run: Path, capsys: pytest.CaptureFix
     assert by_name == samples(capsys, run, "--prompt", "40", *spelled, "--max-tokens", "9")
 
 
+def test_a_prompt_longer_than_the_window_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(run), "--prompt", "40 green bottles, " * 20, "-n", "2", "--max-tokens", "2"]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert line.endswith("tokens, and this model reads 32: those at its end")
+
+
 def test_what_does_nothing_at_temperature_0_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     idle = ("--top-k", "5", "--top-p", "0.5", "--min-p", "0.1", "--seed", "3")
     assert main(["sample", str(run), "--prompt", "40", "--temperature", "0", "-n", "2", *idle]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import httpx
 import pytest
 
 from groundling.cli import main
-from groundling.commands.model_options import open_model
+from groundling.commands.model_options import open_model, open_run
 from groundling.commands.page_subject import subject_of
 
 
@@ -81,6 +82,10 @@ def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path
     options = SimpleNamespace(run=str(folder), device="cpu", threads=0, weights="bf16", drafts="none")
     sentence = subject_of(open_model(options), "mine").sentence
     assert re.fullmatch(r"A GPT-2 with [\d,]+ parameters\.", sentence)  # of what it was trained nothing is known
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    (tmp_path / "run" / "identity.json").write_text("{")
+    options.run = str(tmp_path / "run")
+    assert ", trained on bottles.txt, with Groundling" in subject_of(open_run(options), "mine").sentence
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--corpus", "tiny-shakespear"], "tiny-shakespeare"),
     (["--tokenizer", "train:20"], "257"),
     (["--tokenizer", f"train:{10**20}"], "too large"),
+    (["--tokenizer", "train:" + "9" * 5000], "too large"),
     (["--tokenizer", "nothing.json"], "nothing.json"),
     (["--tokenizer", "~nobody/nothing.json"], "~nobody/nothing.json"),
     (["--heldout-fraction", "1.5"], "heldout"),

@@ -10,7 +10,7 @@ from groundling.generation.decode import Batch, Likelihood, Stats, Stream, decod
 from groundling.generation.decoder import Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
-from groundling.model.gpt2 import GPT2
+from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.model.weights import to_huggingface
 
 GREEDY = SamplingConfig(max_tokens=8, temperature=0)
@@ -72,6 +72,16 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(decoder: Decoder) -> None:
         pass
     assert [stream.generated for stream in streams] == alone
     assert [stream.finish_reason for stream in streams] == ["length"] * 9
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_k": 0, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0}])
+def test_weights_that_are_no_numbers_are_named(settings: dict[str, float]) -> None:
+    """Of as many ids as GPT-2 has, of which top_k looks at the best of each block first."""
+    model = GPT2(GPTConfig(n_layer=1, n_head=1, n_embd=2, n_ctx=4, n_vocab=50_257)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(torch.nan)
+    with TorchDecoder(model, 4, 1) as decoder, pytest.raises(FloatingPointError, match="not finite"):
+        list(generate(decoder, [1], SamplingConfig(**settings)))
 
 
 def test_a_seed_repeats_and_another_differs(decoder: Decoder) -> None:

@@ -71,7 +71,9 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
     flags = {word.partition("=")[0] for word in typed}
     for name in (field.name for field in fields(config.model)):
         given, own = getattr(config.model, name), getattr(initial.model.config, name)
-        was_given = given != getattr(preset.model, name) or flags & {"--size", f"--model.{name}"}
+        # --size says nothing of n_vocab, which is the tokenizer's.
+        said = {f"--model.{name}"} | (set() if name == "n_vocab" else {"--size"})
+        was_given = given != getattr(preset.model, name) or flags & said
         if given != own and was_given:
             raise ConfigError(
                 f"model.{name} is {given}, but the size comes from --init {initial.source}, whose {name} is {own}:"

@@ -36,9 +36,9 @@ def subject_of(run: OpenRun, name: str) -> Subject:
     size = f"{n_parameters / 1e6:.3g} million" if n_parameters >= 1e6 else f"{n_parameters:,}"
     sentence = f"A GPT-2 with {size} parameters."
     if run.folder.exists():
-        how, text = "further" if run.folder.initial_sum() else "from scratch", ", ".join(_titles(sources)) or "one text"
+        text = ", ".join(_titles(sources)) or "one text"
         sentence = (
-            f"{sentence[:-1]}, trained {how} on {text}, with Groundling. What it writes may be that text, word for"
+            f"{sentence[:-1]}, trained{_how(run)} on {text}, with Groundling. What it writes may be that text, word for"
             " word."
         )
     meter, no_meter = None, ""
@@ -52,6 +52,14 @@ def subject_of(run: OpenRun, name: str) -> Subject:
     run_part = run_html(run.folder, find_checkpoint(run.path)) if run.folder.exists() else f"<p>{NOT_A_RUN}</p>"
     examples = _examples(sources, [*_beginning(run), *prompts])
     return Subject(name, sentence, examples, meter, no_meter, run_part)
+
+
+def _how(run: OpenRun) -> str:
+    """Whether its weights were drawn, as far as the folder still tells it."""
+    try:
+        return " further" if run.folder.initial_sum() else " from scratch"
+    except CheckpointError:
+        return ""
 
 
 def _beginning(run: OpenRun) -> list[str]:

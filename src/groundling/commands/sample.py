@@ -61,6 +61,9 @@ def main(arguments: list[str]) -> int:
         _warn_of_greed(options)
     requests = repeated(_prompts(options), sampling, options.n)
     run = open_run(options)
+    for prompt in dict.fromkeys(prompt for prompt, _ in requests):
+        if (n_tokens := len(run.tokenizer.encode(prompt))) > run.window:
+            say(f"warning: a prompt has {n_tokens:,} tokens, and this model reads {run.window:,}: those at its end")
     if options.trace:
         _ = run.tracer  # what is wrong with its text is said before anything is written
     stats = Stats()

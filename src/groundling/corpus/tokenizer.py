@@ -31,6 +31,8 @@ from groundling.json_files import read_object
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB, MAX_VOCAB = 257, 1 << 20
 """256 bytes and `<|endoftext|>`; more than any tokenizer.json of `MAX_BYTES` holds, and few enough to count with."""
+MAX_DIGITS = 100
+"""Of a number of ids; Python refuses to read one of some thousands."""
 MAX_BYTES, SPARE_BYTES, BYTES_PER_ID = 16 << 20, 1 << 16, 1 << 10
 """Of a tokenizer.json: at most, and in a model with fewer ids. GPT-2's takes 3.8 MB in its widest spelling, 76 bytes
 for each id."""
@@ -316,6 +318,8 @@ def parse_tokenizer_spec(spec: str) -> int | Path | None:
         number = spec.removeprefix("train:")
         if not (number.isascii() and number.isdigit()):
             raise CorpusError(f"the tokenizer {spec} does not say how many ids: write it as train:4096")
+        if len(number) > MAX_DIGITS:
+            raise CorpusError(f"{spec} is too large a vocabulary: {MAX_VOCAB:,} ids are the most")
         check_n_vocab(int(number))
         return int(number)
     path = home_expanded(spec)

@@ -10,6 +10,7 @@ with at least half a window of context.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,9 +162,9 @@ class Stream:
         return Chunk(self.slot, self.tokens[first:] + self._draft, n_outputs)
 
     def take(self, logits: Tensor, decoder: Decoder) -> Iterator[Response]:
-        """The tokens that these logits of the last chunk give; the decoder is rewound to what holds.
+        """The tokens that these logits of the last chunk give, none if it did not end what must be read.
 
-        None if the chunk did not end what must be read.
+        The decoder is rewound to what holds.
         """
         n_read = self._start + decoder.length(self.slot) - len(self._draft)
         if self._wants_prompt:
@@ -194,6 +195,8 @@ class Stream:
 
     def _pick(self, drawn: Sequence[int], logits: Tensor) -> int:
         context = [*self.tokens, *drawn] if self._chain else []
+        if self._chain and not math.isfinite(float(logits.numpy().max())):  # what they keep of it would be anything
+            raise FloatingPointError("the largest logit is not finite")
         for process in self._chain:
             logits = process(context, logits)
         return draw(logits, self.config, self._numbers)
