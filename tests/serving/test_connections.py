@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import Mock
 
+import h11
 import pytest
 
 from groundling.serving import connections
@@ -161,6 +162,15 @@ def test_who_reads_slowly_is_waited_for() -> None:
     (_, then, *arguments), _ = loop.call_later.call_args
     then(*arguments)
     assert transport.abort.called
+
+
+def test_an_answer_to_what_is_no_request_is_whole() -> None:
+    """h11 would refuse to close after half of one, and a server that ends closes what is still unread."""
+    protocol = object.__new__(connections.Protocol)
+    protocol.conn, protocol.transport = h11.Connection(h11.SERVER), Mock()
+    protocol.send_400_response("")
+    protocol.conn.send(h11.ConnectionClosed())
+    assert b"no valid HTTP request" in b"".join(call.args[0] for call in protocol.transport.write.call_args_list)
 
 
 def test_a_flood_is_told_and_leaves_nothing(serve: Serve, held: ExitStack) -> None:

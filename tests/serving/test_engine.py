@@ -94,7 +94,7 @@ def opened(decoder: Decoder, tokenizer: Tokenizer, max_queue: int = 50, **settin
 
 def submit(engine: Engine, prompt: Sequence[int], sampling: SamplingConfig, **more: Any) -> tuple[Ticket, Listener]:
     listener = Listener()
-    return engine.submit(Request(prompt, sampling, **more), listener), listener
+    return engine.submit_all([Request(prompt, sampling, **more)], [listener])[0], listener
 
 
 def requests(n: int) -> list[tuple[list[int], SamplingConfig]]:
@@ -187,7 +187,7 @@ def test_clients_take_turns(network: GPT2, tokenizer: Tokenizer) -> None:
     one = SamplingConfig(max_tokens=1)
     with opened(gate, tokenizer) as engine:
         for client, name in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("a", "a4"), ("b", "b1"), ("b", "b2"), ("c", "c1")):
-            engine.submit(Request([1], one, client), lambda event, name=name: done.put(name))  # type: ignore[misc]
+            engine.submit_all([Request([1], one, client)], [lambda event, name=name: done.put(name)])  # type: ignore[misc]
             if name == "a1":
                 gate.asking.acquire(timeout=30)  # it is being served; the rest will wait
         gate.open()
@@ -201,7 +201,7 @@ def test_a_clients_users_take_its_turns_and_no_others(network: GPT2, tokenizer: 
     with opened(gate, tokenizer) as engine:
         for name in ("a/x 1", "a/x 2", "a/x 3", "a/y 1", "a/z 1", "b/x 1", "b/x 2", "b/x 3"):
             client, user = name[0], name[2]
-            engine.submit(Request([1], one, client, user), lambda event, name=name: done.put(name))  # type: ignore[misc]
+            engine.submit_all([Request([1], one, client, user)], [lambda event, name=name: done.put(name)])  # type: ignore[misc]
             if name == "a/x 1":
                 gate.asking.acquire(timeout=30)  # it is being served; the rest will wait
         gate.open()
@@ -246,18 +246,21 @@ def test_deadlines_end_what_runs_and_what_waits(network: GPT2, tokenizer: Tokeni
         assert running.rest()[-1].ending == "deadline"
         assert len(running.tokens) == 2
         assert patient.rest()[-1].ending == "length"
+        assert engine.stats.n_prompt_tokens == 2  # the prompt of the one that waited was not read
 
 
-def test_closing_finishes_what_there_is_and_takes_no_more(network: GPT2, tokenizer: Tokenizer) -> None:
-    engine = Engine(TorchDecoder(network, 32, 1), tokenizer, 10)
-    listeners = [submit(engine, [1], SamplingConfig(max_tokens=8))[1] for _ in range(4)]
-    engine.close(drain_s=30)
-    assert [listener.rest()[-1].ending for listener in listeners] == ["length"] * 4
-    with pytest.raises(Closing):
-        submit(engine, [1], LONG)
+def test_texts_past_the_window_go_on_together(network: GPT2, tokenizer: Tokenizer) -> None:
+    """Each of them reads half a window anew, again and again, and who came first holds nobody up."""
+    with opened(TorchDecoder(network, 4, 130), tokenizer, 130) as engine:
+        listeners = [Listener() for _ in range(130)]
+        tickets = engine.submit_all([Request([1], SamplingConfig(max_tokens=40))] * 130, listeners)
+        listeners[0].rest()
+        assert min(ticket.stream.n_generated for ticket in tickets) >= 30
+        for listener in listeners:
+            listener.rest()
 
 
-def test_closing_at_once_cancels(network: GPT2, tokenizer: Tokenizer) -> None:
+def test_closing_cancels_what_there_is_and_takes_no_more(network: GPT2, tokenizer: Tokenizer) -> None:
     gate = Gate(network, 1)
     engine = Engine(gate, tokenizer, 10)
     listeners = [submit(engine, [1], LONG)[1] for _ in range(3)]
@@ -265,6 +268,8 @@ def test_closing_at_once_cancels(network: GPT2, tokenizer: Tokenizer) -> None:
     gate.open()
     engine.close()
     assert [listener.rest()[-1].ending for listener in listeners] == ["cancelled"] * 3
+    with pytest.raises(Closing):
+        submit(engine, [1], LONG)
 
 
 def test_everybody_hears_of_a_failure(network: GPT2, tokenizer: Tokenizer) -> None:
@@ -284,7 +289,7 @@ def test_a_listener_that_fails_harms_nobody_else(network: GPT2, tokenizer: Token
         raise OSError("gone")
 
     with opened(TorchDecoder(network, 32, 2), tokenizer) as engine:
-        ticket = engine.submit(Request([1], LONG), deaf)
+        [ticket] = engine.submit_all([Request([1], LONG)], [deaf])
         _, other = submit(engine, [2], SamplingConfig(max_tokens=20))
         assert other.rest()[-1].ending == "length"
         _, after = submit(engine, [2], SamplingConfig(max_tokens=2))
@@ -324,4 +329,4 @@ def test_a_text_that_cannot_go_on_ends_alone(network: GPT2, tokenizer: Tokenizer
         _, after = submit(engine, [1, 2], sampling)
         assert after.rest()[-1].ending == "length"
         assert after.tokens == first.tokens
-        assert engine.failure is None
+        assert not engine.failure

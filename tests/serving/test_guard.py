@@ -275,9 +275,14 @@ def test_health_and_metrics(serve: Serve) -> None:
         assert any(line.startswith("groundling_first_token_seconds_count 1.0") for line in lines)
 
 
-def test_health_says_when_decoding_has_failed(serve: Serve) -> None:
+def test_health_says_when_decoding_has_failed(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """So does every answer, of which none is asked for again, and the log says where."""
     with serve() as server:
         server.engine.decoder.read = None  # type: ignore[method-assign, assignment]
-        assert server.complete().status_code == 503
-        assert server.client.get("/health").status_code == 503
-        assert "decoding has failed" in server.complete().json()["error"]["message"]
+        for answer in (server.complete(), server.client.get("/health"), server.complete()):
+            assert answer.status_code == 503
+            assert answer.headers["X-Should-Retry"] == "false"
+            assert "Retry-After" not in answer.headers
+            assert answer.json()["error"]["code"] == "dead"
+            assert "decoding has failed (TypeError(" in answer.json()["error"]["message"]
+    assert "Traceback" in caplog.text

@@ -155,6 +155,7 @@ def test_the_token_that_ends_a_text_has_its_likelihood(
     with serve(model=ending) as server:
         answer = server.complete(prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0)
         bare = server.complete(prompt=ids, logprobs=1, max_tokens=5, temperature=0, stream=False)
+        empty = server.complete(prompt="", echo=True, logprobs=0, max_tokens=5, temperature=0)
     [choice] = answer.json()["choices"]
     said = choice["logprobs"]
     assert said["tokens"] == [*(tokenizer.decode([each]) for each in ids), "<|endoftext|>"]
@@ -162,6 +163,9 @@ def test_the_token_that_ends_a_text_has_its_likelihood(
     assert said["text_offset"][-1] == len(choice["text"])
     [choice] = bare.json()["choices"]
     assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("", "stop", ["<|endoftext|>"])
+    [choice] = empty.json()["choices"]  # its first token stands for the empty prompt
+    assert choice["logprobs"]["tokens"] == ["<|endoftext|>"] * 2
+    assert choice["logprobs"]["token_logprobs"][0] is None
 
 
 @pytest.fixture
@@ -204,6 +208,10 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"best_of": 3}, 400, "best_of"),
     ({"temperature": -1}, 400, "temperature"),
     ({"temperature": 1e-9}, 400, "temperature"),
+    ({"temperature": True}, 400, "temperature"),
+    ({"temperature": "0.7"}, 400, "temperature"),
+    ({"echo": "yes"}, 400, "echo"),
+    ({"stream": "off"}, 400, "stream"),
     ({"top_p": 0}, 400, "top_p"),
     ({"stop": ""}, 400, "stop"),
     ({"stop": ["x"] * 5}, 400, "stop: list should have at most 4 items"),
@@ -245,6 +253,23 @@ def test_what_cannot_be_carried_out_is_refused_in_openais_shape(
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "param", "code"),
+    [
+        ({"prompt": "wall " * 40}, "prompt", "context_length_exceeded"),
+        ({"prompt": [999]}, "prompt", None),
+        ({"prompt": ["x"] * 15}, "prompt", None),
+        ({"n": 16}, "n", None),
+        ({"best_of": 3}, "best_of", None),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"temperature": -1}, "temperature", None),
+    ],
+)
+def test_a_refusal_names_the_setting(running: Running, settings: dict[str, Any], param: str, code: str | None) -> None:
+    error = running.complete(**settings).json()["error"]
+    assert (error["param"], error["code"]) == (param, code)
 
 
 @pytest.mark.parametrize(

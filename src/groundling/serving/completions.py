@@ -11,9 +11,10 @@ from __future__ import annotations
 import codecs
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError
@@ -42,6 +43,9 @@ WHOLE = BeforeValidator(_whole)
 """An integer as JSON has it: 1.0 is one, "1" and true are not."""
 NULL_IS_EMPTY = BeforeValidator(lambda value: "" if value is None else value)
 
+Number = Annotated[float, Field(strict=True)]
+"""A number as JSON has it: "1" and true are not."""
+
 TokenIds = Annotated[
     list[Annotated[StrictInt, Field(ge=0), WHOLE]],
     # To write down what is wrong with each of a hundred thousand ids would take seconds.
@@ -51,12 +55,20 @@ Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
+class Unusable(ConfigError):
+    """A setting that cannot be carried out, or not beside the others."""
+
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
 class StreamOptions(BaseModel):
     """What a stream carries besides text."""
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
+    include_usage: StrictBool = False
     """A last piece with the numbers of tokens."""
     include_obfuscation: Literal[False] | None = None
     """Not offered."""
@@ -83,22 +95,22 @@ class CompletionRequest(BaseModel):
     """Texts for each prompt; the i-th has seed + i."""
     best_of: Annotated[StrictInt, Field(ge=1, le=MAX_N), WHOLE] | None = None
     """Must be n if it is given: every text that is written is returned."""
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = 1.0
     """0 always takes the likeliest token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 20), WHOLE] | None = 0
     """0 or -1: all tokens."""
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = 1.0
     seed: Annotated[StrictInt, Field(ge=-SEEDS, lt=SEEDS), WHOLE] | None = None
     """The same request with the same seed gives the same text, whoever else is served."""
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     """Texts that end the completion; they are not part of it."""
-    echo: bool | None = False
+    echo: StrictBool | None = False
     """Begin the answer with the prompt."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     """Log-probabilities of the tokens and, in each place, of so many of the likeliest and the one that stands there."""
-    stream: bool | None = False
+    stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
     """Those who wait take turns by this name, within one key or address."""
@@ -114,11 +126,11 @@ class CompletionRequest(BaseModel):
     def sampling(self) -> SamplingConfig:
         """The settings of the first text. Raises `ConfigError` for a combination that cannot be carried out."""
         if self.best_of not in (None, self.n or 1):
-            raise ConfigError("best_of is not n: leave it out, and all n texts are returned")
+            raise Unusable("best_of", "best_of is not n: leave it out, and all n texts are returned")
         if not self.max_tokens and self.max_tokens is not None and not self.echo:
-            raise ConfigError("max_tokens is 0: give 1 or more, or ask for the prompt alone with echo")
+            raise Unusable("max_tokens", "max_tokens is 0: give 1 or more, or ask for the prompt alone with echo")
         if self.stream_options and not self.stream:
-            raise ConfigError("stream_options are for streams: set stream, or leave them out")
+            raise Unusable("stream_options", "stream_options are for streams: set stream, or leave them out")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingConfig(
             max_tokens=max(1, DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens),
@@ -139,12 +151,18 @@ class CompletionRequest(BaseModel):
             try:
                 ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             except UnicodeEncodeError:
-                raise ConfigError("the prompt holds half of a surrogate pair: give valid Unicode") from None
+                raise Unusable("prompt", "the prompt holds half of a surrogate pair: give valid Unicode") from None
             ids = ids or [tokenizer.end_of_text_id]
             if len(ids) > n_window:
-                raise ConfigError(f"the prompt has {len(ids):,} tokens, and this model reads {n_window:,}: shorten it")
+                raise Unusable(
+                    "prompt",
+                    f"the prompt has {len(ids):,} tokens, and this model reads {n_window:,}: shorten it",
+                    "context_length_exceeded",
+                )
             if max(ids) >= tokenizer.n_vocab:
-                raise ConfigError(f"the prompt holds the id {max(ids)}: this model has ids below {tokenizer.n_vocab:,}")
+                raise Unusable(
+                    "prompt", f"the prompt holds the id {max(ids)}: this model has ids below {tokenizer.n_vocab:,}"
+                )
             prompts.append(ids)
         self._check_likelihoods(prompts)
         return prompts
@@ -156,10 +174,16 @@ class CompletionRequest(BaseModel):
         most = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
         n_tokens = (self.n or 1) * sum(most + (len(ids) if self.echo else 0) for ids in prompts)
         if (n_asked := n_tokens * (1 + self.logprobs)) > MAX_LIKELIHOODS:
-            raise ConfigError(
+            raise Unusable(
+                "logprobs",
                 f"logprobs {self.logprobs} for {n_tokens:,} tokens are {n_asked:,} numbers, and one request may ask for"
-                f" {MAX_LIKELIHOODS:,}: ask for fewer, or in several requests"
+                f" {MAX_LIKELIHOODS:,}: ask for fewer, or in several requests",
             )
+
+
+def with_seeds(sampling: SamplingConfig, n: int) -> list[SamplingConfig]:
+    """The settings of n texts: the i-th has seed + i."""
+    return [replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(n)]
 
 
 def _are_ids(prompt: object) -> bool:
@@ -271,7 +295,7 @@ class LogprobsWriter:
         ready = [entry for entry in self._pending if entry[0] < self._n_certain]
         if last:  # the token that ended the text, if one did, stands behind all of it
             end = self._tokenizer.end_of_text_id
-            ready += [entry for entry in self._pending[-1:] if entry[:2] == (self._n_certain, end)]
+            ready += [entry for entry in self._pending[len(ready) :] if entry[:2] == (self._n_certain, end)]
         self._pending = [] if last else self._pending[len(ready) :]
         return Logprobs(
             tokens=[self._spelt(token) for _, token, _ in ready],

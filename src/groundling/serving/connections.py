@@ -120,6 +120,7 @@ class Protocol(H11Protocol):
             for event in (
                 h11.Response(status_code=error.status, headers=answer.raw_headers, reason=reason),
                 h11.Data(body),
+                h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

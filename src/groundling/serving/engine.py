@@ -85,7 +85,6 @@ class Ticket:
     writer: Writer
     first_token_s: float | None = None
     """Seconds from being handed in to its first token."""
-    ended_s: float | None = None
     ending: Ending | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -107,7 +106,6 @@ class Ticket:
 class Counts:
     """What has happened since the engine began."""
 
-    n_prompt_tokens: int = 0
     n_tokens: int = 0
     endings: dict[Ending, int] = field(default_factory=dict)
 
@@ -127,13 +125,15 @@ class Engine:
         self.decoder, self.tokenizer, self.max_queue = decoder, tokenizer, max_queue
         self.stats, self.counts = Stats(), Counts()
         self._drafter, self._clock = drafter, clock
-        self._batch = Batch(decoder, self.stats, MAX_PROMPT_ROWS, self._fail)
+        # A text that has outgrown its window reads, over time, one old token for each that is new.
+        max_prompt_rows = max(MAX_PROMPT_ROWS, 2 * decoder.n_slots)
+        self._batch = Batch(decoder, self.stats, max_prompt_rows, self._fail)
         self._served: dict[int, Ticket] = {}  # by the identity of the stream
         self._queue = FairQueue()
         self._changed = threading.Condition()
         self._closing = False
-        self.failure: BaseException | None = None
-        """What ended the engine, if it was not `close`."""
+        self.failure = ""
+        """What ended the engine, in a sentence, if it was not `close`."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -151,20 +151,16 @@ class Engine:
     def n_running(self) -> int:
         return len(self._served)
 
-    def submit(self, request: Request, sink: Callable[[Event], None]) -> Ticket:
-        """Hand in one request; its events come to the sink. See `submit_all`."""
-        return self.submit_all([request], [sink])[0]
-
     def submit_all(self, requests: Sequence[Request], sinks: Sequence[Callable[[Event], None]]) -> list[Ticket]:
-        """Hand in requests of one client, all or none.
+        """Hand in requests of one client, all or none; the events of each come to its sink.
 
         Raises `Busy` if the queue cannot hold them, or holds enough of this client's, `Closing` after `close`,
         `RunFailed` if the engine has failed.
         """
         tickets = [self._ticket(request, sink) for request, sink in zip(requests, sinks, strict=True)]
         with self._changed:
-            if self.failure is not None:
-                raise RunFailed(f"decoding has failed ({self.failure}): start the server again")
+            if self.failure:
+                raise RunFailed(self.failure)
             if self._closing:
                 raise Closing
             self._look_for_room(requests[0].client, len(tickets))
@@ -173,12 +169,8 @@ class Engine:
             self._changed.notify()
         return tickets
 
-    def close(self, drain_s: float = 0.0) -> None:
-        """Take no more requests, finish those there are for so many seconds, cancel the rest, and end the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout=drain_s)
+    def close(self) -> None:
+        """Take no more requests, cancel those there are, and end the thread."""
         self.cut_off()
         self._thread.join()
 
@@ -218,7 +210,8 @@ class Engine:
                 if self._batch.live:
                     self._pass()
         except BaseException as error:  # reported to every client, and by /health
-            self.failure = error
+            logging.getLogger(__name__).critical("decoding has failed", exc_info=error)
+            self.failure = f"decoding has failed ({error!r}): start the server again"
         finally:
             with self._changed:
                 left = [*self._served.values(), *self._queue.drain()]
@@ -294,12 +287,10 @@ class Engine:
         """Tell the client, free the slot, count."""
         if self._served.pop(id(ticket.stream), None) and ticket.stream in self._batch.live:
             self._batch.leave(ticket.stream)
-        ticket.ending, ticket.ended_s = ending, self._clock() - ticket.submitted_s
+        ticket.ending = ending
         self.counts.endings[ending] = self.counts.endings.get(ending, 0) + 1
-        self.counts.n_prompt_tokens += ticket.stream.n_prompt
         self.counts.n_tokens += ticket.stream.n_generated
-        held_back = ticket.writer.end() if ending == "deadline" else ""
-        self._tell(ticket, event or Event(held_back, (), (), ending))
+        self._tell(ticket, event or Event("", (), (), ending))
 
     @staticmethod
     def _tell(ticket: Ticket, event: Event) -> None:

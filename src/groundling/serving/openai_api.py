@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,7 +34,9 @@ from groundling.serving.completions import (
     LogprobsWriter,
     Model,
     ModelList,
+    Unusable,
     Usage,
+    with_seeds,
 )
 from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
 from groundling.serving.mailbox import Mailbox
@@ -43,6 +45,8 @@ READING_S = 10.0
 """How long an answer may go on after the time that its texts may take."""
 RETRY_AFTER_S = 1
 """Told to clients that find the queue full."""
+DEAD = "dead"
+"""The code of answers after which none will come but from a server that is started again."""
 
 
 class ApiError(Exception):
@@ -54,10 +58,11 @@ class ApiError(Exception):
         self.detail = ErrorDetail(message=message, type=kind, code=code, param=param)
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        is_final = self.status == 408 or self.detail.code == DEAD
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) and not is_final else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status == 408:
+        if is_final:
             headers["X-Should-Retry"] = "false"  # OpenAI's client would ask for the same twice more, and wait as long
         if self.status in (408, 413, 431) or self.detail.code == "two_lengths":
             headers["Connection"] = "close"  # the rest of the body is not read
@@ -67,6 +72,11 @@ class ApiError(Exception):
 def wrong(message: str, param: str | None = None, status: int = 400, code: str | None = None) -> ApiError:
     """An error of the client's."""
     return ApiError(status, message, "invalid_request_error", code, param)
+
+
+def dead(message: str) -> ApiError:
+    """The engine has ended, and with it all answers."""
+    return ApiError(503, message, "server_error", DEAD)
 
 
 @dataclass(frozen=True)
@@ -126,16 +136,18 @@ def make_api(served: Served) -> APIRouter:
             raise _no_such_model(body.model, served)
         try:
             sampling, prompts = body.sampling(), body.prompts(served.tokenizer, served.n_window)
+        except Unusable as error:
+            raise wrong(str(error), error.param, code=error.code) from None
         except ConfigError as error:
             raise wrong(str(error)) from None
         if (n_texts := len(prompts) * (body.n or 1)) > served.engine.n_most:
             raise wrong(
                 f"{n_texts} texts are asked for, and a client may have {served.engine.n_most} at a time: ask for fewer",
-                "n",
+                "prompt" if len(prompts) > 1 else "n",
             )
         job = Job(served, body, prompts)
         request.state.account = job.account
-        job.submit([replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n or 1)], request)
+        job.submit(with_seeds(sampling, body.n or 1), request)
         if body.stream:
             return EventStream(job)
         try:
@@ -182,7 +194,7 @@ def hand_in(served: Served, requests: Sequence[engine.Request], heard: Heard) ->
     except Closing:
         raise ApiError(503, "the server is ending: try again soon", "server_error", "closing") from None
     except RunFailed as error:
-        raise ApiError(503, str(error), "server_error", "failed") from None
+        raise dead(str(error)) from None
 
 
 class Job:
@@ -230,7 +242,7 @@ class Job:
         while n_left:
             index, event = await self._heard.get()
             if event.ending in ("deadline", "failed", "cancelled"):
-                raise _ended_early(event.ending, self.served.timeout_s)
+                raise _ended_early(event.ending, self.served)
             if not self._only_prompt:
                 self.account.n_tokens += len(event.tokens)
             n_left -= event.ending is not None
@@ -270,7 +282,7 @@ class Job:
             async with asyncio.timeout(self.served.timeout_s + READING_S):
                 return await self._gathered()
         except TimeoutError:
-            raise _ended_early("failed", self.served.timeout_s) from None
+            raise _ended_early("failed", self.served) from None
 
     async def _gathered(self) -> Completion:
         choices: dict[int, Choice] = {}
@@ -292,9 +304,12 @@ class Job:
         return Usage(prompt_tokens=n_prompt, completion_tokens=n_tokens, total_tokens=n_prompt + n_tokens)
 
 
-def _ended_early(ending: str, timeout_s: float) -> ApiError:
+def _ended_early(ending: str, served: Served) -> ApiError:
     if ending == "deadline":
-        return ApiError(408, f"not done after {timeout_s:g} s: ask for fewer tokens", "timeout_error", "timeout")
+        message = f"not done after {served.timeout_s:g} s: ask for fewer tokens"
+        return ApiError(408, message, "timeout_error", "timeout")
+    if served.engine.failure:
+        return dead(served.engine.failure)
     message = "the server is ending" if ending == "cancelled" else "decoding has failed"
     return ApiError(503, f"{message}: try again soon", "server_error", ending)
 

@@ -26,7 +26,7 @@ from groundling.serving.access_log import AccessLog
 from groundling.serving.connections import MAX_CONNECTIONS, Protocol
 from groundling.serving.engine import Engine
 from groundling.serving.guard import Guard, Limits
-from groundling.serving.openai_api import ApiError, Served, make_api, wrong
+from groundling.serving.openai_api import ApiError, Served, dead, make_api, wrong
 
 KEEP_ALIVE_S = 15
 LAST_WORDS_S = 5
@@ -86,8 +86,8 @@ def make_app(
     @app.get("/health", responses={503: {"description": "Decoding has failed."}})
     async def health() -> dict[str, Any]:
         """Whether texts can be written."""
-        if served.engine.failure is not None:
-            raise ApiError(503, f"decoding has failed ({served.engine.failure})", "server_error", "failed")
+        if served.engine.failure:
+            raise dead(served.engine.failure)
         return {"status": "ok", "running": served.engine.n_running, "waiting": served.engine.n_waiting}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -149,14 +149,14 @@ class EngineCollector:
         self.engine = engine
 
     def collect(self) -> list[Metric]:
-        counts = self.engine.counts
+        counts, n_prompt_tokens = self.engine.counts, self.engine.stats.n_prompt_tokens
         endings = CounterMetricFamily("groundling_texts", "Texts that have ended, by why.", labels=["ending"])
         for ending, n in dict(counts.endings).items():
             endings.add_metric([ending], n)
         return [
             GaugeMetricFamily("groundling_running", "Texts being written.", value=self.engine.n_running),
             GaugeMetricFamily("groundling_waiting", "Texts in the queue.", value=self.engine.n_waiting),
-            CounterMetricFamily("groundling_prompt_tokens", "Tokens of prompts.", value=counts.n_prompt_tokens),
+            CounterMetricFamily("groundling_prompt_tokens", "Tokens of prompts.", value=n_prompt_tokens),
             CounterMetricFamily("groundling_tokens", "Tokens written.", value=counts.n_tokens),
             endings,
         ]

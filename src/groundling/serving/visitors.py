@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from groundling.generation.decode import Likelihood
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
 from groundling.serving.access_log import Account
-from groundling.serving.completions import SEEDS, CompletionRequest
+from groundling.serving.completions import CompletionRequest, with_seeds
 from groundling.serving.engine import Ending, Ticket
 from groundling.serving.openai_api import ApiError, Heard, Served, hand_in
 
@@ -67,11 +67,9 @@ class Visit:
             raise Refused(f"{str(error)[0].upper()}{str(error)[1:]}") from None
         self.served, self.client = served, client
         shown = [] if prompt == [served.tokenizer.end_of_text_id] else prompt
-        seeds = [(sampling.seed + number) % SEEDS for number in range(body.n or 1)]
-        self.texts = [Written(shown, seed) for seed in seeds]
-        self._requests = [
-            engine.Request(prompt, replace(sampling, seed=seed), client, USER, served.timeout_s) for seed in seeds
-        ]
+        samplings = with_seeds(sampling, body.n or 1)
+        self.texts = [Written(shown, each.seed) for each in samplings]
+        self._requests = [engine.Request(prompt, each, client, USER, served.timeout_s) for each in samplings]
         self.account = Account([served.tokenizer.decode(prompt)], len(prompt))
         self._stopped = False
 
