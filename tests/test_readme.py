@@ -143,12 +143,7 @@ def test_the_pages_have_commands() -> None:
     assert set(commands()) >= THE_TWO
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
-
-
 def test_nothing_in_the_project_is_large() -> None:
     listed = os.popen(f"git -C {shlex.quote(str(ROOT))} ls-files -z").read().split("\0")
+    assert "README.md" in listed, "git does not say what the project holds"
     assert [name for name in listed if name and (ROOT / name).stat().st_size > 1_000_000] == []
