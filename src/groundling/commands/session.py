@@ -49,6 +49,8 @@ MPS_TOKENS = 16_384
 """Logits of 21,000 tokens are more than the 4 GB at which PyTorch ends the process (pytorch#143477); of more than
 32,768, gradients were wrong (pytorch#177116)."""
 
+FEW_STEPS = 30
+"""Of a schedule; a page was learned in 38 (docs/training.md), and no text in fewer than these."""
 SHORT_PASSES, SHORT_STEPS = 60, 100
 """Schedule advised for short texts: so many passes, and so many steps at least. Texts of 320 and 560 tokens were known
 on the grid after 57 and 38 steps of preset penny with such schedules (LOG.md)."""
@@ -211,13 +213,9 @@ def with_prompts(config: RunConfig, corpus: Corpus) -> RunConfig:
 
 
 def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
-    """A warning if the schedule is over before its warm-up could be: it was made for a longer text.
-
-    Warm-up is then cut to a quarter of what it was (`optim.schedule.warmup`), and no run on record learned its text
-    in so few steps.
-    """
-    n_steps, asked = planned_steps(config, n_tokens), config.schedule.warmup_steps
-    if n_steps >= asked:
+    """A warning if the schedule has fewer steps than any run on record needed: it was made for a longer text."""
+    n_steps = planned_steps(config, n_tokens)
+    if n_steps >= FEW_STEPS:
         return []
     windows = load_preset("penny").windows
     passes = max(SHORT_PASSES, math.ceil(SHORT_STEPS * windows.batch_size * windows.length / n_tokens))
@@ -228,8 +226,8 @@ def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
         f" {shlex.quote(tokenizer)} --schedule.passes {passes}"
     )
     return [
-        f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, fewer than the {asked:,} of"
-        f" its warm-up, so the text will hardly be learned; a small model with more passes would: {command}"
+        f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, and in fewer than {FEW_STEPS}"
+        f" it will hardly be learned; a small model with more passes would: {command}"
     ]
 
 
