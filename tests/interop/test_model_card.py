@@ -175,7 +175,11 @@ def test_it_tells_text_machine_command_and_samples(trained: Trained) -> None:
         ('--text.heldout=["/home/Jane Doe/a, b/x.txt", "y.txt"]', '--text.heldout=["x.txt", "y.txt"]'),
         ("C:\\Users\\Jane Doe\\x.txt", "x.txt"),
         ("--stopping.measure=corpus/loss", "--stopping.measure=corpus/loss"),
-        ("[/home/jane/x.txt", "x.txt"),
+        ("[/home/jane/x.txt", "[x.txt"),
+        ("--x=['/home/Jane Doe/texts/', /srv/a b/c.txt,no, 1_0]", "--x=['texts/', c.txt,no, 1_0]"),
+        ("[2024-13-45]", "[2024-13-45]"),
+        ("[" * 5000, "[" * 5000),
+        ('["\\', '["\\"'),
     ],
 )
 def test_folders_with_any_name_are_left_out(trained: Trained, word: str, shown: str) -> None:

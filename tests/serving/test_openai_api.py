@@ -265,6 +265,8 @@ def test_what_cannot_be_carried_out_is_refused_in_openais_shape(
         ({"best_of": 3}, "best_of", None),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"temperature": -1}, "temperature", None),
+        ({"temperature": 1e-9}, "temperature", None),
+        ({"repetition_penalty": 1e-4}, "repetition_penalty", None),
     ],
 )
 def test_a_refusal_names_the_setting(running: Running, settings: dict[str, Any], param: str, code: str | None) -> None:

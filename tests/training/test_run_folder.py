@@ -9,7 +9,7 @@ import pytest
 from groundling.errors import CheckpointError
 from groundling.files import write_json
 from groundling.training import run_folder
-from groundling.training.run_folder import RunFolder
+from groundling.training.run_folder import RunFolder, folder_of
 
 IDENTITY: dict[str, Any] = {"text": "a" * 64, "tokenizer": "b" * 64, "architecture": {"n_layer": 2}}
 
@@ -88,6 +88,16 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     begin(tmp_path / "mine", with_steps=False)
     assert list((tmp_path / "mine").iterdir()) == []  # the folder was the user's, so it stays
+
+
+def test_a_checkpoint_may_be_reached_by_a_link(tmp_path: Path) -> None:
+    """Also from a folder of the same name, which is no run's."""
+    folder = begin(tmp_path / "run")
+    checkpoint, link = folder.checkpoints / "step-00000001", tmp_path / "checkpoints" / "best"
+    for path in (checkpoint, link.parent):
+        path.mkdir(parents=True)
+    link.symlink_to(checkpoint, target_is_directory=True)
+    assert folder_of(link, link).path == folder.path
 
 
 def test_a_run_that_failed_keeps_what_it_measured(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import LISTS, SHORTCUTS, load_preset
-from groundling.commands.initial import open_initial, tokenizer_of, with_initial
+from groundling.commands.initial import FROM_INIT, open_initial, tokenizer_of, with_initial
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
 from groundling.corpus.beginnings import line_beginnings
 from groundling.corpus.goldfish import PLAIN, dropped_share
@@ -221,13 +221,15 @@ def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
     passes = max(SHORT_PASSES, math.ceil(SHORT_STEPS * windows.batch_size * windows.length / n_tokens))
     # The tokens of a token file are those of its tokenizer.
     tokenizer = config.text.tokenizer if any(map(is_token_file, config.text.sources)) else SHORT_TOKENIZER
-    command = (
-        f"groundling train --preset penny --corpus {shlex.join(config.text.sources)} --tokenizer"
-        f" {shlex.quote(tokenizer)} --schedule.passes {passes}"
+    advice = (
+        f"a small model with more passes would: groundling train --preset penny --corpus"
+        f" {shlex.join(config.text.sources)} --tokenizer {shlex.quote(tokenizer)} --schedule.passes {passes}"
     )
+    if tokenizer == FROM_INIT:  # which no other model has
+        advice = "give more passes (--schedule.passes)"
     return [
         f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, and in fewer than {FEW_STEPS}"
-        f" it will hardly be learned; a small model with more passes would: {command}"
+        f" it will hardly be learned; {advice}"
     ]
 
 
@@ -269,7 +271,7 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "schedule.hold_fraction": level,
         "schedule.floor_fraction": level,
         "stopping.measure": endless,
-        "stopping.overtime": endless,
+        "stopping.overtime": endless or (schedule.ends_at_zero and "the rate is zero at the end of the schedule"),
         "stopping.expected_steps": endless,
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
         "initial_positions": config.init and f"the position table is that of {config.init}",
@@ -374,7 +376,7 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
         if config.head_vocabulary == "full" and not config.init:
             n_rows = len(occurring_ids(tokens, config.model.n_vocab)) + 1
             seen = replace(config, model=replace(config.model, n_vocab=n_rows))
-            left = run_flops(seen, len(tokens)) / run_flops(config, len(tokens))
+            left = sum(_flops_of_a_step(seen)) / sum(_flops_of_a_step(config))
             if 1 - left >= WORTH_SAVING:
                 sooner.append(f"--head-vocabulary seen (about {clock(left * estimate.train_s)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
@@ -385,7 +387,11 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
     n_steps = config.stopping.steps(planned_steps(config, n_tokens))
-    return n_steps * sum(step_flops(config.model, config.windows, config.optim, config.windows.mean_length))
+    return n_steps * sum(_flops_of_a_step(config))
+
+
+def _flops_of_a_step(config: RunConfig) -> tuple[float, float]:
+    return step_flops(config.model, config.windows, config.optim, config.windows.mean_length)
 
 
 def planned_steps(config: RunConfig, n_tokens: int) -> int:

@@ -19,8 +19,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from groundling.evaluation.report import duration, finite, number, percent
 from groundling.files import write_text
 from groundling.interop.trained import Trained, printable
@@ -49,6 +47,8 @@ LOSSES = {
 
 # The folders before the last name of a path.
 _FOLDERS = re.compile(r".*[/\\](?=[^/\\])", re.DOTALL)
+# What stands in a list: quoted, or up to the next comma or bracket.
+_ITEM = re.compile(r"""\"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?$)|'[^']*(?:'|$)|[^\s,\[\]"'][^,\[\]]*""", re.DOTALL)
 # What means something in Markdown within a line; an underscore does only at the edge of a word.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#!{}]|(?<![^\W_])_|_(?![^\W_])")
 
@@ -294,14 +294,14 @@ def _without_folders(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     if value in (*LOSSES, "train/loss"):
         return word
-    try:
-        listed = yaml.safe_load(value) if value.startswith("[") else None
-    except yaml.YAMLError:
-        listed = None
-    if isinstance(listed, list):
-        value = json.dumps([_FOLDERS.sub("", str(each)) for each in listed], ensure_ascii=False)
-        return f"{option}{equals}{value}"
-    return f"{option}{equals}{_FOLDERS.sub('', value)}"
+    shown = _ITEM.sub(_last_name, value) if value.startswith("[") else _FOLDERS.sub("", value)
+    return f"{option}{equals}{shown}"
+
+
+def _last_name(item: re.Match[str]) -> str:
+    text = item[0]
+    quote = text[0] if text[0] in "\"'" else ""
+    return f"{quote}{_FOLDERS.sub('', text[len(quote) :].removesuffix(quote))}{quote}"
 
 
 def _report(trained: Trained) -> dict[str, Any] | None:

@@ -28,7 +28,8 @@ from groundling.generation.speculate import Drafter
 from groundling.generation.text import Writer
 
 MAX_PROMPT_ROWS = 64
-"""Tokens of prompts read in one pass: what those who are being served wait for at most, between two tokens."""
+"""Tokens of prompts read in one pass, or two for each slot if that is more: what those who are being served wait for at
+most, between two tokens."""
 
 Ending = Literal["stop", "length", "cancelled", "deadline", "failed"]
 """Why a text ended: OpenAI's two words, and three of ours for texts that are not whole."""

@@ -138,8 +138,8 @@ def make_api(served: Served) -> APIRouter:
             sampling, prompts = body.sampling(), body.prompts(served.tokenizer, served.n_window)
         except Unusable as error:
             raise wrong(str(error), error.param, code=error.code) from None
-        except ConfigError as error:
-            raise wrong(str(error)) from None
+        except ConfigError as error:  # its first word is the setting's name
+            raise wrong(str(error), str(error).partition(" ")[0]) from None
         if (n_texts := len(prompts) * (body.n or 1)) > served.engine.n_most:
             raise wrong(
                 f"{n_texts} texts are asked for, and a client may have {served.engine.n_most} at a time: ask for fewer",

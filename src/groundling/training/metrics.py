@@ -32,13 +32,21 @@ class Sink(Protocol):
     """Something that takes metrics: one call per step, evaluations in calls of their own.
 
     A sink that derives from it leaves out what does not concern it.
-    """
+    """  # `...` would make a method abstract
 
     def write(self, step: int, metrics: Metrics) -> None: ...
-    def note(self, message: str) -> None: ...
-    def progress(self, what: str, share: float) -> None: ...
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None: ...
-    def close(self) -> None: ...
+
+    def note(self, message: str) -> None:
+        return
+
+    def progress(self, what: str, share: float) -> None:
+        return
+
+    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+        return
+
+    def close(self) -> None:
+        return
 
 
 class Sinks:

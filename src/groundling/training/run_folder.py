@@ -322,10 +322,11 @@ def folder_of(path: Path, kept: Path) -> RunFolder:
     """The run folder of a checkpoint that a user named by `path`, itself or by its run; alone, it is its own folder."""
     if path != kept:
         return RunFolder(path)
-    for parent in (kept.absolute().parent, kept.resolve().parent):  # either may be reached by a link
-        if parent.name == "checkpoints":
-            return RunFolder(parent.parent)
-    return RunFolder(kept)
+    named, parent = kept.absolute().parent, kept.resolve().parent  # either may be reached by a link
+    folder = RunFolder(named.parent)
+    if named.name == "checkpoints" and (folder.exists() or folder.imported.exists()):
+        return folder
+    return RunFolder(parent.parent if parent.name == "checkpoints" else kept)
 
 
 def find_checkpoint(path: Path) -> Path:
