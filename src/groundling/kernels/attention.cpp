@@ -22,9 +22,9 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-// The value where a query sees the keys, counted from the beginning of its own block; else 0.
-inline Vec seen(Vec value, int64_t query, int64_t key) {
-  return lane_numbers() + static_cast<int32_t>(key) > static_cast<int32_t>(query) ? Vec{} : value;
+// The value where a query sees the keys, counted from the beginning of its own block; else another one.
+inline Vec seen(Vec value, int64_t query, int64_t key, float other) {
+  return lane_numbers() + static_cast<int32_t>(key) > static_cast<int32_t>(query) ? splat(other) : value;
 }
 
 template <class Side>
@@ -69,20 +69,23 @@ class HeadOfWindow {
       products_of(query_, key_, i, scores_);
       for (int64_t row = 0; row < kSide; ++row) {
         Vec largest = splat(-INFINITY), total{};
-        each_key(i, [&](int64_t j, int64_t c, bool last) {
-          const Vec score = row_of_sums(scores_ + j * kBlockSums, row, c) * scale_;
-          const Vec counted =
-              last ? (lane_numbers() + int32_t(c) > int32_t(row) ? splat(-INFINITY) : score) : score;
-          largest = counted > largest ? counted : largest;
+        each_block(i, [&](int64_t j, bool last) {
+          for (int64_t c = 0; c < kSide; c += kLanes) {
+            Vec score = row_of_sums(scores_ + j * kBlockSums, row, c);
+            if (last) score = seen(score, row, c, -INFINITY);
+            largest = score > largest ? score : largest;
+          }
         });
-        float lanes[kLanes];
-        store(lanes, largest);
-        const float most = *std::max_element(lanes, lanes + kLanes);
-        each_key(i, [&](int64_t j, int64_t c, bool last) {
-          Vec weight = exponential(row_of_sums(scores_ + j * kBlockSums, row, c) * scale_ - most);
-          if (last) weight = seen(weight, row, c);
-          total += weight;
-          Bf16::write(probabilities_ + j * kStep + row * kTileDepth + c, weight);
+        const float most = maximum(largest) * scale_;
+        each_block(i, [&](int64_t j, bool last) {
+          Vec weights[kLineVectors];
+          for (int v = 0; v < kLineVectors; ++v) {
+            const Vec score = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes);
+            weights[v] = power_of_two(multiply_add(score, splat(scale_ * kLog2E), splat(-most * kLog2E)));
+            if (last) weights[v] = seen(weights[v], row, v * kLanes, 0);
+            total += weights[v];
+          }
+          write_line(probabilities_ + j * kStep + row * kTileDepth, weights);
         });
         const float whole = sum(total);
         shares[row] = 1 / whole;
@@ -112,19 +115,24 @@ class HeadOfWindow {
         // A query that fills up the last panel has no probabilities.
         const float log_sum = i * kSide + row < shape_.n_positions ? log_sums[i * kSide + row] : INFINITY;
         Vec together{};
-        each_key(i, [&](int64_t j, int64_t c, bool last) {
-          Vec probability = exponential(row_of_sums(scores_ + j * kBlockSums, row, c) * scale_ - log_sum);
-          if (last) probability = seen(probability, row, c);
-          together =
-              multiply_add(probability, row_of_sums(d_probabilities_ + j * kBlockSums, row, c), together);
-          store(sums_at(scores_ + j * kBlockSums, row, c), probability);
-          Bf16::write(probabilities_ + j * kStep + row * kTileDepth + c, probability);
+        each_block(i, [&](int64_t j, bool last) {
+          Vec shares[kLineVectors];
+          for (int v = 0; v < kLineVectors; ++v) {
+            const Vec score = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes);
+            shares[v] = power_of_two(multiply_add(score, splat(scale_ * kLog2E), splat(-log_sum * kLog2E)));
+            if (last) shares[v] = seen(shares[v], row, v * kLanes, 0);
+            together = multiply_add(shares[v], row_of_sums(d_probabilities_ + j * kBlockSums, row, v * kLanes), together);
+            store(sums_at(scores_ + j * kBlockSums, row, v * kLanes), shares[v] * scale_);
+          }
+          write_line(probabilities_ + j * kStep + row * kTileDepth, shares);
         });
         const float mean = sum(together);
-        each_key(i, [&](int64_t j, int64_t c, bool) {
-          const Vec probability = row_of_sums(scores_ + j * kBlockSums, row, c);
-          const Vec d_probability = row_of_sums(d_probabilities_ + j * kBlockSums, row, c);
-          Bf16::write(d_scores_ + j * kStep + row * kTileDepth + c, probability * (d_probability - mean) * scale_);
+        each_block(i, [&](int64_t j, bool) {
+          Vec d_scores[kLineVectors];
+          for (int v = 0; v < kLineVectors; ++v)
+            d_scores[v] = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes) *
+                          (row_of_sums(d_probabilities_ + j * kBlockSums, row, v * kLanes) - mean);
+          write_line(d_scores_ + j * kStep + row * kTileDepth, d_scores);
         });
       }
       for (int64_t depth = 0; depth < depths_; ++depth) {
@@ -150,11 +158,11 @@ class HeadOfWindow {
     return {qkv + which * C, shape_.n_positions, shape_.width, 3 * C};
   }
 
-  // Calls body(block, column in it, whether it is the queries' own block) for the vectors of keys up to panel i.
+  // Calls body(block, whether it is the queries' own block) for the blocks of keys up to panel i.
   template <class Body>
-  static void each_key(int64_t i, Body body) {
-    for (int64_t j = 0; j <= i; ++j)
-      for (int64_t c = 0; c < kSide; c += kLanes) body(j, c, j == i);
+  static void each_block(int64_t i, Body body) {
+    for (int64_t j = 0; j < i; ++j) body(j, false);
+    body(i, true);
   }
 
   // Products of the rows of panel i with those of all panels up to it.
@@ -172,16 +180,23 @@ class HeadOfWindow {
                       to + (j * depths_ + depth) * kBlockSums, nullptr, 0);
   }
 
-  // A block of sums, each row times its share (null: 1), as bf16 into rows `stride` apart.
+  // A block of sums, each row times its share (null: 1), as bf16 into rows `stride` apart; past the caches where lines are
+  // whole, for with all heads' they are more than stays there.
   void write_block(uint16_t* to, int64_t stride, int64_t i, int64_t depth, const float* block, const float* shares) const {
     const int64_t n_rows = std::min(kSide, shape_.n_positions - i * kSide);
     const int64_t n_columns = std::min(kSide, shape_.width - depth * kSide);
-    for (int64_t row = 0; row < n_rows; ++row)
-      for (int64_t c = 0; c < n_columns; c += kLanes) {
-        const Vec value = row_of_sums(block, row, c);
-        write_some<Bf16>(to + (i * kSide + row) * stride + depth * kSide + c, shares ? value * shares[row] : value,
-                         std::min<int64_t>(kLanes, n_columns - c));
-      }
+    to += i * kSide * stride + depth * kSide;
+    const bool whole = n_columns == kSide && stride % kSide == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    for (int64_t row = 0; row < n_rows; ++row, to += stride) {
+      Vec values[kLineVectors];
+      for (int v = 0; v < kLineVectors; ++v)
+        values[v] = row_of_sums(block, row, v * kLanes) * (shares ? shares[row] : 1.f);
+      if (whole)
+        stream_line(to, values);
+      else
+        for (int64_t c = 0; c < n_columns; c += kLanes)
+          write_some<Bf16>(to + c, values[c / kLanes], std::min<int64_t>(kLanes, n_columns - c));
+    }
   }
 
   Tiles tiles_;

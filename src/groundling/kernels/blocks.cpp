@@ -51,6 +51,7 @@ void sum_rows(int n_threads, int64_t n_rows, int64_t n_sums, float* totals, Swee
     std::fill_n(sums, n_sums, 0.f);
     const int64_t end = std::min(n_rows, (block + 1) * kBlockRows);
     for (int64_t row = block * kBlockRows; row < end; ++row) sweep(row, sums);
+    streamed();  // what the sweep may have
   }
   const int64_t n_vectors = (n_sums + kLanes - 1) / kLanes;
 #pragma omp parallel for schedule(static) num_threads(n_threads)
@@ -117,7 +118,7 @@ void add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t width, const
     Vec along_one{}, along_value{};
     each_run(width, [&](int64_t c, auto n) {
       fetch_ahead(sums + at + c);
-      fetch_ahead(d_x + at + c);
+      if (!d_update) fetch_ahead(d_x + at + c);
       const Vec d = read<Normed>(d_normed + at + c, n);
       const Vec value = (read<Fp32>(sums + at + c, n) - mean) * scale;
       add_to(totals + c, d * value, n);
@@ -132,8 +133,12 @@ void add_layer_norm_backward(int n_threads, int64_t n_rows, int64_t width, const
       const Vec d_value = read<Normed>(d_normed + at + c, n) * read<Fp32>(weight + c, n);
       Vec d = (d_value - mean_one - value * mean_value) * scale;
       if (d_sums) d += read<Fp32>(d_sums + at + c, n);
-      write<Fp32>(d_x + at + c, d, n);
-      if (d_update) write<Update>(d_update + at + c, d, n);
+      if (d_update) {  // the next product reads that one, so d_x is not read soon
+        stream_some(d_x + at + c, d, n);
+        write<Update>(d_update + at + c, d, n);
+      } else {
+        write<Fp32>(d_x + at + c, d, n);
+      }
     });
   });
 }

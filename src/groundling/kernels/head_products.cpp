@@ -28,7 +28,7 @@ struct Head {
   const uint16_t *hidden, *weight;
   const int64_t* targets;
   float log_n_last;
-  uint16_t* weights;  // (n_vocab, n_rows), rows `stride` apart, or null
+  uint16_t* weights;  // (n_vocab, n_rows), rows `stride` apart and written up to the end of a line of 64 bytes; or null
   int64_t stride;
   float *shifts, *sums, *logits;  // (n_rows,): of each position; the logit is its target's
 
@@ -51,26 +51,27 @@ struct Head {
   struct Exponentials {
     const Head& head;
     float* partial;  // a row for every kIds ids
-    void prepare(int64_t id, int64_t row) const {
-      if (head.weights)
-        fetch_block(head.weights + id * head.stride + row, std::min(kSide, head.n_vocab - id), head.stride);
-    }
+    void prepare(int64_t, int64_t) const {}
     void operator()(int64_t id, int64_t row, const float* block) const {
       const int64_t n_ids = std::min(kSide, head.n_vocab - id), n_rows = std::min(kSide, head.n_rows - row);
-      for (int64_t c = 0; c < n_rows; c += kLanes) {
-        const int64_t n = std::min<int64_t>(kLanes, n_rows - c);
-        const Vec shift = load_some(head.shifts + row + c, n);
-        float* const total_at = partial + id / kIds * head.n_rows + row + c;
-        Vec total = load_some(total_at, n);
-        for (int64_t i = 0; i < n_ids; ++i) {
-          Vec logit = row_of_sums(block, i, c);
-          if (id + i == head.n_vocab - 1) logit += head.log_n_last;
-          const Vec exponent = exponential(logit - shift);
-          total += exponent;
-          if (head.weights) write_some<Bf16>(head.weights + (id + i) * head.stride + row + c, exponent, n);
-        }
-        store_some(total_at, total, n);
+      const auto n_lanes = [=](int vector) { return std::clamp<int64_t>(n_rows - vector * kLanes, 0, kLanes); };
+      float* const totals_at = partial + id / kIds * head.n_rows + row;
+      Vec shifts[kLineVectors], totals[kLineVectors], exponents[kLineVectors];
+      for (int v = 0; v < kLineVectors; ++v) {
+        shifts[v] = load_some(head.shifts + row + v * kLanes, n_lanes(v));
+        totals[v] = load_some(totals_at + v * kLanes, n_lanes(v));
       }
+      for (int64_t i = 0; i < n_ids; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kLineVectors; ++v) {
+          Vec logit = row_of_sums(block, i, v * kLanes);
+          if (id + i == head.n_vocab - 1) logit += head.log_n_last;
+          exponents[v] = power_of_two((logit - shifts[v]) * kLog2E);
+          totals[v] += exponents[v];
+        }
+        if (head.weights) stream_line(head.weights + (id + i) * head.stride + row, exponents);
+      }
+      for (int v = 0; v < kLineVectors; ++v) store_some(totals_at + v * kLanes, totals[v], n_lanes(v));
       for (int64_t i = 0; i < n_rows; ++i)
         if (const int64_t target = head.targets[row + i] - id; target >= 0 && target < n_ids)
           head.logits[row + i] = row_of_sums(block, target, i / kLanes * kLanes)[i % kLanes];
@@ -125,8 +126,8 @@ int groundling_has_head_products() { return tiles_allowed(); }
 
 // Cross-entropy of hidden (n_rows, n_in) weight (n_vocab, n_in) transposed against targets (n_rows,), of which negative
 // ones are ignored; the last logit of a row counts e^log_n_last times. Writes losses (n_rows,) and, if `weights`
-// (n_vocab, stride), which is scratch, is not null, d_hidden (n_rows, n_in) in bf16 and d_weight (n_vocab, n_in) in fp32,
-// or onto what is there with `more`.
+// (n_vocab, stride), which is scratch whose rows begin at multiples of 64 bytes, is not null, d_hidden (n_rows, n_in) in
+// bf16 and d_weight (n_vocab, n_in) in fp32, or onto what is there with `more`.
 void groundling_head(int n_threads, int64_t n_rows, int64_t n_vocab, int64_t n_in, const uint16_t* hidden,
                      const uint16_t* weight, const int64_t* targets, float log_n_last, int more, uint16_t* weights,
                      int64_t stride, float* losses, uint16_t* d_hidden, float* d_weight) {
@@ -151,9 +152,9 @@ void groundling_head(int n_threads, int64_t n_rows, int64_t n_vocab, int64_t n_i
     }
   }
   product(workspace, n_threads, LeftOfRows{{weights, n_vocab, n_rows, stride}}, RightOfRows{{shares, n_rows, n_in}}, 0,
-          Finish{n_vocab, n_in, [=](int64_t n, int64_t at) { fetch_block(d_weight + at, n, n_in); },
+          Finish{n_vocab, n_in, [=](int64_t n, int64_t at) { if (more) fetch_block(d_weight + at, n, n_in); },
                  [=](Vec sum, int64_t at, int64_t, int64_t n) {
-                   store_some(d_weight + at, more ? load_some(d_weight + at, n) + sum : sum, n);
+                   stream_some(d_weight + at, more ? load_some(d_weight + at, n) + sum : sum, n);
                  }});
   product(workspace, n_threads, LeftOfColumns{{weights, n_vocab, n_rows, stride}}, RightOfRows{{weight, n_vocab, n_in}}, 0,
           Finish{n_rows, n_in, [=](int64_t n, int64_t at) { fetch_block(d_hidden + at, n, n_in); },

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <mutex>
 
+#include "vectors.h"
 #include "workspace.h"
 
 namespace groundling {
@@ -28,6 +29,7 @@ void each_head(Workspace& workspace, int n_threads, const Shape& shape, Body bod
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < shape.n_windows * shape.n_head; ++i)
       body(head, i, i / shape.n_head * shape.n_positions, i % shape.n_head * shape.width);
+    streamed();  // what the body may have
   }
 }
 

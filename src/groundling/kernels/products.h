@@ -110,12 +110,14 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
     // Panels in blocks of steps, so that rows of the matrix are read for several panels while they are in the cache.
     constexpr int64_t kPacked = 8;
     const int64_t n_groups = divided_up(n_steps, kPacked);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t group = 0; group < n_groups; ++group)
       each_step(right, n_panels, group * kPacked, std::min(n_steps, (group + 1) * kPacked),
                 [&](int64_t panel, int64_t step) {
-                  right.pack(panel * kSide, step * kTileDepth, packed + (panel * n_steps + step) * kStep);
+                  right.template pack<Far>(panel * kSide, step * kTileDepth, packed + (panel * n_steps + step) * kStep);
                 });
+    streamed();
+#pragma omp barrier
 
     Tiles tiles;
 #pragma omp for schedule(dynamic)
@@ -156,6 +158,7 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
         }
       }
     }
+    streamed();  // what `finish` may have
   }
 }
 

@@ -71,6 +71,7 @@ def head(
     size = math.ceil(n_rows / n_chunks)
     stride = math.ceil(size / ROW_ELEMENTS) * ROW_ELEMENTS + ROW_ELEMENTS // 2
     exponentials = weight.new_empty(n_vocab, stride) if with_gradient else None
+    assert exponentials is None or exponentials.data_ptr() % 64 == 0  # they are written in whole lines
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows))
         library("head_products").groundling_head(

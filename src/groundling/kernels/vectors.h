@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -62,6 +63,27 @@ inline Vec load_some(const float* from, int64_t n) {
 inline void store_some(float* to, Vec value, int64_t n) {
   if (n >= kLanes) return store(to, value);
   std::memcpy(to, &value, n * sizeof(float));
+}
+
+// Stores past the caches, for what is not read soon: a line of 64 bytes that is written whole need not be read first, nor
+// displace another. `streamed` comes before any other thread reads it.
+inline void stream_some(float* to, Vec value, int64_t n) {
+#if defined(__AVX__)
+  if (n >= kLanes && reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0) {
+#if defined(__AVX512F__)
+    return _mm512_stream_ps(to, (__m512)value);
+#else
+    return _mm256_stream_ps(to, (__m256)value);
+#endif
+  }
+#endif
+  store_some(to, value, n);
+}
+
+inline void streamed() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 // a * b + c, rounded once: spelled out, because compilers contract the sum in some tiles and not in others.
@@ -132,6 +154,16 @@ inline float sum(Vec value) {
   for (int half = kLanes / 2; half; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
+#endif
+}
+
+inline float maximum(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float lanes[kLanes];
+  store(lanes, value);
+  return *std::max_element(lanes, lanes + kLanes);
 #endif
 }
 
@@ -247,6 +279,23 @@ struct Bf16 {  // the upper half of an fp32
   }
 };
 
+// The 32 values of a line of 64 bytes of bf16, at a multiple of as many; the second past the caches, see stream_some.
+constexpr int kLineVectors = 32 / kLanes;
+#if defined(__AVX512BF16__) && !defined(GROUNDLING_LANES)
+inline __m512i line_of(const Vec (&values)[kLineVectors]) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);
+}
+inline void write_line(uint16_t* to, const Vec (&values)[kLineVectors]) { _mm512_store_si512(to, line_of(values)); }
+inline void stream_line(uint16_t* to, const Vec (&values)[kLineVectors]) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line_of(values));
+}
+#else
+inline void write_line(uint16_t* to, const Vec (&values)[kLineVectors]) {
+  for (int i = 0; i < kLineVectors; ++i) Bf16::write(to + i * kLanes, values[i]);
+}
+inline void stream_line(uint16_t* to, const Vec (&values)[kLineVectors]) { write_line(to, values); }
+#endif
+
 struct Int8 {
   using Element = int8_t;
   static constexpr int kVectors = 1;
@@ -306,6 +355,26 @@ inline Vec exponential(Vec x) {
   for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = multiply_add(y, r, splat(c));
   return y * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
+
+// 2^x within 2^-22 of it: 2^n 2^r, |r| <= 1/2, by the polynomial of degree 5 whose largest error is least. Where numbers
+// end, 0 or infinity, or on other CPUs what is next to them.
+inline Vec power_of_two(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec r = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = x - r;
+#else
+  x = limited(x, -126.f, 126.f);
+  const Vec rounded = x + kRounder, r = x - (rounded - kRounder);
+#endif
+  Vec y = splat(1.3264727e-3f);
+  for (float c : {9.6715130e-3f, 5.5507336e-2f, 0.24022242f, 0.69314700f, 1.f}) y = multiply_add(y, r, splat(c));
+#if defined(__AVX512DQ__)
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  return y * (Vec)(((Ints)rounded + 127) << 23);
+#endif
+}
+
+constexpr float kLog2E = 1.44269504f;
 
 // GPT-2's GELU is 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), and so x s(2u), with the logistic
 // function s: this share of x.
