@@ -2,7 +2,8 @@
 //
 // Invariant: an element of a product depends on its row and its column alone, and is summed in fp32. The order of the sum
 // is the CPU's: of a row's 32 terms the even and the odd ones apart, numbers below the normal ones as 0. Elsewhere, and with
-// GROUNDLING_LANES, the tests' way to other CPUs, the registers are plain C++, slow and equal but for rounding.
+// GROUNDLING_LANES, the tests' way to other CPUs, the registers are plain C++, slow and equal but for rounding;
+// GROUNDLING_TILES names a file with others (benchmarks/timed_tiles.h).
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (AMX).
 
 #pragma once
@@ -13,7 +14,7 @@
 #include "vectors.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__x86_64__) && defined(__linux__) && \
-    !defined(GROUNDLING_LANES)
+    !defined(GROUNDLING_LANES) && !defined(GROUNDLING_TILES)
 #define GROUNDLING_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -25,7 +26,11 @@ constexpr int kTileSide = 16;  // rows of a register, and fp32 in a row
 constexpr int kTileDepth = 32;  // bf16 in a row: terms of a dot product that one instruction adds
 constexpr int64_t kTileBytes = 1024;
 
-#if defined(GROUNDLING_AMX)
+#if defined(GROUNDLING_TILES)
+
+#include GROUNDLING_TILES
+
+#elif defined(GROUNDLING_AMX)
 
 // Whether the system lets this process use the registers, whose contents it must save for each thread.
 inline bool tiles_allowed() {
