@@ -5,7 +5,8 @@
 The step is that of `train_step.py`. PyTorch's profiler, which knows its own operations, is told of every call into our
 libraries too. A moment counts once, for the operation that spends it and not for those that called that one. The first
 line is the step, without the profiler and with it; then comes a line for each operation that takes a thousandth of
-the time, with the part of the step that called it.
+the time, with the part of the step that called it. Times are medians of the steps, each profiled alone: the profiler's
+memory of several steps made large buffers move to new pages, which took as long as the head.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -93,20 +94,25 @@ def main() -> None:
         options.size, options.layers, options.window, options.tokens, options.threads, options.steps, options.warmup
     )
     torch.set_num_threads(task.threads)
-    resolved = runtime.resolve(runtime.RuntimeConfig(device="cpu", compile="off", threads=task.threads))
-    ceiling = machine.matrix_ceiling_flops(resolved.device, resolved.dtype, resolved.synchronize)
     for name in ("adamw", "attention_fp32", "blocks", "head", *products.libraries()):
         tell_profiler(name)
+    spent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * task.steps)
+    calls: Counter[tuple[str, str]] = Counter()
+    profiled_s = []
     with our_trainer(task, options.ours) as (trainer, _):
+        used = trainer.runtime
+        ceiling = machine.matrix_ceiling_flops(used.device, used.dtype, used.synchronize)
         seconds_of(trainer, task.warmup)
         step_s = statistics.median(seconds_of(trainer, task.steps))
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            profiled_s = seconds_of(trainer, task.steps)
-    spent: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in profiled.events():
-        spent[part_of(event), event.name].append(event.self_cpu_time_total / 1e6)
-    total = sum(profiled_s)
-    shares = {key: sum(seconds) / total for key, seconds in spent.items()}
+        for step_number in range(task.steps):
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                profiled_s += seconds_of(trainer, 1)
+            for event in profiled.events():
+                key = part_of(event), event.name
+                spent[key][step_number] += event.self_cpu_time_total / 1e6
+                calls[key] += 1
+    profiled_step_s = statistics.median(profiled_s)
+    shares = {key: statistics.median(seconds) / profiled_step_s for key, seconds in spent.items()}
 
     def share_of(names: tuple[str, ...]) -> float:
         return round(sum(share for (_, name), share in shares.items() if name in names), 4)
@@ -115,12 +121,12 @@ def main() -> None:
     step = {
         "operation": "a step",
         "step_s": round(step_s, 4),
-        "profiled_step_s": round(statistics.median(profiled_s), 4),
+        "profiled_step_s": round(profiled_step_s, 4),
         "products_share": share_of(PRODUCTS),
         "fused_with_products_share": share_of(WITH_PRODUCTS),
         "mfu": round(task.tokens / step_s * flops_per_token(task.config, task.window) / ceiling, 4),
         "ceiling_tflops": round(ceiling / 1e12, 4),
-        "dtype": resolved.dtype_name,
+        "dtype": used.dtype_name,
         **{name: getattr(task, name) for name in ("size", "layers", "window", "tokens", "threads", "steps")},
         "ours": options.ours,
         **{name: facts[name] for name in ("cpu", "flags", "memory_bytes", "system")},
@@ -130,10 +136,9 @@ def main() -> None:
     print(json.dumps(step))
     for (part, name), share in sorted(shares.items(), key=lambda item: -item[1]):
         if share >= LEAST_SHARE:
-            calls = len(spent[part, name]) / task.steps
-            seconds = sum(spent[part, name]) / task.steps
-            line = {"operation": name, "part": part, "share": round(share, 4), "step_s": round(seconds, 5)}
-            print(json.dumps(line | {"calls": round(calls, 2)}))
+            line = {"operation": name, "part": part, "share": round(share, 4)}
+            seconds, n_calls = statistics.median(spent[part, name]), calls[part, name] / task.steps
+            print(json.dumps(line | {"step_s": round(seconds, 5), "calls": round(n_calls, 2)}))
 
 
 if __name__ == "__main__":
