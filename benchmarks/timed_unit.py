@@ -4,13 +4,13 @@
 
 `timed_tiles.h` takes the place of the unit's registers: the same loads and stores, 16 cycles for a product, and no
 sensible result. All else in the kernels is as it is with the unit, and Xeons with and without it have the same cores
-and caches otherwise (Golden Cove). What was measured on one with the unit in November 2026 is found again like this:
-6.2 TFLOP/s of the unit alone on two threads (here 6.1), 1.8 to 2.0 for weight gradients by themselves (1.8 to 2.0),
-255 ms for the head of 2,048 positions (252), and losses by larger blocks of the left matrix.
+and caches otherwise (Golden Cove). What was measured on one with the unit on 2026-11-25 was found again like this with
+the kernels of 2026-11-29, a function at a time: 6.2 TFLOP/s of the unit alone on two threads (here 6.1), 1.8 to 2.0 for
+weight gradients (1.8 to 2.0), 255 ms for the head of 2,048 positions (252), a loss by larger blocks of the left matrix.
 
 Three things it does not know: what PyTorch's products take; `tileloaddt1`, which goes past the L1 cache; and that the
 unit's own loads come more slowly from the L2 cache than vectors do. So it cannot be asked how many steps of a panel
-belong in which cache, and attention's backward pass, with its many short products, took 3.6 ms where it says 5.
+belong in which cache, and for attention's backward pass of then, whose products are short, it said 4.8 ms, not 3.6.
 
 Prints a JSON line for each number of tokens: milliseconds of each kernel in a step, medians of the steps.
 """

@@ -104,6 +104,7 @@ def test_rows_do_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows(value: float, unit: bool) -> None:

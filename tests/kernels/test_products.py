@@ -60,7 +60,7 @@ def attention_and_gradient(qkv: Tensor, n_head: int, d_mixed: Tensor) -> tuple[T
 
 
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize(("length", "n_head", "width"), [(1, 1, 1), (31, 2, 33), (65, 1, 64), (40, 3, 20)])
+@pytest.mark.parametrize(("length", "n_head", "width"), [(1, 1, 1), (31, 2, 33), (65, 1, 64), (40, 3, 20), (65, 2, 48)])
 def test_attention_on_other_cpus(length: int, n_head: int, width: int) -> None:
     qkv, d_mixed = normal(1, 2, length, 3 * n_head * width), normal(2, 2, length, n_head * width)
     exact = qkv.double().requires_grad_()
@@ -85,6 +85,7 @@ def test_no_position_sees_a_later_one(place: int) -> None:
     assert not gradient[:, place + 1 :].any()
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("scale", [1, 10, 40])
 def test_losses_of_a_model_that_is_far_off(scale: int) -> None:
     """Their exponentials overflow unless they are taken less a shift that is raised where the first one was no good."""
@@ -99,6 +100,27 @@ def test_losses_of_a_model_that_is_far_off(scale: int) -> None:
         assert ours is not None
         assert theirs.grad is not None
         assert relative_error(ours, theirs.grad) < BF16
+
+
+@pytest.mark.usefixtures("lanes")
+def test_losses_are_finer_than_bf16() -> None:
+    """Of two ids with logits that bf16 has exactly: all error is of the exponentials, their sum and its logarithm."""
+    hidden = torch.linspace(-8, 8, 800)[:, None].bfloat16()
+    weight, targets = torch.tensor([[0.0], [1.0]]).bfloat16(), torch.zeros(800, dtype=torch.int64)
+    losses, _, _ = products.head(hidden, weight, targets, 1, False)
+    exact = torch.nn.functional.softplus(hidden[:, 0].double())
+    torch.testing.assert_close(losses.double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("scale", [1, 1e5, 1e10])
+def test_attention_with_scores_far_apart(scale: float) -> None:
+    """Where one score leaves all others behind, its value is the output."""
+    qkv = normal(1, 1, 40, 3 * 32).float()
+    qkv[..., : 2 * 32] *= scale**0.5
+    mixed, _ = products.attention(qkv.bfloat16(), 1)
+    exact = reference.self_attention(qkv.bfloat16().double(), 1)
+    assert relative_error(mixed, exact) < BF16
 
 
 def test_the_head_at_sizes_that_are_cut() -> None:
@@ -138,6 +160,7 @@ def test_a_unit_that_is_withheld_costs_a_warning(
     assert "does not know the CPU's matrix unit" in caplog.text
 
 
+@pytest.mark.usefixtures("lanes")
 def test_a_loss_beyond_all_raises_is_infinite() -> None:
     weight = torch.zeros(2, 32, dtype=torch.bfloat16)
     weight[1] = 1000

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "exponentials.h"
 #include "heads.h"
 #include "products.h"
 
@@ -76,12 +77,12 @@ class HeadOfWindow {
             largest = score > largest ? score : largest;
           }
         });
-        const float most = maximum(largest) * scale_;
+        const float most = maximum(largest);
         each_block(i, [&](int64_t j, bool last) {
           Vec weights[kLineVectors];
           for (int v = 0; v < kLineVectors; ++v) {
             const Vec score = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes);
-            weights[v] = power_of_two(multiply_add(score, splat(scale_ * kLog2E), splat(-most * kLog2E)));
+            weights[v] = power_of_two((score - most) * (scale_ * kLog2E));
             if (last) weights[v] = seen(weights[v], row, v * kLanes, 0);
             total += weights[v];
           }
@@ -89,7 +90,7 @@ class HeadOfWindow {
         });
         const float whole = sum(total);
         shares[row] = 1 / whole;
-        if (i * kSide + row < shape_.n_positions) log_sums[i * kSide + row] = most + std::log(whole);
+        if (i * kSide + row < shape_.n_positions) log_sums[i * kSide + row] = most * scale_ + std::log(whole);
       }
       for (int64_t depth = 0; depth < depths_; ++depth) {
         multiply_panels(tiles_, probabilities_, value_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
@@ -116,15 +117,15 @@ class HeadOfWindow {
         const float log_sum = i * kSide + row < shape_.n_positions ? log_sums[i * kSide + row] : INFINITY;
         Vec together{};
         each_block(i, [&](int64_t j, bool last) {
-          Vec shares[kLineVectors];
+          Vec probabilities[kLineVectors];
           for (int v = 0; v < kLineVectors; ++v) {
             const Vec score = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes);
-            shares[v] = power_of_two(multiply_add(score, splat(scale_ * kLog2E), splat(-log_sum * kLog2E)));
-            if (last) shares[v] = seen(shares[v], row, v * kLanes, 0);
-            together = multiply_add(shares[v], row_of_sums(d_probabilities_ + j * kBlockSums, row, v * kLanes), together);
-            store(sums_at(scores_ + j * kBlockSums, row, v * kLanes), shares[v] * scale_);
+            probabilities[v] = power_of_two(multiply_add(score, splat(scale_ * kLog2E), splat(-log_sum * kLog2E)));
+            if (last) probabilities[v] = seen(probabilities[v], row, v * kLanes, 0);
+            together = multiply_add(probabilities[v], row_of_sums(d_probabilities_ + j * kBlockSums, row, v * kLanes), together);
+            store(sums_at(scores_ + j * kBlockSums, row, v * kLanes), probabilities[v] * scale_);
           }
-          write_line(probabilities_ + j * kStep + row * kTileDepth, shares);
+          write_line(probabilities_ + j * kStep + row * kTileDepth, probabilities);
         });
         const float mean = sum(together);
         each_block(i, [&](int64_t j, bool) {

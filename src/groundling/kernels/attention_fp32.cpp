@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "exponentials.h"
 #include "heads.h"
 #include "runs.h"
 #include "vectors.h"
@@ -181,9 +182,7 @@ class HeadOfWindow {
       const Vec score = first_lanes(load<Vec>(row + c), n, -INFINITY);
       most = score > most ? score : most;
     });
-    float lanes[kLanes];
-    store(lanes, most);
-    return *std::max_element(lanes, lanes + kLanes);
+    return maximum(most);
   }
 
   // Zeros for the keys up to `end` that a query does not see.

@@ -10,6 +10,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "exponentials.h"
 #include "runs.h"
 #include "vectors.h"
 

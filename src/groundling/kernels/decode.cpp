@@ -22,6 +22,7 @@
 #include <new>
 #include <vector>
 
+#include "exponentials.h"
 #include "team.h"
 #include "vectors.h"
 

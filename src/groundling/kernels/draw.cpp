@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "exponentials.h"
 #include "vectors.h"
 
 namespace {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "exponentials.h"
 #include "vectors.h"
 
 namespace {
@@ -41,9 +42,7 @@ struct Row {
   std::pair<float, float> log_sum() const {
     Vec largest = splat(-INFINITY), total{};
     each([&](Vec v) { largest = v > largest ? v : largest; });
-    float lanes[kLanes];
-    store(lanes, largest);
-    const float most = *std::max_element(lanes, lanes + kLanes);
+    const float most = maximum(largest);
     each([&](Vec v) { total += exponential(v - most); });
     return {most, std::log(sum(total)) + 0 * (most - most)};
   }

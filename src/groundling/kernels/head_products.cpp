@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "exponentials.h"
 #include "products.h"
 
 namespace {
@@ -51,7 +52,7 @@ struct Head {
   struct Exponentials {
     const Head& head;
     float* partial;  // a row for every kIds ids
-    void prepare(int64_t, int64_t) const {}
+    void prepare(int64_t, int64_t) const {}  // what is stored goes past the caches
     void operator()(int64_t id, int64_t row, const float* block) const {
       const int64_t n_ids = std::min(kSide, head.n_vocab - id), n_rows = std::min(kSide, head.n_rows - row);
       const auto n_lanes = [=](int vector) { return std::clamp<int64_t>(n_rows - vector * kLanes, 0, kLanes); };
@@ -154,7 +155,10 @@ void groundling_head(int n_threads, int64_t n_rows, int64_t n_vocab, int64_t n_i
   product(workspace, n_threads, LeftOfRows{{weights, n_vocab, n_rows, stride}}, RightOfRows{{shares, n_rows, n_in}}, 0,
           Finish{n_vocab, n_in, [=](int64_t n, int64_t at) { if (more) fetch_block(d_weight + at, n, n_in); },
                  [=](Vec sum, int64_t at, int64_t, int64_t n) {
-                   stream_some(d_weight + at, more ? load_some(d_weight + at, n) + sum : sum, n);
+                   if (more)
+                     store_some(d_weight + at, load_some(d_weight + at, n) + sum, n);
+                   else
+                     stream_some(d_weight + at, sum, n);
                  }});
   product(workspace, n_threads, LeftOfColumns{{weights, n_vocab, n_rows, stride}}, RightOfRows{{weight, n_vocab, n_in}}, 0,
           Finish{n_rows, n_in, [=](int64_t n, int64_t at) { fetch_block(d_hidden + at, n, n_in); },

@@ -68,13 +68,13 @@ inline __m512i row_of(const Matrix& matrix, int64_t row, int64_t column) {
 }
 #endif
 
-// How a packed line of 64 bytes is written: to be read soon (`Near`), or when the caches have forgotten it.
-struct Near {
+// How a packed line of 64 bytes is written: to be read soon, or later, when the caches have forgotten it.
+struct Soon {
 #if defined(GROUNDLING_WIDE_PACKING)
   static void store(uint16_t* to, __m512i line) { _mm512_store_si512(to, line); }
 #endif
 };
-struct Far {
+struct Later {
 #if defined(GROUNDLING_WIDE_PACKING)
   static void store(uint16_t* to, __m512i line) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line); }
 #endif
@@ -168,7 +168,7 @@ struct LeftOfColumns {
 struct RightOfRows {
   static constexpr bool kTermsOutside = true;
   Matrix matrix;
-  template <class Distance = Near>
+  template <class Read = Soon>
   void pack(int64_t column, int64_t term, uint16_t* to) const {
 #if defined(GROUNDLING_WIDE_PACKING)
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
@@ -178,8 +178,8 @@ struct RightOfRows {
       fetch_row(matrix, term + 2 * i, column);
       fetch_row(matrix, term + 2 * i + 1, column);
       const __m512i low = _mm512_unpacklo_epi16(one, other), high = _mm512_unpackhi_epi16(one, other);
-      Distance::store(to + i * kTileDepth, _mm512_permutex2var_epi64(low, first, high));
-      Distance::store(to + (kTileSide + i) * kTileDepth, _mm512_permutex2var_epi64(low, second, high));
+      Read::store(to + i * kTileDepth, _mm512_permutex2var_epi64(low, first, high));
+      Read::store(to + (kTileSide + i) * kTileDepth, _mm512_permutex2var_epi64(low, second, high));
     }
 #else
     for (int64_t t = 0; t < kTileDepth; ++t)
@@ -195,14 +195,14 @@ struct RightOfRows {
 struct RightOfColumns {
   static constexpr bool kTermsOutside = false;
   Matrix matrix;
-  template <class Distance = Near>
+  template <class Read = Soon>
   void pack(int64_t column, int64_t term, uint16_t* to) const {
 #if defined(GROUNDLING_WIDE_PACKING)
     for (int half = 0; half < 2; ++half) {
       __m512i rows[16];
       for (int i = 0; i < kTileSide; ++i) rows[i] = row_of(matrix, column + half * kTileSide + i, term);
       transpose_words(rows);
-      for (int i = 0; i < kTileSide; ++i) Distance::store(to + (half * kTileSide + i) * kTileDepth, rows[i]);
+      for (int i = 0; i < kTileSide; ++i) Read::store(to + (half * kTileSide + i) * kTileDepth, rows[i]);
     }
 #else
     for (int64_t i = 0; i < kSide; ++i)

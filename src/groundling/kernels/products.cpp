@@ -22,7 +22,7 @@ void groundling_weight_gradient(int n_threads, int64_t n_rows, int64_t n_out, in
   using namespace groundling;
   const std::lock_guard<std::mutex> alone(workspace.mutex);
   product(workspace, n_threads, LeftOfColumns{{d_y, n_rows, n_out}, d_bias}, RightOfRows{{x, n_rows, n_in}}, 0,
-          Finish{n_out, n_in, [](int64_t, int64_t) {},
+          Finish{n_out, n_in, [](int64_t, int64_t) {},  // what is stored goes past the caches
                  [=](Vec sum, int64_t at, int64_t, int64_t n) { stream_some(d_weight + at, sum, n); }});
 }
 

@@ -114,7 +114,7 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
     for (int64_t group = 0; group < n_groups; ++group)
       each_step(right, n_panels, group * kPacked, std::min(n_steps, (group + 1) * kPacked),
                 [&](int64_t panel, int64_t step) {
-                  right.template pack<Far>(panel * kSide, step * kTileDepth, packed + (panel * n_steps + step) * kStep);
+                  right.template pack<Later>(panel * kSide, step * kTileDepth, packed + (panel * n_steps + step) * kStep);
                 });
     streamed();
 #pragma omp barrier
@@ -174,7 +174,7 @@ inline void each_vector(int64_t n_rows, int64_t n_columns, int64_t row, int64_t 
 template <class Fetch, class Body>
 struct Finish {
   int64_t n_rows, n_columns;
-  Fetch fetch;  // (rows, place in the matrix) of a block that `body` will read or write
+  Fetch fetch;  // (rows, place in the matrix) of a block that `body` will read, or write into the caches
   Body body;
   void prepare(int64_t row, int64_t column) const {
     fetch(std::min(kSide, n_rows - row), row * n_columns + column);

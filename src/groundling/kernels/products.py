@@ -23,7 +23,8 @@ CHUNK_BYTES = 512 << 20
 """Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary. A choice: the 4,096 tokens of a large step
 are one chunk, and the peak stays below 6 GiB."""
 ROW_ELEMENTS = 64
-"""Rows of exponentials are an odd number of half such pieces apart: 4 KiB apart they would meet in the caches."""
+"""Rows of exponentials are an odd number of half such pieces apart, each a line of the caches, up to whose end rows are
+written: 4 KiB apart they would meet in the caches."""
 
 
 def libraries() -> tuple[str, ...]:
@@ -71,7 +72,7 @@ def head(
     size = math.ceil(n_rows / n_chunks)
     stride = math.ceil(size / ROW_ELEMENTS) * ROW_ELEMENTS + ROW_ELEMENTS // 2
     exponentials = weight.new_empty(n_vocab, stride) if with_gradient else None
-    assert exponentials is None or exponentials.data_ptr() % 64 == 0  # they are written in whole lines
+    assert exponentials is None or exponentials.data_ptr() % 64 == stride % (ROW_ELEMENTS // 2) == 0
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows))
         library("head_products").groundling_head(
