@@ -173,7 +173,7 @@ class HeadOfWindow {
   }
 
   void write_row(const float* from, float factor, float* to) const {
-    each_run(D_, [&](int64_t c, auto n) { write<Fp32>(to + c, load<Vec>(from + c) * factor, n); });
+    each_run(D_, [&](int64_t c, auto n) { stream_some(to + c, load<Vec>(from + c) * factor, n); });
   }
 
   static float largest(const float* row, int64_t n_seen) {
