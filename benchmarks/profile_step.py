@@ -30,7 +30,10 @@ from groundling.model.gpt2 import SIZES
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "groundling_weight_gradient")
+PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+    *("groundling_linear", "groundling_input_gradient", "groundling_weight_gradient"),
+)
 """What multiplies matrices and does nothing else."""
 WITH_PRODUCTS = (
     *("groundling_head", "groundling_attention", "groundling_attention_backward"),

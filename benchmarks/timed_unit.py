@@ -1,4 +1,4 @@
-"""What our kernels for a matrix unit (AMX) would take in a training step, measured on a CPU that has none.
+"""What a training step would take with a matrix unit (AMX), measured on a CPU that has none.
 
     python benchmarks/timed_unit.py > benchmarks/results/timed_unit.jsonl
 
@@ -8,11 +8,11 @@ and caches otherwise (Golden Cove). What was measured on one with the unit on 20
 the kernels of 2026-11-29, a function at a time: 6.2 TFLOP/s of the unit alone on two threads (here 6.1), 1.8 to 2.0 for
 weight gradients (1.8 to 2.0), 255 ms for the head of 2,048 positions (252), a loss by larger blocks of the left matrix.
 
-Three things it does not know: what PyTorch's products take; `tileloaddt1`, which goes past the L1 cache; and that the
-unit's own loads come more slowly from the L2 cache than vectors do. So it cannot be asked how many steps of a panel
+Two things it does not know: `tileloaddt1`, which goes past the L1 cache, and that the unit's own loads come more slowly
+from the L2 cache than vectors do. So it cannot be asked how many steps of a panel
 belong in which cache, and for attention's backward pass of then, whose products are short, it said 4.8 ms, not 3.6.
 
-Prints a JSON line for each number of tokens: milliseconds of each kernel in a step, medians of the steps.
+Prints a JSON line for each number of tokens: milliseconds of a step, and of each kernel in it, medians of the steps.
 """
 
 from __future__ import annotations
@@ -96,11 +96,12 @@ def main() -> None:
         with our_trainer(task, "--runtime.dtype bf16") as (trainer, _):
             for _ in range(task.n_steps):
                 seconds.clear()
+                start = time.perf_counter()
                 trainer._take_step()
-                steps.append(dict(seconds))
+                steps.append(dict(seconds) | {"step": time.perf_counter() - start})
         timed = steps[task.warmup :]
-        kernels = {name: round(1e3 * statistics.median(step[name] for step in timed), 1) for name in sorted(timed[0])}
-        line = {"tokens": tokens, "ours_ms": round(sum(kernels.values()), 1), "kernels_ms": kernels}
+        ms = {name: round(1e3 * statistics.median(step[name] for step in timed), 1) for name in sorted(timed[0])}
+        line = {"tokens": tokens, "step_ms": ms.pop("step"), "kernels_ms": ms}
         line |= {name: getattr(task, name) for name in ("size", "window", "threads", "steps")}
         line |= {name: facts[name] for name in ("cpu", "flags", "memory_bytes", "system")}
         print(json.dumps(line | {"versions": machine.versions(), "date": time.strftime("%Y-%m-%d")}), flush=True)

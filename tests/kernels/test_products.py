@@ -48,6 +48,22 @@ def test_the_gradient_of_a_weight_on_other_cpus(shape: tuple[int, int, int]) -> 
     assert_weight_gradient(*shape)
 
 
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (33, 65, 31), (70, 600, 40), (64, 96, 3100)])
+def test_a_layer_and_the_gradient_of_its_input(shape: tuple[int, int, int]) -> None:
+    n_rows, n_out, n_in = shape
+    x, weight, d_y = normal(1, n_rows, n_in), normal(2, n_out, n_in), normal(3, n_rows, n_out)
+    bias = torch.linspace(-3, 3, n_out)
+    for ours, exact in (
+        (products.linear(x, weight, bias), x.double() @ weight.double().T + bias.double()),
+        (products.linear(x, weight, None), x.double() @ weight.double().T),
+        (products.input_gradient(d_y, weight), d_y.double() @ weight.double()),
+    ):
+        assert ours.dtype is torch.bfloat16
+        assert ours.shape == exact.shape
+        assert not n_rows or relative_error(ours, exact) < BF16 / 2  # rounded once
+
+
 @pytest.mark.parametrize("shape", [(3072, 33, 33), (3073, 33, 33), (4100, 300, 801)])
 def test_sums_too_long_for_one_go(shape: tuple[int, int, int]) -> None:
     """They are kept in between, for some columns at a time; the bias is summed for the first of these alone."""

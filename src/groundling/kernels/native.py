@@ -1,7 +1,7 @@
 """The operations on a CPU: products by PyTorch, and what lies between them in C++ (`blocks.cpp`), a sweep each.
 
-Attention in fp32 is our own as a whole (`attention_fp32.cpp`). Where there is a matrix unit, some products and
-attention in bf16 are taken by `products.py`.
+Attention in fp32 is our own as a whole (`attention_fp32.cpp`). Where there is a matrix unit, products and attention in
+bf16 are taken by `products.py`.
 
 Invariant: agrees with `reference.py` forward and backward within the rounding of the number format, which is fp32, or
 bf16 under autocast: then products and what goes into them are bf16; parameters, their gradients, the residual stream,
@@ -154,14 +154,18 @@ class Linear(torch.autograd.Function):
         rows, matrix = _factors(x, weight)
         ctx.save_for_backward(rows, matrix)
         ctx.x_format = x.dtype
-        return torch.addmm(bias.to(rows.dtype), rows, matrix.T).view(*x.shape[:-1], len(matrix))
+        if _bf16(rows) and products.available():
+            y = products.linear(rows.contiguous(), matrix.contiguous(), bias.contiguous())
+        else:
+            y = torch.addmm(bias.to(rows.dtype), rows, matrix.T)
+        return y.view(*x.shape[:-1], len(matrix))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix = ctx.saved_tensors
         d_rows = d.reshape(d.numel() // len(matrix), len(matrix)).contiguous()
-        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
+        d_x = _input_gradient(d_rows, matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
         if _bf16(d_rows) and products.available():
             return d_x, *products.weight_gradient(d_rows, rows.contiguous())
         d_bias = rows.new_empty(len(matrix), dtype=torch.float32)
@@ -177,7 +181,10 @@ class LinearGelu(torch.autograd.Function):
         rows, matrix, bias = *_factors(x, weight), bias.contiguous()
         assert bias.dtype is torch.float32
         assert len(bias) == len(matrix)
-        sums = torch.mm(rows, matrix.T)
+        if _bf16(rows) and products.available():
+            sums = products.linear(rows.contiguous(), matrix.contiguous(), None)
+        else:
+            sums = torch.mm(rows, matrix.T)
         activated = torch.empty_like(sums)
         _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated, with_slopes)
         ctx.save_for_backward(rows, matrix)
@@ -192,7 +199,7 @@ class LinearGelu(torch.autograd.Function):
         del ctx.slopes  # overwritten here, so a second backward pass must fail
         d_bias = rows.new_empty(len(matrix), dtype=torch.float32)
         _sweep("bias_gelu_backward", *_rows(d_rows), _bf16(d_rows), d_rows, d.contiguous(), d_bias)
-        d_x = d_rows.mm(matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
+        d_x = _input_gradient(d_rows, matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
         if _bf16(d_rows) and products.available():
             return d_x, products.weight_gradient(d_rows, rows.contiguous())[0], d_bias, None
         return d_x, d_rows.T.mm(rows).float(), d_bias, None
@@ -224,6 +231,13 @@ class SelfAttention(torch.autograd.Function):
         shape = B, T, n_head, C // n_head
         _call("attention_fp32", "attention_fp32_backward", *shape, qkv, log_sums, d, d_qkv)
         return d_qkv, None
+
+
+def _input_gradient(d_rows: Tensor, matrix: Tensor) -> Tensor:
+    """The gradient of rows, from that (N, n_out) of their product with a weight (n_out, n_in)."""
+    if _bf16(d_rows) and products.available():
+        return products.input_gradient(d_rows, matrix)
+    return d_rows.mm(matrix)
 
 
 def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

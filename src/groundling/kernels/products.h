@@ -87,6 +87,7 @@ template <class Left, class Right, class Finish>
 void product(Workspace& workspace, int n_threads, const Left& left, const Right& right, int64_t rows_at_once,
              Finish finish) {
   const int64_t n_rows = left.n_rows(), n_columns = right.n_columns(), n_terms = left.n_terms();
+  if (!n_rows) return;
   // Sums of no terms are sums of one step of zeros.
   const int64_t n_steps = std::max<int64_t>(1, divided_up(n_terms, kTileDepth)), n_panels = divided_up(n_columns, kSide);
   const int64_t steps_at_once = n_terms <= kMaxTerms ? n_steps : kManyTerms / kTileDepth;

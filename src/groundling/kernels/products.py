@@ -1,8 +1,7 @@
 """Products in a CPU's matrix unit (AMX) that PyTorch takes more slowly, and what belongs to them: our own C++.
 
 Invariant: used only where `available()` says so: the CPU has the unit, the compiler knows it, the system allows it.
-PyTorch's own products of a block's forward pass and of its gradients with respect to activations are faster than ours
-and stay; its gradients of weights, its head and its attention are not (docs/design/0009-the-matrix-unit.md).
+All products of a training step are ours then; docs/design/0009-the-matrix-unit.md says what speaks for it.
 """
 
 from __future__ import annotations
@@ -45,6 +44,27 @@ def available() -> bool:
         why = str(error)
     logging.getLogger(__name__).warning("products stay with PyTorch, which is slower: %s", why)
     return False
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` (N, n_out) of x (N, n_in) and weight (n_out, n_in), all bf16, and bias (n_out,), fp32."""
+    (n_rows, n_in), n_out = x.shape, len(weight)
+    y = x.new_empty(n_rows, n_out)
+    at_bias = None if bias is None else _fp32(bias)
+    library("products").groundling_linear(
+        _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(x), _bf16(weight), at_bias, _bf16(y)
+    )
+    return y
+
+
+def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+    """`d_y @ weight` (N, n_in) from d_y (N, n_out) and weight (n_out, n_in), all bf16."""
+    n_rows, (n_out, n_in) = len(d_y), weight.shape
+    d_x = d_y.new_empty(n_rows, n_in)
+    library("products").groundling_input_gradient(
+        _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(d_y), _bf16(weight), _bf16(d_x)
+    )
+    return d_x
 
 
 def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

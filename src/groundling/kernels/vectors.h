@@ -332,4 +332,13 @@ inline void write_some(typename Format::Element* to, Vec value, int64_t n) {
   std::memcpy(to, lanes, n * sizeof *to);
 }
 
+// bf16 past the caches; two vectors that fill a line are stored as one.
+inline void stream_some(uint16_t* to, Vec value, int64_t n) {
+#if defined(__AVX512BF16__) && !defined(GROUNDLING_LANES)
+  if (n >= kLanes && reinterpret_cast<uintptr_t>(to) % 32 == 0)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#endif
+  write_some<Bf16>(to, value, n);
+}
+
 }  // namespace groundling
