@@ -9,8 +9,8 @@ the kernels of 2026-11-29, a function at a time: 6.2 TFLOP/s of the unit alone o
 weight gradients (1.8 to 2.0), 255 ms for the head of 2,048 positions (252), a loss by larger blocks of the left matrix.
 
 Two things it does not know: `tileloaddt1`, which goes past the L1 cache, and that the unit's own loads come more slowly
-from the L2 cache than vectors do. So it cannot be asked how many steps of a panel
-belong in which cache, and for attention's backward pass of then, whose products are short, it said 4.8 ms, not 3.6.
+from the L2 cache than vectors do. So it cannot be asked how many steps of a panel belong in which cache, and for
+attention's backward pass of then, whose products are short, it said 4.8 ms, not 3.6.
 
 Prints a JSON line for each number of tokens: milliseconds of a step, and of each kernel in it, medians of the steps.
 """

@@ -187,17 +187,10 @@ class HeadOfWindow {
     const int64_t n_rows = std::min(kSide, shape_.n_positions - i * kSide);
     const int64_t n_columns = std::min(kSide, shape_.width - depth * kSide);
     to += i * kSide * stride + depth * kSide;
-    const bool whole = n_columns == kSide && stride % kSide == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-    for (int64_t row = 0; row < n_rows; ++row, to += stride) {
-      Vec values[kLineVectors];
-      for (int v = 0; v < kLineVectors; ++v)
-        values[v] = row_of_sums(block, row, v * kLanes) * (shares ? shares[row] : 1.f);
-      if (whole)
-        stream_line(to, values);
-      else
-        for (int64_t c = 0; c < n_columns; c += kLanes)
-          write_some<Bf16>(to + c, values[c / kLanes], std::min<int64_t>(kLanes, n_columns - c));
-    }
+    for (int64_t row = 0; row < n_rows; ++row, to += stride)
+      for (int64_t c = 0; c < n_columns; c += kLanes)
+        stream_some(to + c, row_of_sums(block, row, c) * (shares ? shares[row] : 1.f),
+                    std::min<int64_t>(kLanes, n_columns - c));
   }
 
   Tiles tiles_;

@@ -154,11 +154,7 @@ class Linear(torch.autograd.Function):
         rows, matrix = _factors(x, weight)
         ctx.save_for_backward(rows, matrix)
         ctx.x_format = x.dtype
-        if _bf16(rows) and products.available():
-            y = products.linear(rows.contiguous(), matrix.contiguous(), bias.contiguous())
-        else:
-            y = torch.addmm(bias.to(rows.dtype), rows, matrix.T)
-        return y.view(*x.shape[:-1], len(matrix))
+        return _product(rows, matrix, bias).view(*x.shape[:-1], len(matrix))
 
     @staticmethod
     @once_differentiable
@@ -181,10 +177,7 @@ class LinearGelu(torch.autograd.Function):
         rows, matrix, bias = *_factors(x, weight), bias.contiguous()
         assert bias.dtype is torch.float32
         assert len(bias) == len(matrix)
-        if _bf16(rows) and products.available():
-            sums = products.linear(rows.contiguous(), matrix.contiguous(), None)
-        else:
-            sums = torch.mm(rows, matrix.T)
+        sums = _product(rows, matrix, None)
         activated = torch.empty_like(sums)
         _sweep("bias_gelu", *_rows(sums), _bf16(sums), sums, bias, activated, with_slopes)
         ctx.save_for_backward(rows, matrix)
@@ -231,6 +224,13 @@ class SelfAttention(torch.autograd.Function):
         shape = B, T, n_head, C // n_head
         _call("attention_fp32", "attention_fp32_backward", *shape, qkv, log_sums, d, d_qkv)
         return d_qkv, None
+
+
+def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`rows @ matrix.T`, and the bias in each row."""
+    if _bf16(rows) and products.available():
+        return products.linear(rows.contiguous(), matrix.contiguous(), None if bias is None else bias.contiguous())
+    return rows.mm(matrix.T) if bias is None else torch.addmm(bias.to(rows.dtype), rows, matrix.T)
 
 
 def _input_gradient(d_rows: Tensor, matrix: Tensor) -> Tensor:

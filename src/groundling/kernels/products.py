@@ -1,4 +1,4 @@
-"""Products in a CPU's matrix unit (AMX) that PyTorch takes more slowly, and what belongs to them: our own C++.
+"""Products in a CPU's matrix unit (AMX), and what belongs to them: our own C++.
 
 Invariant: used only where `available()` says so: the CPU has the unit, the compiler knows it, the system allows it.
 All products of a training step are ours then; docs/design/0009-the-matrix-unit.md says what speaks for it.
