@@ -61,7 +61,7 @@ def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @contextmanager
 def matrix_unit(used: bool) -> Iterator[None]:
-    """Products in the matrix unit, or in the plain C++ that stands for it on other CPUs; or PyTorch's."""
+    """Products of bf16 by our own code (plain C++ where the CPU has no instructions for them), or PyTorch's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "available", lambda: used)
         yield

@@ -27,7 +27,7 @@ DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 """x86 instruction sets that multiply bf16: the matrix unit many times as fast as fp32 is multiplied; the other half as
-fast on the one CPU that we had (LOG.md, 2026-11-29), which need not be so on others, so that it is measured."""
+fast on a Xeon (LOG.md, 2026-11-29) and twice as fast on an EPYC (2026-11-30), so that it is measured."""
 BF16_GAIN = 1.25
 """bf16 must be so many times as fast as fp32, which is more precise: a choice."""
 MAX_THREADS = 1024

@@ -1,4 +1,4 @@
-"""Products in the matrix unit against float64, on this CPU's own tiles and on those in plain C++."""
+"""Products of bf16 against float64: by this CPU's own tiles or vectors, and by tiles in plain C++."""
 
 from __future__ import annotations
 
@@ -62,6 +62,19 @@ def test_a_layer_and_the_gradient_of_its_input(shape: tuple[int, int, int]) -> N
         assert ours.dtype is torch.bfloat16
         assert ours.shape == exact.shape
         assert not n_rows or relative_error(ours, exact) < BF16 / 2  # rounded once
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("shape", [(1, 1), (31, 40), (33, 7), (64, 64), (201, 130), (290, 20)])
+def test_a_symmetric_product(shape: tuple[int, int]) -> None:
+    left, plus = normal(1, *shape), normal(2, shape[0], shape[0])
+    plus = plus + plus.T
+    for ours, exact in (
+        (products.symmetric(left, left, 1, None, 0), left.double() @ left.double().T),
+        (products.symmetric(left, left, 1.5, plus, -0.5), 1.5 * left.double() @ left.double().T - 0.5 * plus.double()),
+    ):
+        assert torch.equal(ours, ours.T)
+        assert relative_error(ours, exact) < BF16 / 2  # rounded once
 
 
 @pytest.mark.parametrize("shape", [(3072, 33, 33), (3073, 33, 33), (4100, 300, 801)])
@@ -165,15 +178,23 @@ def test_a_compiler_that_cannot_make_them_costs_a_warning(
     assert "g++ knows no products" in caplog.text
 
 
+@pytest.mark.parametrize("found", [0, 1])
 def test_a_unit_that_is_withheld_costs_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    found: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An old compiler compiles them all, without the unit's instructions."""
-    monkeypatch.setattr(machine, "cpu_flags", lambda: {"amx_bf16"})
-    without = SimpleNamespace(**{f"groundling_has_{name}": lambda: 0 for name in products.libraries()})
+    """An old compiler compiles them all, without the unit's instructions: for nothing, or for slower vectors."""
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"amx_bf16", "avx512_bf16"})
+    without = SimpleNamespace(**{f"groundling_unit_of_{name}": lambda: found for name in products.libraries()})
     monkeypatch.setattr(products, "library", lambda name: without)
     assert products.available.__wrapped__() is False
-    assert "does not know the CPU's matrix unit" in caplog.text
+    assert "does not know the CPU's instructions for bf16" in caplog.text
+
+
+def test_vectors_do_where_there_is_no_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})
+    vectors = SimpleNamespace(**{f"groundling_unit_of_{name}": lambda: 1 for name in products.libraries()})
+    monkeypatch.setattr(products, "library", lambda name: vectors)
+    assert products.available.__wrapped__() is True
 
 
 @pytest.mark.usefixtures("lanes")

@@ -1,4 +1,4 @@
-// Causal attention of whole windows to themselves in the matrix unit, forward and backward, a head of a window at a time.
+// Causal attention of whole windows to themselves in bf16, forward and backward, a head of a window at a time.
 //
 // Invariant: a query's output depends on no later position, to the bit; and no result depends on the number of threads.
 // Scores, probabilities and their gradients exist for 32 queries at a time, in memory of the thread that stays in its L2
@@ -93,7 +93,7 @@ class HeadOfWindow {
         if (i * kSide + row < shape_.n_positions) log_sums[i * kSide + row] = most * scale_ + std::log(whole);
       }
       for (int64_t depth = 0; depth < depths_; ++depth) {
-        multiply_panels(tiles_, probabilities_, value_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
+        multiplier_.panels(probabilities_, value_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
         write_block(mixed, C, i, depth, block_, shares);
       }
     }
@@ -137,7 +137,7 @@ class HeadOfWindow {
         });
       }
       for (int64_t depth = 0; depth < depths_; ++depth) {
-        multiply_panels(tiles_, d_scores_, key_rows_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
+        multiplier_.panels(d_scores_, key_rows_ + depth * n_ * kStep, i + 1, false, block_, nullptr, 0);
         write_block(d_qkv, 3 * C, i, depth, block_, nullptr);
       }
       for (int64_t j = 0; j <= i; ++j) {
@@ -169,7 +169,7 @@ class HeadOfWindow {
   // Products of the rows of panel i with those of all panels up to it.
   void products_of(const uint16_t* left, const uint16_t* right, int64_t i, float* to) {
     for (int64_t j = 0; j <= i; ++j)
-      multiply_panels(tiles_, left + i * depths_ * kStep, right + j * depths_ * kStep, depths_, false,
+      multiplier_.panels(left + i * depths_ * kStep, right + j * depths_ * kStep, depths_, false,
                       to + j * kBlockSums, nullptr, 0);
   }
 
@@ -177,7 +177,7 @@ class HeadOfWindow {
   void add_turned(const uint16_t* block, const uint16_t* rows, int64_t i, int64_t j, float* to) {
     LeftOfColumns{Matrix{block, kSide, kSide}}.pack(0, 0, turned_, false);
     for (int64_t depth = 0; depth < depths_; ++depth)
-      multiply_panels(tiles_, turned_, rows + (depth * n_ + i) * kStep, 1, i > j,
+      multiplier_.panels(turned_, rows + (depth * n_ + i) * kStep, 1, i > j,
                       to + (j * depths_ + depth) * kBlockSums, nullptr, 0);
   }
 
@@ -193,7 +193,7 @@ class HeadOfWindow {
                     std::min<int64_t>(kLanes, n_columns - c));
   }
 
-  Tiles tiles_;
+  Multiplier multiplier_;
   const Shape shape_;
   const int64_t n_, depths_;  // panels of positions, and of a head's width
   const float scale_;
@@ -207,7 +207,7 @@ Workspace workspace;
 
 extern "C" {
 
-int groundling_has_attention() { return tiles_allowed(); }
+int groundling_unit_of_attention() { return unit(); }
 
 // mixed (n_windows, n_positions, n_embd) from queries, keys and values side by side, qkv (..., 3 n_embd); log_sums
 // (n_windows, n_head, n_positions), of the softmax's denominators. `width` is a head's.

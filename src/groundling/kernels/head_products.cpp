@@ -1,4 +1,4 @@
-// The head, its loss and all gradients in the matrix unit, without a matrix of logits in fp32.
+// The head, its loss and all gradients in bf16, without a matrix of logits in fp32.
 //
 // Invariant: a position's loss and gradient depend on nothing but the position. The exponentials of the logits, less a
 // shift that is the position's own, are rounded to bf16 once and kept undivided, an id's side by side ("weights" below);
@@ -123,7 +123,7 @@ struct Head {
 
 extern "C" {
 
-int groundling_has_head_products() { return tiles_allowed(); }
+int groundling_unit_of_head_products() { return unit(); }
 
 // Cross-entropy of hidden (n_rows, n_in) weight (n_vocab, n_in) transposed against targets (n_rows,), of which negative
 // ones are ignored; the last logit of a row counts e^log_n_last times. Writes losses (n_rows,) and, if `weights`

@@ -1,7 +1,7 @@
 """The operations on a CPU: products by PyTorch, and what lies between them in C++ (`blocks.cpp`), a sweep each.
 
-Attention in fp32 is our own as a whole (`attention_fp32.cpp`). Where there is a matrix unit, products and attention in
-bf16 are taken by `products.py`.
+Attention in fp32 is our own as a whole (`attention_fp32.cpp`). Where the CPU has instructions for bf16, products and
+attention in that format are taken by `products.py`.
 
 Invariant: agrees with `reference.py` forward and backward within the rounding of the number format, which is fp32, or
 bf16 under autocast: then products and what goes into them are bf16; parameters, their gradients, the residual stream,
@@ -147,7 +147,7 @@ class AddLayerNorm(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """Three products, and a sweep for the gradient of the bias, if no matrix unit gives it with the weight's."""
+    """Three products, and a sweep for the gradient of the bias, if `products.py` does not give it with the weight's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class LinearGelu(torch.autograd.Function):
 
 
 class SelfAttention(torch.autograd.Function):
-    """Keeps the logarithms of the softmax's denominators, and makes probabilities again; bf16 in the matrix unit."""
+    """Keeps the logarithms of the softmax's denominators, and makes probabilities again."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:

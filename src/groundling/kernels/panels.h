@@ -1,4 +1,4 @@
-// Matrices of bf16 in the order in which the matrix unit's tiles are loaded.
+// Matrices of bf16 in the order in which the matrix unit's tiles are loaded, and vectors likewise.
 //
 // Invariant: packing moves numbers and changes none; what is missing at the edges is zeros.
 //

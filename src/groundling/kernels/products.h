@@ -1,4 +1,4 @@
-// Products of bf16 matrices in the matrix unit (tiles.h), and what is done with their blocks before they leave the cache.
+// Products of bf16 matrices (panel_products.h), and what is done with their blocks before they leave the cache.
 //
 // Invariant: an element of a product depends on its row and column and on nothing else: not on the number of threads,
 // nor on the other rows. Sums are fp32.
@@ -12,14 +12,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "panel_products.h"
 #include "panels.h"
-#include "tiles.h"
 #include "vectors.h"
 #include "workspace.h"
 
 namespace groundling {
 
-constexpr int64_t kBlockSums = kSide * kSide;
 // Half of an L2 cache of 2 MiB for the left matrix (Sapphire Rapids; from 1.5 MiB on, loads were slower).
 constexpr int64_t kLeftBytes = 1 << 20;
 constexpr int64_t kMaxTerms = 3072;    // of a sum at a time, so that a left block has enough rows
@@ -27,39 +26,6 @@ constexpr int64_t kManyTerms = 1024;   // at a time, of longer sums, which are k
 constexpr int64_t kNearSteps = 12;     // of a right panel, 24 KiB, that stay in L1 for
 constexpr int64_t kTogether = 2;       // left panels, which bypass it
 constexpr int64_t kKeptColumns = 768;  // whose sums are kept: 256 rows of them are 768 KiB
-
-// 32 x 32 sums of n_steps steps of a left and a right panel, to `sums` or, with `more`, onto what is there. Meanwhile
-// the memory at `ahead` is fetched, n_ahead lines a step.
-inline void multiply_panels(Tiles& tiles, const uint16_t* left, const uint16_t* right, int64_t n_steps, bool more,
-                            float* sums, const char* ahead, int n_ahead) {
-  constexpr int64_t kTile = kTileBytes / sizeof(float), kRowBytes = 64;
-  if (more) {
-    tiles.load<0>(sums, kRowBytes);
-    tiles.load<1>(sums + kTile, kRowBytes);
-    tiles.load<2>(sums + 2 * kTile, kRowBytes);
-    tiles.load<3>(sums + 3 * kTile, kRowBytes);
-  } else {
-    tiles.zero<0>();
-    tiles.zero<1>();
-    tiles.zero<2>();
-    tiles.zero<3>();
-  }
-  for (int64_t step = 0; step < n_steps; ++step, left += kStep, right += kStep) {
-    tiles.load<6>(right, 64);
-    tiles.stream<4>(left, 64);
-    tiles.multiply<0, 4, 6>();
-    tiles.load<7>(right + kStep / 2, 64);
-    tiles.multiply<1, 4, 7>();
-    tiles.stream<5>(left + kStep / 2, 64);
-    tiles.multiply<2, 5, 6>();
-    tiles.multiply<3, 5, 7>();
-    for (int line = 0; line < n_ahead; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-  }
-  tiles.store<0>(sums, kRowBytes);
-  tiles.store<1>(sums + kTile, kRowBytes);
-  tiles.store<2>(sums + 2 * kTile, kRowBytes);
-  tiles.store<3>(sums + 3 * kTile, kRowBytes);
-}
 
 // Where row i of a block of sums has this column.
 inline const float* place_of_sums(const float* sums, int64_t i, int64_t column) {
@@ -82,8 +48,8 @@ inline void fetch_block(const Element* from, int64_t n, int64_t width) {
 // Takes the product of a left and a right matrix block by block: finish(row, column, sums) is called once for each block
 // of 32 x 32 sums, by any thread, and finish.prepare(row, column) before it, to ask for memory; rows and columns past
 // the edges are zeros. `rows_at_once`, if not 0, are the rows of the left matrix that one thread takes in one go, in
-// their order, columns in the outer loop.
-template <class Left, class Right, class Finish>
+// their order, columns in the outer loop. With kLower, blocks right of the diagonal need not be had, though some are.
+template <bool kLower = false, class Left, class Right, class Finish>
 void product(Workspace& workspace, int n_threads, const Left& left, const Right& right, int64_t rows_at_once,
              Finish finish) {
   const int64_t n_rows = left.n_rows(), n_columns = right.n_columns(), n_terms = left.n_terms();
@@ -120,9 +86,10 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
     streamed();
 #pragma omp barrier
 
-    Tiles tiles;
+    Multiplier multiplier;
 #pragma omp for schedule(dynamic)
-    for (int64_t turn = 0; turn < n_blocks * n_parts; ++turn) {
+    for (int64_t i = 0; i < n_blocks * n_parts; ++i) {
+      const int64_t turn = kLower ? n_blocks * n_parts - 1 - i : i;  // the longest first
       const int64_t first_row = turn / n_parts * block, first_panel = turn % n_parts * panels_at_once;
       const int64_t own_panels = divided_up(std::min(block, n_rows - first_row), kSide);
       const int64_t end_panel = std::min(n_panels, first_panel + panels_at_once);
@@ -141,13 +108,14 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
           const int n_ahead = static_cast<int>(divided_up(kStep * 2 / 64, own_panels));
           for (int64_t group = 0; group < own_panels; group += kTogether) {
             const int64_t end_group = std::min(own_panels, group + kTogether);
+            if (kLower && first_row / kSide + end_group <= panel) continue;
             if (last)
               for (int64_t i = group; i < end_group; ++i) finish.prepare(first_row + i * kSide, panel * kSide);
             float* const sums = in_parts ? own_sums + ((panel - first_panel) * block_panels + group) * kBlockSums : own_sums;
             for (int64_t step = 0; step < some; step += kNearSteps) {
               const int64_t n = std::min(kNearSteps, some - step);
               for (int64_t i = group; i < end_group; ++i) {
-                multiply_panels(tiles, own_left + (i * some + step) * kStep, from + step * kStep, n, first + step > 0,
+                multiplier.panels(own_left + (i * some + step) * kStep, from + step * kStep, n, first + step > 0,
                                 sums + (i - group) * kBlockSums, ahead, ahead < end_ahead ? n_ahead : 0);
                 ahead += n * n_ahead * 64;
               }

@@ -1,7 +1,8 @@
-"""Products in a CPU's matrix unit (AMX), and what belongs to them: our own C++.
+"""Products of bf16 in a CPU's matrix unit (AMX), or by its vectors, and what belongs to them: our own C++.
 
-Invariant: used only where `available()` says so: the CPU has the unit, the compiler knows it, the system allows it.
-All products of a training step are ours then; docs/design/0009-the-matrix-unit.md says what speaks for it.
+Invariant: used only where `available()` says so: the CPU has the instructions, the compiler knows them, the system
+allows them. All products of a training step in bf16 are ours then; docs/design/0009-the-matrix-unit.md says what speaks
+for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from groundling import machine
 from groundling.kernels.build import BuildError, library
 
+UNITS = {"amx_bf16": 2, "avx512_bf16": 1}
+"""Flags of CPUs, the best first, and what `panel_products.h` calls that which multiplies."""
 CHUNK_BYTES = 512 << 20
 """Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary. A choice: the 4,096 tokens of a large step
 are one chunk, and the peak stays below 6 GiB."""
@@ -27,23 +30,29 @@ written: 4 KiB apart they would meet in the caches."""
 
 
 def libraries() -> tuple[str, ...]:
-    """What this module is compiled from, if the CPU has the unit."""
-    return ("products", "head_products", "attention") if "amx_bf16" in machine.cpu_flags() else ()
+    """What this module is compiled from, if the CPU has instructions for it."""
+    return ("products", "head_products", "attention") if _unit() else ()
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the functions of this module can be called here; says so once if the CPU has the unit and they cannot."""
+    """Whether the functions of this module can be called here; says so once if the CPU could and they cannot."""
     if not libraries():
         return False
-    why = "the compiler does not know the CPU's matrix unit, or the system withholds it"
+    why = "the compiler does not know the CPU's instructions for bf16, or the system withholds them"
     try:
-        if all(getattr(library(name), f"groundling_has_{name}")() for name in libraries()):
+        if all(getattr(library(name), f"groundling_unit_of_{name}")() == _unit() for name in libraries()):
             return True
     except BuildError as error:
         why = str(error)
     logging.getLogger(__name__).warning("products stay with PyTorch, which is slower: %s", why)
     return False
+
+
+def _unit() -> int:
+    """The fastest in this CPU that multiplies bf16, by its number in `panel_products.h`; 0 if it has none."""
+    flags = machine.cpu_flags()
+    return next((number for flag, number in UNITS.items() if flag in flags), 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,6 +84,22 @@ def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(d_y), _bf16(x), _fp32(d_weight), _fp32(d_bias)
     )
     return d_weight, d_bias
+
+
+def symmetric(left: Tensor, right: Tensor, alpha: float, plus: Tensor | None, beta: float) -> Tensor:
+    """`alpha left @ right.T + beta plus` (m, m) of left and right (m, k), where that is symmetric; all bf16."""
+    (m, n_terms), out = left.shape, left.new_empty(len(left), len(left))
+    library("products").groundling_symmetric(
+        _threads(),
+        *map(ctypes.c_int64, (m, n_terms)),
+        _bf16(left),
+        _bf16(right),
+        ctypes.c_float(alpha),
+        None if plus is None else _bf16(plus),
+        ctypes.c_float(beta),
+        _bf16(out),
+    )
+    return out
 
 
 def head(
