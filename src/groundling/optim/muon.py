@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groundling.kernels import products
 from groundling.optim.fused import FusedAdamW
 from groundling.optim.native import NativeAdamW
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of X, X X.T X and X X.T X X.T X: they raise small singular values fastest, and need not end at 1."""
 ITERATIONS = 5
+TOGETHER = {torch.float32: (5,), torch.bfloat16: (3, 2)}
+"""How many iterations of a long matrix are taken of one X X.T. In bf16 what rounding adds to the squares of small
+singular values would grow beyond 1 in five; three and two leave an error as large as iterating X itself does."""
 LONG = 2
-"""A matrix so many times as long as wide is cheaper iterated through X X.T. Not in bf16: what rounding adds to the
-squares of small singular values there would grow beyond 1."""
+"""A matrix so many times as long as wide is cheaper iterated through X X.T."""
 STRIP = 192
 """Rows of a symmetric product that a CPU computes at once. A GPU computes all: launching so many products would take it
 longer than the half that is saved."""
@@ -74,26 +77,27 @@ class NativeMuon(Muon, NativeAdamW):
 def orthogonal(matrix: Tensor, product_format: torch.dtype) -> Tensor:
     """The matrix (m, n) with all singular values near 1, in its own format; products are taken in another."""
     X = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
-    X = (X / (X.norm() + TINY)).to(product_format)  # no singular value is above 1
-    if product_format is torch.float32 and X.size(1) >= LONG * X.size(0):
-        X = _all_polynomials(symmetric(X, X.T)) @ X
+    X = (X / (X.norm() + TINY)).to(product_format).contiguous()  # no singular value is above 1
+    if X.size(1) >= LONG * X.size(0):
+        for n in TOGETHER[product_format]:
+            X = _polynomials(symmetric(X, X), n) @ X
     else:
         a, b, c = COEFFICIENTS
         for _ in range(ITERATIONS):
-            A = symmetric(X, X.T)
+            A = symmetric(X, X)
             X = torch.addmm(X, symmetric(A, A, c, A, b), X, beta=a)
     return (X if matrix.size(0) <= matrix.size(1) else X.T).to(matrix.dtype)
 
 
-def _all_polynomials(A: Tensor) -> Tensor:
+def _polynomials(A: Tensor, n_iterations: int) -> Tensor:
     """What the iterations multiply X by, together (m, m), of A = X X.T: no product in them is as long as X."""
     a, b, c = COEFFICIENTS
     together = None
-    for iteration in range(ITERATIONS):
+    for iteration in range(n_iterations):
         polynomial = symmetric(A, A, c, A, b)
         polynomial.diagonal().add_(a)
         together = polynomial if together is None else symmetric(polynomial, together)
-        if iteration < ITERATIONS - 1:
+        if iteration < n_iterations - 1:
             A = symmetric(symmetric(polynomial, A), polynomial)
     assert together is not None
     return together
@@ -117,12 +121,14 @@ def _strips(m: int, n_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def symmetric(left: Tensor, right: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 0.0) -> Tensor:
-    """alpha left @ right + beta plus (m, m), known to be symmetric: what lies right of the diagonal is copied."""
+    """alpha left @ right.T + beta plus (m, m), known to be symmetric: what lies right of the diagonal is copied."""
     m = left.size(0)
+    if left.device.type == "cpu" and left.dtype is torch.bfloat16 and products.available():
+        return products.symmetric(left, right, alpha, plus, beta)
     out = left.new_empty(m, m)
     for start, end in _strips(m, STRIP if left.device.type == "cpu" else m):
         strip = out[start:end, :end]
         added = strip if plus is None else plus[start:end, :end]
-        torch.addmm(added, left[start:end], right[:, :end], beta=beta, alpha=alpha, out=strip)
+        torch.addmm(added, left[start:end], right[:end].T, beta=beta, alpha=alpha, out=strip)
         out[:start, start:end] = strip[:, :start].T
     return out
