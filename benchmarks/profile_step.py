@@ -32,7 +32,7 @@ from groundling.training.trainer import Trainer
 
 PRODUCTS = (
     *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
-    *("groundling_linear", "groundling_input_gradient", "groundling_weight_gradient"),
+    *("groundling_linear", "groundling_input_gradient", "groundling_weight_gradient", "groundling_symmetric"),
 )
 """What multiplies matrices and does nothing else."""
 WITH_PRODUCTS = (

@@ -8,7 +8,7 @@
 
 inline bool tiles_allowed() { return true; }
 
-// Functions of the C library do not know that vectors are taken; none of the kernels calls one between two products.
+// Functions of the C library do not know that vectors are taken; none of a step by AdamW calls one between two products.
 // zmm16 to zmm23 are the registers, which the compiler must leave alone, and so are
 // zmm24 (lines that are thrown away), zmm25 (ones), zmm26 (zeros), zmm27 (what is waited for) and zmm28 (what is stored).
 class Tiles {

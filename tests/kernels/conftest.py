@@ -9,5 +9,5 @@ from groundling.kernels import products
 
 @pytest.fixture(scope="session", autouse=True)
 def permission() -> None:
-    """Linux lets a process use the matrix unit once it has asked for it; elsewhere this does nothing."""
+    """Linux lets a process use the matrix unit once it has asked for it."""
     products.available()

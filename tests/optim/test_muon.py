@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from groundling.kernels import products
 from groundling.model.gpt2 import GPT2
 from groundling.optim.fused import FusedAdamW
-from groundling.optim.muon import STRIP, Muon, NativeMuon, orthogonal, orthogonal_flops, symmetric
+from groundling.optim.muon import ITERATIONS, STRIP, TOGETHER, Muon, NativeMuon, orthogonal, orthogonal_flops, symmetric
 from groundling.optim.native import NativeAdamW
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 
@@ -63,7 +64,7 @@ def test_small_directions_are_neither_lost_nor_made_of_rounding(shape: tuple[int
 def test_products_may_be_of_another_format(shape: tuple[int, int], ours: bool) -> None:
     matrix = drawn(*shape)
     with matrix_unit(ours):
-        found = orthogonal(matrix, torch.bfloat16)
+        found = orthogonal(matrix, torch.bfloat16, own_products=True)
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, orthogonal(matrix, torch.float32), rtol=0.05, atol=0.02)
 
@@ -79,10 +80,36 @@ def test_rounding_to_bf16_grows_to_no_direction_of_its_own(shape: tuple[int, int
         u, _, v = torch.linalg.svd(drawn(*shape).double(), full_matrices=False)
         matrix = ((u * torch.logspace(0, -4, min(shape), dtype=torch.float64)) @ v).float()
     with matrix_unit(ours):
-        found = orthogonal(matrix, torch.bfloat16).double()
+        found = orthogonal(matrix, torch.bfloat16, own_products=True).double()
     exact = expected_orthogonal(matrix)
     assert float((found - exact).norm()) < 0.1 * float(exact.norm())
     assert float(torch.linalg.matrix_norm(found, 2)) < 1.25
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_square_that_rounds_below_zero_stays_small(ours: bool) -> None:
+    """The smaller one of X X.T is 0.0013, and -0.001 in bf16: three iterations of that would make 1e8 of it."""
+    matrix = torch.tensor([[0.5, 0.5, 0, 0.0419921875], [0.5, 0.498046875, 0.030639648438, 0]])
+    with matrix_unit(ours):
+        found = orthogonal(matrix, torch.bfloat16, own_products=True).double()
+    assert float((found - expected_orthogonal(matrix)).norm()) < 0.05
+
+
+def test_all_iterations_are_taken() -> None:
+    assert {sum(groups) for groups in TOGETHER.values()} == {ITERATIONS}
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_only_the_optimizer_for_cpus_takes_our_own_products(
+    model: GPT2, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--runtime.kernels reference` is PyTorch throughout."""
+    taken = []
+    monkeypatch.setattr(products, "available", lambda: True)
+    monkeypatch.setattr(products, "symmetric", lambda *arguments: taken.append(1) or symmetric(*arguments))
+    give_gradients(model, 1)
+    take_step(make_optimizer(model, CONFIG, native, torch.bfloat16), 1.0)
+    assert bool(taken) is native
 
 
 @pytest.mark.parametrize("rows", [1, STRIP - 1, STRIP, STRIP + 1, 2 * STRIP + 7])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from groundling.errors import ConfigError
@@ -21,8 +22,8 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
 _backend: ModuleType = reference
 
 
-def select(name: str) -> None:
-    """Let the backend of this name answer from now on.
+def select(name: str, with_bf16: bool = False) -> None:
+    """Let the backend of this name answer from now on, prepared for products in bf16 or not.
 
     Raises `ConfigError` for a name that is not in `BACKENDS`, and `BuildError` if it cannot be compiled here.
     """
@@ -30,7 +31,7 @@ def select(name: str) -> None:
     if name not in BACKENDS:
         raise ConfigError(f"there is no kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "native":
-        native.load()
+        native.load(with_bf16)
     _backend = BACKENDS[name]
 
 
@@ -40,7 +41,7 @@ def select_for(runtime: Runtime) -> Runtime:
     Returns the runtime as it is then.
     """
     try:
-        select(runtime.kernels)
+        select(runtime.kernels, runtime.dtype is torch.bfloat16)
     except BuildError as error:
         select("reference")
         return runtime.without_native(str(error))

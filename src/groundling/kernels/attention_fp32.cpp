@@ -2,7 +2,7 @@
 //
 // Invariant: a query's output depends on no later position, to the bit; and no result depends on the number of threads.
 // Scores, probabilities and their gradients exist for a block of queries at a time, in memory of the thread.
-// Source: as of attention.cpp, which does the same in a matrix unit. The products' loops: Goto and van de Geijn 2008,
+// Source: as of attention.cpp, which does the same in bf16. The products' loops: Goto and van de Geijn 2008,
 // "Anatomy of High-Performance Matrix Multiplication", whose innermost one keeps a tile of sums in registers.
 
 #include <algorithm>

@@ -38,15 +38,19 @@ __all__ = [
 ]
 
 
-def load() -> None:
-    """Compile what is not compiled yet, side by side. Raises `BuildError` if that cannot be done here."""
+def load(with_bf16: bool) -> None:
+    """Compile what is not compiled yet, side by side, and what only bf16 needs if that is asked for.
+
+    Raises `BuildError` if that cannot be done here, but not for bf16's, without which it is PyTorch's.
+    """
     with ThreadPoolExecutor(runtime.available_cores()) as pool:
         needed = [pool.submit(library, name) for name in ("adamw", "attention_fp32", "blocks", "head")]
-        for name in products.libraries():
+        for name in products.libraries() if with_bf16 else ():
             pool.submit(library, name)
     for each in needed:
         each.result()
-    products.available()
+    if with_bf16:
+        products.available()
 
 
 def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

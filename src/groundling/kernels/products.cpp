@@ -9,7 +9,8 @@ namespace {
 
 using namespace groundling;
 
-constexpr int64_t kSymmetricRows = 96;  // at once: more turns than threads, for they are of different length
+constexpr int64_t kSymmetricRows = 96;  // at most at once
+constexpr int64_t kTurns = 4;           // of each thread, for they are of different length
 Workspace workspace;
 
 // Where a symmetric product of bf16 matrices is written to: its blocks left of the diagonal, and their mirror images.
@@ -80,8 +81,9 @@ void groundling_input_gradient(int n_threads, int64_t n_rows, int64_t n_out, int
 void groundling_symmetric(int n_threads, int64_t n, int64_t n_terms, const uint16_t* x, const uint16_t* z, float alpha,
                           const uint16_t* plus, float beta, uint16_t* y) {
   const std::lock_guard<std::mutex> alone(workspace.mutex);
-  product<true>(workspace, n_threads, LeftOfRows{{x, n, n_terms}}, RightOfColumns{{z, n, n_terms}}, kSymmetricRows,
-                Mirrored{n, alpha, beta, plus, y});
+  const int64_t rows = divided_up(divided_up(n, kTurns * n_threads), kSide) * kSide;
+  product<true>(workspace, n_threads, LeftOfRows{{x, n, n_terms}}, RightOfColumns{{z, n, n_terms}},
+                std::clamp(rows, kSide, kSymmetricRows), Mirrored{n, alpha, beta, plus, y});
 }
 
 }  // extern "C"

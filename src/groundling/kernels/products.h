@@ -89,7 +89,7 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
     Multiplier multiplier;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < n_blocks * n_parts; ++i) {
-      const int64_t turn = kLower ? n_blocks * n_parts - 1 - i : i;  // the longest first
+      const int64_t turn = kLower ? n_blocks * n_parts - 1 - i : i;  // mostly the longest first
       const int64_t first_row = turn / n_parts * block, first_panel = turn % n_parts * panels_at_once;
       const int64_t own_panels = divided_up(std::min(block, n_rows - first_row), kSide);
       const int64_t end_panel = std::min(n_panels, first_panel + panels_at_once);

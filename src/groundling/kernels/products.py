@@ -1,8 +1,8 @@
 """Products of bf16 in a CPU's matrix unit (AMX), or by its vectors, and what belongs to them: our own C++.
 
 Invariant: used only where `available()` says so: the CPU has the instructions, the compiler knows them, the system
-allows them. All products of a training step in bf16 are ours then; docs/design/0009-the-matrix-unit.md says what speaks
-for it.
+allows them. All products of forward and backward passes in bf16 are ours then, and Muon's symmetric ones;
+docs/design/0009-the-matrix-unit.md says what speaks for it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def available() -> bool:
     """Whether the functions of this module can be called here; says so once if the CPU could and they cannot."""
     if not libraries():
         return False
-    why = "the compiler does not know the CPU's instructions for bf16, or the system withholds them"
+    why = "the compiler does not know the CPU's fastest instructions for bf16, or the system withholds them"
     try:
         if all(getattr(library(name), f"groundling_unit_of_{name}")() == _unit() for name in libraries()):
             return True
@@ -86,7 +86,7 @@ def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return d_weight, d_bias
 
 
-def symmetric(left: Tensor, right: Tensor, alpha: float, plus: Tensor | None, beta: float) -> Tensor:
+def symmetric(left: Tensor, right: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """`alpha left @ right.T + beta plus` (m, m) of left and right (m, k), where that is symmetric; all bf16."""
     (m, n_terms), out = left.shape, left.new_empty(len(left), len(left))
     library("products").groundling_symmetric(

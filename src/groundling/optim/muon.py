@@ -13,7 +13,7 @@ polynomial's coefficients; Liu et al. 2025, "Muon is Scalable for LLM Training",
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,23 +26,30 @@ from groundling.optim.native import NativeAdamW
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of X, X X.T X and X X.T X X.T X: they raise small singular values fastest, and need not end at 1."""
 ITERATIONS = 5
-TOGETHER = {torch.float32: (5,), torch.bfloat16: (3, 2)}
-"""How many iterations of a long matrix are taken of one X X.T. In bf16 what rounding adds to the squares of small
-singular values would grow beyond 1 in five; three and two leave an error as large as iterating X itself does."""
+TOGETHER = {torch.float32: (5,), torch.bfloat16: (2, 2, 1)}
+"""How many iterations of a long matrix are taken of one X X.T. In bf16, which rounds the square of a small singular
+value to -0.002 at worst, two of them make little of that, and three may make much (LOG.md, 2026-11-30)."""
 LONG = 2
 """A matrix so many times as long as wide is cheaper iterated through X X.T."""
 STRIP = 192
-"""Rows of a symmetric product that a CPU computes at once. A GPU computes all: launching so many products would take it
-longer than the half that is saved."""
+"""Rows of a symmetric product that a CPU takes from PyTorch at once. A GPU computes all: launching so many products
+would take it longer than the half that is saved."""
 RMS = 0.2
 """Root of the mean square of an update's elements, as of AdamW's (Liu et al.)."""
 TINY = 1e-7
 """Added to the norm that a moment is divided by: of no gradient comes no update."""
 
 
+SymmetricProduct = Callable[..., Tensor]
+"""`symmetric`, or what takes its place."""
+
+
 class Muon(FusedAdamW):
     """AdamW, but for groups with "momentum": their matrices are Muon's, each in so many "parts" of its rows, at a
     "share" of the rate."""
+
+    own_products = False
+    """Whether symmetric products may be our own kernel's."""
 
     @torch.no_grad()
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]  # takes no closure
@@ -67,44 +74,51 @@ class Muon(FusedAdamW):
             weight.mul_(1 - rate * group["weight_decay"])
         for rows, part in zip(weight.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True):
             size = RMS * max(part.shape) ** 0.5
-            rows.add_(orthogonal(part, group["product_format"]), alpha=-rate * size)
+            rows.add_(orthogonal(part, group["product_format"], self.own_products), alpha=-rate * size)
 
 
 class NativeMuon(Muon, NativeAdamW):
-    """The same, with our own AdamW for CPUs."""
+    """The same, with our own AdamW for CPUs, and symmetric products in bf16 where the CPU has them."""
+
+    own_products = True
 
 
-def orthogonal(matrix: Tensor, product_format: torch.dtype) -> Tensor:
+def orthogonal(matrix: Tensor, product_format: torch.dtype, own_products: bool = False) -> Tensor:
     """The matrix (m, n) with all singular values near 1, in its own format; products are taken in another."""
+    ours = own_products and product_format is torch.bfloat16 and products.available()
+    product = products.symmetric if ours else symmetric
     X = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
     X = (X / (X.norm() + TINY)).to(product_format).contiguous()  # no singular value is above 1
     if X.size(1) >= LONG * X.size(0):
         for n in TOGETHER[product_format]:
-            X = _polynomials(symmetric(X, X), n) @ X
+            X = _polynomials(product(X, X), n, product) @ X
     else:
         a, b, c = COEFFICIENTS
         for _ in range(ITERATIONS):
-            A = symmetric(X, X)
-            X = torch.addmm(X, symmetric(A, A, c, A, b), X, beta=a)
+            A = product(X, X)
+            X = torch.addmm(X, product(A, A, c, A, b), X, beta=a)
     return (X if matrix.size(0) <= matrix.size(1) else X.T).to(matrix.dtype)
 
 
-def _polynomials(A: Tensor, n_iterations: int) -> Tensor:
+def _polynomials(A: Tensor, n_iterations: int, product: SymmetricProduct) -> Tensor:
     """What the iterations multiply X by, together (m, m), of A = X X.T: no product in them is as long as X."""
     a, b, c = COEFFICIENTS
     together = None
     for iteration in range(n_iterations):
-        polynomial = symmetric(A, A, c, A, b)
+        polynomial = product(A, A, c, A, b)
         polynomial.diagonal().add_(a)
-        together = polynomial if together is None else symmetric(polynomial, together)
+        together = polynomial if together is None else product(polynomial, together)
         if iteration < n_iterations - 1:
-            A = symmetric(symmetric(polynomial, A), polynomial)
+            A = product(product(polynomial, A), polynomial)
     assert together is not None
     return together
 
 
 def orthogonal_flops(rows: int, columns: int) -> int:
-    """FLOP of the products that `orthogonal` takes of such a matrix in fp32 on a CPU; a GPU's are up to twice that."""
+    """FLOP of the products that `orthogonal` takes of such a matrix in fp32 on a CPU; a GPU's are up to twice that.
+
+    In bf16 by our own kernel all matrices of GPT-2 (124M) together take an eighth more.
+    """
     m, n = sorted((rows, columns))
     if n >= LONG * m:
         return _symmetric_flops(m, n) + (4 * ITERATIONS - 3) * _symmetric_flops(m, m) + 2 * m * m * n
@@ -123,8 +137,6 @@ def _strips(m: int, n_rows: int) -> Iterator[tuple[int, int]]:
 def symmetric(left: Tensor, right: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """alpha left @ right.T + beta plus (m, m), known to be symmetric: what lies right of the diagonal is copied."""
     m = left.size(0)
-    if left.device.type == "cpu" and left.dtype is torch.bfloat16 and products.available():
-        return products.symmetric(left, right, alpha, plus, beta)
     out = left.new_empty(m, m)
     for start, end in _strips(m, STRIP if left.device.type == "cpu" else m):
         strip = out[start:end, :end]
