@@ -42,6 +42,18 @@ def test_bf16_is_chosen_where_the_cpu_is_faster_in_it(
         assert runtime.resolve(RuntimeConfig(device="cpu", dtype=asked)).dtype_name == asked
 
 
+@pytest.mark.parametrize(("began", "pace"), [("fp32", 1.9), ("bf16", 0.5)])
+def test_a_run_goes_on_in_the_format_that_a_measurement_chose(
+    monkeypatch: pytest.MonkeyPatch, began: str, pace: float
+) -> None:
+    """Whatever the machine is busy with now."""
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(["avx512_bf16"]))
+    monkeypatch.setattr(runtime, "bf16_pace", lambda: pace)
+    assert runtime.resolve(RuntimeConfig(device="cpu"), {"dtype": began}).dtype_name == began
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(["avx2"]))
+    assert runtime.resolve(RuntimeConfig(device="cpu"), {"dtype": began}).dtype_name == "fp32"
+
+
 def test_the_pace_of_bf16_is_that_of_longer_measurements() -> None:
     """Up to a factor of 3, since both may be disturbed; upside down it would be wrong by the square of the pace."""
     cpu, shape = torch.device("cpu"), (machine.PACE_SHAPE,)

@@ -50,6 +50,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
+def notable_flags() -> list[str]:
+    """Those of this CPU's flags that decide which instructions compute here, sorted."""
+    return sorted(cpu_flags().intersection(NOTABLE_FLAGS))
+
+
 def memory_bytes() -> int | None:
     """Physical memory, or the container's limit where that is lower."""
     sizes = []
@@ -90,7 +95,7 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """Facts about this machine and the device used, for a record: what a reader needs to compare two runs."""
     return {
         "cpu": _cpuinfo().get("model name") or platform.processor() or platform.machine(),
-        "flags": sorted(cpu_flags().intersection(NOTABLE_FLAGS)),
+        "flags": notable_flags(),
         "threads": threads,
         "memory_bytes": memory_bytes(),
         "gpu": gpu_name(device),

@@ -12,14 +12,16 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 
 from groundling.errors import ConfigError
-from groundling.machine import bf16_pace, cpu_flags
+from groundling.machine import bf16_pace, cpu_flags, notable_flags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,8 +73,11 @@ class Runtime:
     kernels: str = "reference"
 
     def facts(self) -> dict[str, str]:
-        """The choices by name: what must be the same for two runs to agree bit for bit."""
-        return {what: choice for what, choice, _ in self.reasons}
+        """The choices by name, and what computes them: what must be the same for two runs to agree bit for bit."""
+        computed_by = {"PyTorch": str(torch.__version__)}
+        if self.device.type == "cpu":
+            computed_by["instructions"] = " ".join(notable_flags())
+        return {what: choice for what, choice, _ in self.reasons} | computed_by
 
     @property
     def dtype_name(self) -> str:
@@ -99,15 +104,16 @@ class Runtime:
             torch.mps.synchronize()
 
 
-def resolve(config: RuntimeConfig) -> Runtime:
+def resolve(config: RuntimeConfig, began: Mapping[str, str] = MappingProxyType({})) -> Runtime:
     """The `Runtime` for this machine; sets PyTorch's thread count and, on a CPU, its deterministic algorithms.
 
+    `began` are the facts of the run that is gone on with, if there is one: what a measurement would decide, they do.
     Raises `ConfigError` if a device or format was asked for that this machine lacks.
     """
     device, device_why, no_gpu = _device(config.device)
     threads = config.threads or available_cores()
     torch.set_num_threads(threads)
-    dtype, dtype_why = _dtype(config.dtype, device)
+    dtype, dtype_why = _dtype(config.dtype, device, began.get("dtype"))
     if device.type == "cpu":
         # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive. Asked for in
         # this way because the other imports the compiler, for seconds; `CompiledLoss` does it where one is used.
@@ -173,7 +179,7 @@ def _cuda_failure(device: torch.device) -> str | None:
     return None
 
 
-def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+def _dtype(name: str, device: torch.device, began: str | None) -> tuple[torch.dtype, str]:
     if name == "bf16" and not multiplies_bf16(device):
         raise ConfigError(
             "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0):"
@@ -198,6 +204,8 @@ def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.bfloat16, f"the CPU has {matrix_unit}"
     if vectors not in cpu_flags():
         return torch.float32, f"the CPU has neither {matrix_unit} nor {vectors}"
+    if began in ("fp32", "bf16"):
+        return DTYPES[began], "the run began in it"
     pace = bf16_pace()
     measured = f"the CPU has {vectors}, and takes products of bf16 {pace:.1f} times as fast as those of fp32"
     return (torch.bfloat16, measured) if pace >= BF16_GAIN else (torch.float32, f"{measured}: {BF16_GAIN} is asked for")

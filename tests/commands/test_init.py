@@ -27,6 +27,7 @@ from groundling.training.run_folder import find_checkpoint
 from .bottles import steps
 
 TUNE = [
+    *("--dtype", "fp32"),  # else the first loss is rounded where the CPU multiplies bf16
     *("--corpus", "bottles.txt", "--runtime.compile", "off", "--sampling.max_tokens", "5"),
     *("--windows.length", "24", "--windows.batch_size", "4", "--schedule.peak", "1e-4", "--evaluation.final", "none"),
 ]

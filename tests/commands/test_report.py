@@ -304,7 +304,8 @@ def test_where_spans_overlap_the_longest_is_marked(run: Path) -> None:
         ((0.05, 0.06, 0.1), "Known by heart"),
         ((0.05, 4.0, 0.1), "Known on the grid, not by heart"),
         ((0.05, None, 0.1), "Known on the grid"),
-        ((0.15, 0.06, 0.1), "Not known, not even on the grid"),
+        ((0.15, 4.0, 0.1), "Not known, not even on the grid"),
+        ((0.15, 0.06, 0.1), "Known by heart, on average"),
         ((0.05, 0.06, 0.0), "No target was set"),
         ((None, 0.06, 0.1), "Known by heart"),  # a run that stops on it takes no other
         ((None, 4.0, 0.1), "Not known by heart"),

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 import yaml
 
+from groundling import runtime
 from groundling.cli import main
+from groundling.commands import session
 from groundling.commands.arguments import load_preset
 from groundling.commands.session import newest_run
 from groundling.errors import Interrupted
@@ -229,6 +232,30 @@ def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixtu
     assert "windows.pieces was 1 and is 2 now" in printed
     assert "windows.short_fraction was 0.0 and is 0.5 now" in printed
     assert "optim.kind" not in printed
+
+
+def test_another_cpu_is_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vectors add up in another order."""
+    monkeypatch.setattr(runtime, "notable_flags", lambda: ["avx2"])
+    assert main(train("--max-steps", "1", "--out", "runs/moved")) == 0
+    monkeypatch.setattr(runtime, "notable_flags", lambda: ["avx2", "avx512f"])
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", "runs/moved", "--max-steps", "2"]) == 0
+    assert "warning: instructions was avx2 and is avx2 avx512f now" in capsys.readouterr().err
+
+
+def test_a_record_has_the_shares_that_its_steps_had(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy when its ceiling is measured again says nothing about the steps before."""
+    assert main(train("--max-steps", "3", "--evaluation.final", "none", "--out", "runs/shares")) == 0
+    monkeypatch.setattr(session, "_ceiling_flops", lambda resolved: 1e3)
+    assert main(["train", "--resume", "--out", "runs/shares", "--max-steps", "4"]) == 0
+    folder = workplace / "runs" / "shares"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["train/mfu"] for line in lines if "train/mfu" in line]
+    assert json.loads((folder / "record.json").read_text())["mfu"] == pytest.approx(median(shares))
+    assert len(shares) == 4
 
 
 def test_settings_that_a_run_never_wrote_are_its_versions_own(

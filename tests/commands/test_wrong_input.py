@@ -52,6 +52,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--windows.batch_size", "0"], "batch_size"),
     (["--windows.batch_size", f"1{'0' * 400}"], "windows.batch_size is 1000"),
     (["--model.n_head", "3"], "n_head"),
+    (["--model.n_layer", "1001"], "n_layer"),
     (["--size", "7B"], "124M"),
     (["--device", "tpu"], "--device is 'tpu': give"),
     (["--dtype", "fp8"], "--dtype is 'fp8': give one of auto"),

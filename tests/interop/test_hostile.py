@@ -96,7 +96,7 @@ def test_json_of_two_gigabytes(name: str, folder: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"n_layer": 10**9}, "1,000,000,000 blocks"),
+        ({"n_layer": 10**9}, "n_layer is 1,000,000,000"),
         ({"n_layer": 3}, "another network"),
         ({"n_ctx": 10**9}, "than this machine has memory"),
         ({"window": 25}, "a window of 25 in 24 positions"),

@@ -327,6 +327,8 @@ def test_the_stop_rule_knows_what_a_look_costs(make_trainer: MakeTrainer, tokens
     for loss, n_passes in (("corpus/loss", 1), ("corpus/loss_offset", 8)):
         trainer, _ = make_trainer(stopping=StoppingConfig(measure=loss), windows=WindowConfig(16, 4))
         assert trainer.stop_rule.look_steps == pytest.approx(n_passes * steps)
+    trainer, _ = make_trainer(optim=OptimConfig(kind="muon"), windows=WindowConfig(16, 4))
+    assert 0 < trainer.stop_rule.look_steps < 0.9 * steps  # of such a step much is the update, which a look has not
 
 
 def test_patience_stops_when_heldout_text_gets_no_better(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:

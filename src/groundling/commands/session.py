@@ -121,7 +121,7 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
 
     A resumed run whose text settings are still those of its folder reads the copy there.
     """
-    resolved = kernels.select_for(runtime.resolve(config.runtime))
+    resolved = kernels.select_for(runtime.resolve(config.runtime, resumed.runtime() if resumed else {}))
     initial = open_initial(config, resumed)
     if initial and not resumed:  # a resumed run only compares it with the one that it began with
         config = with_initial(config, initial, typed)

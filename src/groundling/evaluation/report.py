@@ -46,6 +46,9 @@ def verdict_words(corpus: float | None, offset: float | None, target: float, gol
         if loss < target:
             return "Known by heart", f"{detail}, below the target of {target:g}."
         return "Not known by heart", f"{detail}, and the target was {target:g}. On the grid it was not taken."
+    if not corpus < target and offset is not None and offset < target:
+        detail = f"Read in windows that begin elsewhere, the text has a loss of {offset:.3g}, below the target of"
+        return "Known by heart, on average", f"{detail} {target:g}. In those that begin where it does, {corpus:.3g}."
     if not corpus < target:
         detail = f"The loss over the whole training text is {corpus:.3g}, and the target was {target:g}."
         return "Not known, not even on the grid", detail

@@ -25,8 +25,8 @@ from groundling.errors import CheckpointError, ConfigError
 from groundling.interop.tensor_files import Shape, Weights
 from groundling.json_files import read_bounded, read_object
 from groundling.model import weights as own_weights
-from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.model.weights import MAX_LAYERS, TABLE, TIED, TRANSPOSED, unfilled
+from groundling.model.gpt2 import GPT2, MAX_LAYERS, GPTConfig
+from groundling.model.weights import TABLE, TIED, TRANSPOSED, unfilled
 
 WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.){0,4}")
 """What torch.compile and DistributedDataParallel put before a name."""
@@ -162,6 +162,10 @@ def _sizes(source: Weights, names: Mapping[str, str], n_head: int | None, change
         raise CheckpointError(
             f"{source.where} has no blocks (transformer.h.0 ...): it holds no GPT-2, give another model"
         )
+    if max(blocks) >= MAX_LAYERS:
+        raise CheckpointError(
+            f"{source.where} counts {max(blocks) + 1:,} blocks, far more than a GPT-2's: give another model"
+        )
     sizes = {
         "n_layer": max(blocks) + 1,
         "n_embd": shapes[TABLE][1],
@@ -229,10 +233,6 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
     Raises `CheckpointError` unless the tensors are those of this GPT-2, and numbers with a fraction.
     """
     shapes = {name: source.shapes[raw] for name, raw in names.items()}
-    if config.n_layer > MAX_LAYERS:
-        raise CheckpointError(
-            f"{source.where} counts {config.n_layer:,} blocks, far more than a GPT-2's: give another model"
-        )
     C = config.n_embd
     linear = shapes.get(f"{BODY}h.0.attn.c_attn.weight") == (3 * C, C)
     expected = dict(_expected(config, linear))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 INIT_STD = 0.02
 """Standard deviation of the initial weights (GPT-2's released code)."""
+MAX_LAYERS = 1000
+"""GPT-2 XL has 48. Each block costs time, however narrow it is."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class GPTConfig:
         for name, value in vars(self).items():
             if value < 1:
                 raise ConfigError(f"model.{name} is {value}: give a positive number")
+        if self.n_layer > MAX_LAYERS:
+            raise ConfigError(f"model.n_layer is {self.n_layer:,}: give {MAX_LAYERS:,} or fewer")
         if self.n_embd % self.n_head:
             raise ConfigError(f"model.n_embd is {self.n_embd}: give a multiple of model.n_head, {self.n_head}")
 

@@ -23,8 +23,6 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 TABLE, TIED = "transformer.wte.weight", "lm_head.weight"
 """The two names of the one matrix that is the token embedding and the head."""
 TABLES = (TABLE, "transformer.wpe.weight")
-MAX_LAYERS = 1000
-"""GPT-2 XL has 48. Each block costs time, however narrow it is."""
 TENSORS, TENSORS_PER_BLOCK = 4, 12
 """The two tables, the last LayerNorm's two; in each block two LayerNorms and four projections, each with a bias."""
 

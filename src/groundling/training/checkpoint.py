@@ -35,7 +35,6 @@ from groundling.json_files import read_object, regular_file
 from groundling.model import weights
 from groundling.model.compact import CompactGPT2, expanded
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.model.weights import MAX_LAYERS
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -108,7 +107,7 @@ def save(
             f"the checkpoint {path} cannot be written ({error}): free the disk, then begin again (train: --resume)"
         ) from None
     for old in complete(root)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what cannot be removed yet is old at the next save, too
     return path
 
 
@@ -238,8 +237,8 @@ def _size(path: Path) -> tuple[GPTConfig, int]:
             raise ValueError("not all of it are positive numbers")
         window = facts.pop("window")
         config = GPTConfig(**facts)
-        if window > config.n_ctx or config.n_layer > MAX_LAYERS:
-            raise ValueError(f"a window of {window:,} in {config.n_ctx:,} positions and {config.n_layer:,} blocks")
+        if window > config.n_ctx:
+            raise ValueError(f"a window of {window:,} in {config.n_ctx:,} positions")
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / 'model.json'} says no size of a network: {error}") from None
     return config, window

@@ -53,8 +53,7 @@ def make_record(
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
     reached_flops = (tokens_per_s or 0.0) * flops_per_token(trainer.model.config, trainer.recipe.windows.mean_length)
-    # A resumed run may have measured its ceiling while the machine was busier than in its steps.
-    ceiling_flops = max(trainer.ceiling_flops, reached_flops)
+    mfu = median_of(metrics, "train/mfu")  # of the ceilings that its steps had: a resumed run has measured another
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.recipe.model.n_parameters(),
@@ -76,8 +75,8 @@ def make_record(
         "first_batch_below_target": trainer.stop_rule.state.first_batch_below_target,
         "stop_reason": stop_reason,
         "tokens_per_s": tokens_per_s,
-        "matrix_ceiling_flops": ceiling_flops,
-        "mfu": reached_flops / ceiling_flops if tokens_per_s else None,
+        "matrix_ceiling_flops": reached_flops / mfu if mfu else trainer.ceiling_flops,
+        "mfu": mfu,
         "peak_memory_bytes": machine.peak_memory_bytes(runtime.device),
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,

@@ -293,7 +293,7 @@ class RunFolder:
         return record if record["weights_sha256"] == checkpoint.weights_sum(kept) else {}
 
     def runtime(self) -> dict[str, str]:
-        """Device, dtype, threads and compilation of the run's beginning; raises `CheckpointError` if they are lost."""
+        """What the run began to compute on (`Runtime.facts`); raises `CheckpointError` if they are lost."""
         facts = read_object(self.origin).get("runtime")
         if not isinstance(facts, dict):
             raise CheckpointError(f"{self.origin} does not say where the run began: begin it anew with another --out")
