@@ -60,7 +60,7 @@ def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @contextmanager
-def matrix_unit(used: bool) -> Iterator[None]:
+def our_products(used: bool) -> Iterator[None]:
     """Products of bf16 by our own code (plain C++ where the CPU has no instructions for them), or PyTorch's."""
     products.available()  # Linux lets a process use the matrix unit once it has asked for it
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from torch import Tensor
 from groundling.kernels import head, products
 from groundling.kernels.reference import IGNORED_TARGET
 
-from ..conftest import matrix_unit
+from ..conftest import our_products
 
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """Relative errors of sums of rounded products: a few times the format's own."""
@@ -75,7 +75,7 @@ def test_the_gradient_is_exact_where_the_model_is_almost_sure(unit: bool) -> Non
     """p - 1 from a rounded p would be off by as much as it is."""
     hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[6.0, 0.0], [0.0, 0.0]])
-    with torch.autocast("cpu", torch.bfloat16), matrix_unit(unit):
+    with torch.autocast("cpu", torch.bfloat16), our_products(unit):
         head.linear_cross_entropy(hidden, weight, torch.tensor([0])).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert float(hidden.grad[0, 0]) == pytest.approx(6 * (1 / (1 + math.exp(-6)) - 1), rel=1e-2)
@@ -111,7 +111,7 @@ def test_what_is_not_finite_shows(value: float, unit: bool) -> None:
     hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(40, 4)
     weight[17, 0] = value
     for targets in ([0, 17, 39], [0, 1, 39]):
-        with torch.autocast("cpu", torch.bfloat16, enabled=unit), matrix_unit(unit):
+        with torch.autocast("cpu", torch.bfloat16, enabled=unit), our_products(unit):
             loss = head.linear_cross_entropy(hidden, weight, torch.tensor(targets))
         assert not math.isfinite(float(loss.detach()))
 

@@ -20,7 +20,7 @@ from groundling.kernels import native, reference
 from groundling.kernels.build import library
 from groundling.model.gpt2 import GPT2, GPTConfig
 
-from ..conftest import matrix_unit
+from ..conftest import our_products
 
 ERRORS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 """Relative errors of rounded products and sums: a few times the format's own."""
@@ -72,7 +72,7 @@ def assert_agrees(
         lambda *x: getattr(reference, name)(*x, *arguments), [tensor.double() for tensor in inputs], torch.float64
     )
     for unit in UNITS[dtype]:
-        with matrix_unit(unit):
+        with our_products(unit):
             ours = outputs_and_gradients(lambda *x: getattr(native, name)(*map(own, x), *arguments), inputs, dtype)
         for our, exact in zip(ours, theirs, strict=True):
             assert our.shape == exact.shape
@@ -239,7 +239,7 @@ def test_no_rows_are_no_error(dtype: torch.dtype) -> None:
         ("self_attention", [torch.empty(0, 300, 24)], (2,)),
     ):
         for unit in UNITS[dtype]:
-            with matrix_unit(unit):
+            with our_products(unit):
                 results = outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype)  # noqa: B023
             assert not any(result.any() for result in results)
 
@@ -311,7 +311,7 @@ def test_the_same_bits_each_time_and_with_any_number_of_threads(name: str, dtype
         results, before = [], torch.get_num_threads()
         for n_threads in (1, 1, 2, 3):
             torch.set_num_threads(n_threads)
-            with matrix_unit(unit):
+            with our_products(unit):
                 results.append(outputs_and_gradients(lambda *x: getattr(native, name)(*x, *arguments), inputs, dtype))
         torch.set_num_threads(before)
         for other in results[1:]:
@@ -392,7 +392,7 @@ def curve(dtype: torch.dtype) -> list[float]:
 def test_training_is_the_references(native_backend: None, dtype: torch.dtype, bound: float) -> None:
     curves = []
     for unit in UNITS[dtype]:
-        with matrix_unit(unit):
+        with our_products(unit):
             curves.append(curve(dtype))
     kernels.select("reference")
     expected = curve(torch.float32)

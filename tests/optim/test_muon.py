@@ -17,7 +17,7 @@ from groundling.optim.muon import ITERATIONS, STRIP, TOGETHER, Muon, NativeMuon,
 from groundling.optim.native import NativeAdamW
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 
-from ..conftest import matrix_unit
+from ..conftest import our_products
 
 CONFIG = OptimConfig(kind="muon", momentum=0.8, weight_decay=0.5, eps=1e-6, last_block_share=0.25)
 RATE = 0.01
@@ -63,7 +63,7 @@ def test_small_directions_are_neither_lost_nor_made_of_rounding(shape: tuple[int
 @pytest.mark.parametrize("shape", [(48, 16), (STRIP + 9, STRIP + 9), (40, 160)])
 def test_products_may_be_of_another_format(shape: tuple[int, int], ours: bool) -> None:
     matrix = drawn(*shape)
-    with matrix_unit(ours):
+    with our_products(ours):
         found = orthogonal(matrix, torch.bfloat16, own_products=True)
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, orthogonal(matrix, torch.float32), rtol=0.05, atol=0.02)
@@ -79,7 +79,7 @@ def test_rounding_to_bf16_grows_to_no_direction_of_its_own(shape: tuple[int, int
     else:
         u, _, v = torch.linalg.svd(drawn(*shape).double(), full_matrices=False)
         matrix = ((u * torch.logspace(0, -4, min(shape), dtype=torch.float64)) @ v).float()
-    with matrix_unit(ours):
+    with our_products(ours):
         found = orthogonal(matrix, torch.bfloat16, own_products=True).double()
     exact = expected_orthogonal(matrix)
     assert float((found - exact).norm()) < 0.1 * float(exact.norm())
@@ -90,7 +90,7 @@ def test_rounding_to_bf16_grows_to_no_direction_of_its_own(shape: tuple[int, int
 def test_a_square_that_rounds_below_zero_stays_small(ours: bool) -> None:
     """The smaller one of X X.T is 0.0013, and -0.001 in bf16: three iterations of that would make 1e8 of it."""
     matrix = torch.tensor([[0.5, 0.5, 0, 0.0419921875], [0.5, 0.498046875, 0.030639648438, 0]])
-    with matrix_unit(ours):
+    with our_products(ours):
         found = orthogonal(matrix, torch.bfloat16, own_products=True).double()
     assert float((found - expected_orthogonal(matrix)).norm()) < 0.05
 

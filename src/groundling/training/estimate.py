@@ -18,7 +18,7 @@ from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
 from groundling.training.metrics import Metrics, Sink
 from groundling.training.progress import clock
-from groundling.training.step import StepResult, step_flops, training_step
+from groundling.training.step import StepResult, network_share, step_flops, training_step
 from groundling.training.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -189,8 +189,8 @@ def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> i
 
 def evaluation_s(trainer: Trainer, n_tokens: int, tokens_per_s: float) -> float:
     """Seconds to take losses over so many tokens, at a speed measured in training: without its updates' products."""
-    of_network, of_update = _step_flops(trainer, trainer.recipe.windows.mean_length)
-    return FORWARD_SHARE * n_tokens / tokens_per_s * of_network / (of_network + of_update)
+    share = network_share(trainer.model.config, trainer.recipe.windows, trainer.recipe.optim)
+    return FORWARD_SHARE * share * n_tokens / tokens_per_s
 
 
 def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:

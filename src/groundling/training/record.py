@@ -47,6 +47,7 @@ def make_record(
     """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds.
 
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
+    `matrix_ceiling_flops` and `mfu` are those of the steps: a ceiling measured since, on resuming, is not theirs.
     `n_seen` is the number of ids that have a row of their own in the head, if the others share one; `mfu` counts the
     matrix products that were computed then, `parameters` those of the full model that was saved.
     """

@@ -95,6 +95,12 @@ def step_flops(config: GPTConfig, windows: WindowConfig, optim: OptimConfig, mea
     return of_network, update_flops(config, optim)
 
 
+def network_share(config: GPTConfig, windows: WindowConfig, optim: OptimConfig) -> float:
+    """Share of a step's matrix FLOP that is no update: what a loss over the whole text has in common with steps."""
+    of_network, of_update = step_flops(config, windows, optim, windows.mean_length)
+    return of_network / (of_network + of_update)
+
+
 def update_flops(config: GPTConfig, optim: OptimConfig) -> int:
     """Matrix FLOP of a step's update, whatever its batch: none of AdamW, of Muon those for the blocks' matrices."""
     if optim.kind != "muon":

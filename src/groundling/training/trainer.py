@@ -30,7 +30,7 @@ from groundling.training.loss_scale import LossScale
 from groundling.training.metrics import Sinks
 from groundling.training.recipe import Recipe, new_model
 from groundling.training.signals import StopSignals
-from groundling.training.step import StepResult, flops_per_token, step_flops, training_step
+from groundling.training.step import StepResult, flops_per_token, network_share, training_step
 from groundling.training.stopping import StopRule, StopState
 
 BAD_STEPS = 3
@@ -373,8 +373,7 @@ class Trainer:
     def _new_stop_rule(self) -> StopRule:
         has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows
         n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
-        of_network, of_update = step_flops(self.model.config, windows, self.recipe.optim, windows.mean_length)
-        share = of_network / (of_network + of_update)  # of a step, that is no update
-        look_steps = FORWARD_SHARE * n_read / (windows.batch_size * windows.length) * share
+        share = FORWARD_SHARE * network_share(self.model.config, windows, self.recipe.optim)
+        look_steps = share * n_read / (windows.batch_size * windows.length)
         schedule, steps_per_pass = self.recipe.schedule, self.windows.steps_per_pass()
         return StopRule(stopping, schedule, self.total_steps, steps_per_pass, has_heldout, look_steps)
