@@ -246,6 +246,8 @@ def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:
         (["--optim.momentum", "0.9"], set()),
         (["--optim.last_block_share", "0.1", "--optimizer", "adamw"], {"optim.last_block_share"}),
         (["--optim.last_block_share", "0.1"], set()),
+        (["--optim.turns", "2", "--optimizer", "adamw"], {"optim.turns"}),
+        (["--optim.turns", "2"], set()),
         (["--initial-positions", "waves"], set()),
     ],
 )

@@ -82,6 +82,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--schedule.peak", ".nan"], "peak"),
     (["--optim.clip", ".nan"], "clip"),
     (["--optim.last_block_share", "0"], "last_block_share is 0.0: give a positive number"),
+    (["--optim.turns", "0"], "turns is 0: give 1"),
     (["--stopping.target", ".nan"], "target"),
     (["--out", "runs/bottles"], "--resume"),
 ]

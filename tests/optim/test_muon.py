@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,24 +146,28 @@ def take_step(optimizer: FusedAdamW, scale: float) -> None:
 
 
 @pytest.mark.parametrize(("native", "kind"), [(False, Muon), (True, NativeMuon)])
-def test_an_update_is_the_formula(model: GPT2, native: bool, kind: type[FusedAdamW]) -> None:
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_an_update_is_the_formula(model: GPT2, native: bool, kind: type[FusedAdamW], turns: int) -> None:
     """Jordan's algorithm with Nesterov's momentum and Liu's factor in float64; queries, keys and values apart."""
-    optimizer = make_optimizer(model, CONFIG, native)
+    optimizer = make_optimizer(model, replace(CONFIG, turns=turns), native)
     assert type(optimizer) is kind
     matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
     assert len(matrices) == 4 * model.config.n_layer
     expected = {name: p.detach().double().clone() for name, p in matrices.items()}
     moments = {name: torch.zeros_like(weight) for name, weight in expected.items()}
-    for step, scale in ((1, 0.5), (2, 0.1)):
+    for step, scale in ((1, 0.5), (2, 0.1), (3, 0.3), (4, 0.2)):
         give_gradients(model, step)
         for name, parameter in matrices.items():
             assert parameter.grad is not None
             gradient = scale * parameter.grad.double()
             moments[name] = 0.8 * moments[name] + 0.2 * gradient
+            block = int(name.split(".")[2])
+            if step % turns != block % turns:
+                continue
             ahead = 0.2 * gradient + 0.8 * moments[name]
             parts = ahead.split(model.config.n_embd) if "c_attn" in name else [ahead]
             update = torch.cat([0.2 * max(part.shape) ** 0.5 * expected_orthogonal(part) for part in parts])
-            rate = RATE * 0.25 ** (int(name.split(".")[2]) / (model.config.n_layer - 1))
+            rate = turns * RATE * 0.25 ** (block / (model.config.n_layer - 1))
             expected[name] = expected[name] * (1 - rate * 0.5) - rate * update
         take_step(optimizer, scale)
     for name, parameter in matrices.items():

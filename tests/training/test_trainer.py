@@ -49,15 +49,17 @@ def test_the_first_ten_losses_are_pinned(make_trainer: MakeTrainer) -> None:
     ],
     ids=lambda windows: windows.order,
 )
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(kind="muon", turns=2)], ids=lambda optim: optim.kind)
 @pytest.mark.parametrize("interrupted_after", [1, 7])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    make_trainer: MakeTrainer, windows: WindowConfig, interrupted_after: int
+    make_trainer: MakeTrainer, windows: WindowConfig, optim: OptimConfig, interrupted_after: int
 ) -> None:
-    whole, whole_memory = make_trainer("whole", windows=windows)
+    whole, whole_memory = make_trainer("whole", windows=windows, optim=optim)
     whole.train()
-    first, first_memory = make_trainer("cut", windows=windows, stopping=StoppingConfig(max_steps=interrupted_after))
+    stopping = StoppingConfig(max_steps=interrupted_after)
+    first, first_memory = make_trainer("cut", windows=windows, optim=optim, stopping=stopping)
     first.train()
-    second, second_memory = make_trainer("cut", windows=windows)
+    second, second_memory = make_trainer("cut", windows=windows, optim=optim)
     second.resume()
     second.train()
     assert first_memory.losses() + second_memory.losses() == whole_memory.losses()  # bit for bit

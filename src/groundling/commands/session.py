@@ -268,6 +268,7 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         and f"schedule.total_steps is {schedule.total_steps:,} (null counts passes)",
         "optim.momentum": config.optim.kind == "adamw" and "optim.kind is adamw, which has beta1 and beta2",
         "optim.last_block_share": config.optim.kind == "adamw" and "optim.kind is adamw, of one rate for all blocks",
+        "optim.turns": config.optim.kind == "adamw" and "optim.kind is adamw, which moves all blocks in each step",
         "schedule.hold_fraction": level,
         "schedule.floor_fraction": level,
         "stopping.measure": endless,

@@ -46,7 +46,7 @@ SymmetricProduct = Callable[..., Tensor]
 
 class Muon(FusedAdamW):
     """AdamW, but for groups with "momentum": their matrices are Muon's, each in so many "parts" of its rows, at a
-    "share" of the rate."""
+    "share" of the rate. They move once in so many "turns", at as many times that rate."""
 
     own_products = False
     """Whether symmetric products may be our own kernel's."""
@@ -68,13 +68,24 @@ class Muon(FusedAdamW):
         if not state:
             state["moment"] = torch.zeros_like(weight)
         moment = state["moment"].lerp_(gradient, 1 - momentum)
+        if not _has_its_turn(state, group):
+            return
         ahead = gradient.lerp_(moment, momentum)  # Nesterov's
-        rate = group["lr"] * group["share"]
+        rate = group["lr"] * group["share"] * group["turns"]
         if group["weight_decay"]:
             weight.mul_(1 - rate * group["weight_decay"])
         for rows, part in zip(weight.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True):
             size = RMS * max(part.shape) ** 0.5
             rows.add_(orthogonal(part, group["product_format"], self.own_products), alpha=-rate * size)
+
+
+def _has_its_turn(state: dict[str, Tensor], group: dict[str, Any]) -> bool:
+    """Whether a matrix with this state moves in this step, of which it counts the number."""
+    if group["turns"] == 1:
+        return True
+    step = state.setdefault("step", torch.zeros(()))
+    step += 1
+    return bool(step % group["turns"] == group["turn"])
 
 
 class NativeMuon(Muon, NativeAdamW):

@@ -42,6 +42,9 @@ class OptimConfig:
     last_block_share: float = 1.0
     """Muon's rate in the last block, as a share of that in the first; in between it falls by the same factor from block
     to block. Deep networks learn a text in fewer passes with 0.1 (docs/training.md)."""
+    turns: int = 1
+    """Blocks take turns: in a step Muon moves the matrices of one in so many, at as many times the rate, which takes as
+    many times less of the step. With two or three a text takes as many passes as with one (docs/training.md)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, per unit of learning rate."""
     decayed: Literal["matrices", "all"] = "matrices"
@@ -55,6 +58,8 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give a number from 0 to below 1")
         if not 0 < self.last_block_share < math.inf:
             raise ConfigError(f"optim.last_block_share is {self.last_block_share}: give a positive number")
+        if self.turns < 1:
+            raise ConfigError(f"optim.turns is {self.turns}: give 1, which moves every block in every step, or more")
         if not MIN_EPS <= self.eps < math.inf:
             raise ConfigError(f"optim.eps is {self.eps}: give {MIN_EPS:g} or more, for weights without a gradient")
         for name in ("weight_decay", "clip"):
@@ -97,7 +102,9 @@ def _muon_groups(
         by_block.setdefault((block, 3 if name.endswith("attn.c_attn.weight") else 1), []).append(parameter)
     last = max((block for block, _ in by_block), default=0)
     muon = {"momentum": config.momentum, "product_format": product_format, "weight_decay": config.weight_decay}
-    return [
-        {"params": params, "parts": parts, "share": config.last_block_share ** (block / max(1, last)), **muon}
-        for (block, parts), params in by_block.items()
-    ]
+    groups: list[dict[str, Any]] = []
+    for (block, parts), params in by_block.items():
+        share = config.last_block_share ** (block / max(1, last))
+        turn = {"turns": config.turns, "turn": block % config.turns}
+        groups.append({"params": params, "parts": parts, "share": share, **turn, **muon})
+    return groups

@@ -101,10 +101,10 @@ def network_share(config: GPTConfig, windows: WindowConfig, optim: OptimConfig) 
     return of_network / (of_network + of_update)
 
 
-def update_flops(config: GPTConfig, optim: OptimConfig) -> int:
-    """Matrix FLOP of a step's update, whatever its batch: none of AdamW, of Muon those for the blocks' matrices."""
+def update_flops(config: GPTConfig, optim: OptimConfig) -> float:
+    """Matrix FLOP of a step's update, whatever its batch: none of AdamW, of Muon those for the blocks that move."""
     if optim.kind != "muon":
         return 0
     n_embd = config.n_embd
     a_block = 4 * orthogonal_flops(n_embd, n_embd) + 2 * orthogonal_flops(4 * n_embd, n_embd)
-    return config.n_layer * a_block
+    return config.n_layer / optim.turns * a_block
