@@ -83,12 +83,20 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A free path beside `path`; the file or folder made there takes the final name only if the block ends well.
 
-    Everything in it is synced before the rename. With `overwrite`, what was at `path` goes when the new is whole.
+    Everything in it is synced before the rename. With `overwrite`, what was at `path` goes when the new is whole. If
+    the block raises, folders that were made for it go again.
     Raises `CheckpointError` if another process is making the same path.
     """
+    missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _held(path), _renamed(path, overwrite) as temporary:
-        yield temporary
+    try:
+        with _held(path), _renamed(path, overwrite) as temporary:
+            yield temporary
+    finally:
+        if not path.exists():
+            for parent in missing:
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
 
 
 def is_at(path: Path, file: IO[Any]) -> bool:

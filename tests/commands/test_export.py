@@ -130,7 +130,10 @@ def test_the_model_that_is_read_is_not_replaced(place: Path, run: Path, capsys: 
     assert main(["export", str(run), "--out", str(place / "out")]) == 0
     command = ["export", str(place / "out"), "--format", "safetensors", "--out", str(place / "out"), "--overwrite"]
     assert main(command) == 2
-    assert "the very model that is read" in capsys.readouterr().err
+    assert "the very model lies that is read" in capsys.readouterr().err
+    command[1] = str(place / "out" / "model.safetensors")
+    assert main(command) == 2
+    assert "the very model lies that is read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["write", "verify"])
@@ -159,6 +162,8 @@ def test_what_another_program_reads_otherwise_is_not_exported(
     said = capsys.readouterr().err
     assert "other logits" in said
     assert "exported" not in said.replace("nothing was exported", "")
+    assert list(place.iterdir()) == []
+    assert main(["export", str(run), "--out", str(place / "deep" / "er" / "out")]) == 1
     assert list(place.iterdir()) == []
     assert main(["export", str(run), "--out", str(place / "out"), "--no-verify"]) == 0, "nobody looks"
     assert "verified" not in capsys.readouterr().err
@@ -192,9 +197,14 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no export has written"):
         export.check_target(target, overwrite=True)
     (target / "model.safetensors").touch()
+    (target / "config.json").write_text('{"groundling_window": 8}')
     with pytest.raises(UserError, match=r"thesis\.txt, which no export has written"):
         export.check_target(target, overwrite=True)
     (target / "thesis.txt").unlink()
+    (target / "config.json").write_text("{}")  # with the weights, as transformers saves a model
+    with pytest.raises(UserError, match="no export has written"):
+        export.check_target(target, overwrite=True)
+    (target / "metadata.json").write_text('{"groundling_window": 8}')
     export.check_target(target, overwrite=True)
     (target / "optimizer.pt").touch()  # of another trainer
     with pytest.raises(UserError, match=r"optimizer\.pt, which no export has written"):

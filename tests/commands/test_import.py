@@ -8,8 +8,10 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import OIDCError
 
 from groundling.cli import main
+from groundling.files import sha256_of
 from groundling.interop.foreign import ASSUMED_GELU
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import find_checkpoint
@@ -115,9 +117,34 @@ def test_a_run_is_imported_from_a_run(run: Path, tmp_path: Path) -> None:
     assert main(["import", str(run), "--out", str(tmp_path / "again")]) == 0
     weights = [find_checkpoint(path) / "model.safetensors" for path in (run, tmp_path / "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert json.loads((tmp_path / "again" / "imported.json").read_text())["files"] == {
+        "model.safetensors": sha256_of(weights[0])
+    }
 
 
-@pytest.mark.parametrize("error", [httpx2.ReadError("cut"), httpx2.ProxyError("no"), RuntimeError("closed"), OSError()])
+@pytest.mark.parametrize("held", [None, (), ("config.json",), ("config.json", "pytorch_model.bin")])
+def test_no_pickle_of_the_hub_is_taken(
+    held: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A repository of other formats gives no folder, or one without weights that we take."""
+    import huggingface_hub
+
+    folder = tmp_path / "snapshots" / "1"
+    if held is not None:
+        folder.mkdir(parents=True)
+    for name in held or ():
+        (folder / name).write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert main(["import", "someone/model", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "someone/model on the hub has no weights in safetensors" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [httpx2.ReadError("cut"), httpx2.ProxyError("no"), RuntimeError("closed"), OSError(), OIDCError("no id token")],
+)
 def test_a_download_that_breaks_off_is_one_sentence(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,8 +201,15 @@ def test_at_a_terminal_it_asks_before_something_becomes_public(
     assert code != 0
     assert "publish it? [y/N]" in err
     assert server.repositories == {}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    code, _, err = publish()
+    assert code == 2
+    assert "would not be seen here: give --yes or --private" in err
+    assert server.repositories == {}
     assert publish("--yes")[0] == 0
     assert sys.stdin.readline() == "yes\n", "--yes asked"
+    assert "the README.md that it has now is replaced" not in err
+    assert "the README.md that it has now is replaced" in publish("--yes")[2]
 
 
 def test_a_page_for_browsers_is_made_beside_the_model(

@@ -219,7 +219,7 @@ def test_padded_vocabularies_are_cut(make_trained: MakeTrained, spelled: Path, t
         open_foreign(tmp_path / "padded.pt", spelled)
 
 
-def test_gpt2s_tokenizer_is_taken_where_it_fits(tmp_path: Path) -> None:
+def test_gpt2s_tokenizer_is_taken_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=4)
     weights = {name: tensor.detach() for name, tensor in random_network(config).state_dict().items()}
     weights[WTE] = weights[TIED] = torch.cat([weights[WTE], torch.zeros(47, 8)])
@@ -229,6 +229,8 @@ def test_gpt2s_tokenizer_is_taken_where_it_fits(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")  # of something else
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         open_foreign(tmp_path / "nano.pt", n_head=1)
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2").mkdir()  # an export, say
     assert open_foreign(tmp_path / "nano.pt", Path("gpt2"), n_head=1).tokenizer.name == "gpt2"
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies
+from torch import Tensor
 
+from groundling import kernels
 from groundling.corpus.documents import Document
 from groundling.corpus.tokenizer import Tokenizer, train_tokenizer
 from groundling.errors import ConfigError, RunFailed
@@ -92,6 +95,24 @@ def test_a_network_of_large_logits_is_no_other(make_trained: MakeTrained, tmp_pa
     format_.write(trained, tmp_path / "out.gguf", "f32")
     *_, line = format_.verify(trained, tmp_path / "out.gguf", "f32")
     assert float(line.split()[-1]) > format_.LLAMA_TOLERANCE
+
+
+def test_gelus_table_rounds_what_it_reads_and_what_it_gives(
+    make_trained: MakeTrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = make_trained()
+    with torch.no_grad():
+        trained.model.transformer.ln_f.weight.mul_(50)
+    probe, tolerance = format_._probe(trained)
+
+    def through_table(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias).half().float(), approximate="tanh").half().float()
+
+    monkeypatch.setattr(kernels, "linear_gelu", through_table)  # no value here is beyond the table's end
+    with torch.inference_mode():
+        logits = trained.model.logits(trained.model.hidden(torch.tensor([probe.window])))[0]
+    expected = format_.TABLE_SAFETY * float((logits - probe.logits).abs().max())
+    assert tolerance == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["f16", "bf16", "q8_0", "q4_0"])

@@ -83,7 +83,7 @@ def test_int8_is_small_and_near(make_trained: MakeTrained, tmp_path: Path) -> No
     full, small = ((tmp_path / of / "model.onnx").stat().st_size for of in ("fp32", "int8"))
     assert small < 0.4 * full
     (line,) = export.verify(trained, tmp_path / "int8", "int8")
-    assert "int8" in line
+    assert 0 < float(line.split("int8 are within ")[1].split()[0]) < 0.1
 
 
 @pytest.mark.parametrize("part", ["transformer.h.1.attn.c_attn.bias", "transformer.wpe.weight", "scale", "cubic"])

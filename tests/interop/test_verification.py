@@ -83,8 +83,13 @@ def test_a_loss_over_a_part_is_no_corpus_loss(make_trained: MakeTrained, tmp_pat
     assert line.endswith(f"over 1 of the {-(-(N_TEXT - 1) // trained.window)} windows of the training text")
 
 
-def test_a_run_without_its_text_is_told_so(make_trained: MakeTrained) -> None:
-    assert "not compared" in loss_difference(make_trained(), lambda tokens: torch.zeros(1), "nothing")
+def test_without_its_text_a_model_is_held_against_random_tokens(make_trained: MakeTrained) -> None:
+    trained = make_trained()
+    line = loss_difference(trained, lambda tokens: _logits(trained, tokens) + 1, "itself")
+    assert "no loss was compared: log-probabilities in itself are within " in line
+    assert float(line.split("within ")[1].split()[0]) < 1e-5
+    with pytest.raises(VerificationFailed, match="no numbers in a program"):
+        loss_difference(trained, lambda tokens: torch.full((len(tokens), 301), torch.inf), "a program")
 
 
 def test_a_loss_that_is_no_number_is_refused(make_trained: MakeTrained, tmp_path: Path) -> None:

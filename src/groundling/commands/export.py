@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 
 from groundling.commands.arguments import Parser
 from groundling.commands.session import say, say_changes
-from groundling.errors import ConfigError, RunFailed
+from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.files import atomic_path
+from groundling.interop.hub_folder import CONFIG, TRAINING, WINDOW
 from groundling.interop.trained import Trained, open_trained
+from groundling.json_files import read_object
 
 EXAMPLES = """examples:
   groundling export runs/gpt2 --format hf --out gpt2-shakespeare
@@ -89,8 +91,9 @@ def main(arguments: list[str]) -> int:
     precision = _precision(form, options)
     target = Path(options.out)
     check_target(target, options.overwrite)
-    if target.exists() and target.resolve() == Path(options.run).resolve():
-        raise ConfigError(f"--out is {target}, the very model that is read: give another --out")
+    source = Path(options.run).resolve()
+    if target.exists() and target.resolve() in (source, *source.parents):
+        raise ConfigError(f"--out is {target}, where the very model lies that is read: give another --out")
     module = cast(Writer, importlib.import_module(f"groundling.interop.{form.module}"))
     if options.library:
         _keep_library(options)
@@ -119,6 +122,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"{target} is there already: give another --out, or --overwrite to replace it")
     held = {entry.name: entry.is_dir() for entry in target.iterdir()} if target.is_dir() else {}
     is_export = any(held.keys() >= marks for marks in MARKS) and not any(held.values())
+    if held.keys() >= MARKS[0]:  # as transformers' own folders have, too
+        is_export = is_export and any(WINDOW in _settings(target / name) for name in (CONFIG, TRAINING))
     if held and not is_export:
         raise ConfigError(f"{target} is a folder that no export has written: give another --out, or remove it yourself")
     if others := sorted(held.keys() - WRITTEN):
@@ -139,6 +144,13 @@ def disk_watched(target: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunFailed(f"{target} cannot be written ({error}): free the disk, or write to another") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (CheckpointError, OSError):
+        return {}
 
 
 def _is_empty_or_gguf(path: Path) -> bool:

@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> int:
     check_parent(target)
     tokenizer = Path(options.tokenizer) if options.tokenizer else None
     if is_run(source):
-        trained, facts = open_trained(source, tokenizer, options.n_head), _facts_of_run(source)
+        kept = find_checkpoint(source)  # once: a run at work may save another
+        trained = open_trained(kept, tokenizer, options.n_head)
+        facts = {"format": "a run of Groundling", "files": {checkpoint.WEIGHTS: checkpoint.weights_sum(kept)}}
     else:
         imported = open_foreign(source, tokenizer, options.n_head)
         trained = of_foreign(imported, source)
@@ -65,11 +67,6 @@ def main(arguments: list[str]) -> int:
         f" {config.n_vocab:,} ids of the tokenizer {trained.tokenizer.name}"
     )
     return 0
-
-
-def _facts_of_run(source: Path) -> dict[str, Any]:
-    weights = find_checkpoint(source) / "model.safetensors"
-    return {"format": "a run of Groundling", "files": {weights.name: sha256_of(weights)}}
 
 
 def write_run(path: Path, trained: Trained, facts: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
     model = hub.look(repo, "model", options.private)
     gradio_place = hub.look(gradio, "space", options.private, "gradio") if gradio else None
     static_place = hub.look(static, "space", options.private, "static") if static else None
+    asks = _must_ask(options.yes, model)
     parts = [_export_part(model, "model", trained, "hf", options.dtype)]
     if gradio_place:
         parts.append(_gradio_part(gradio_place, repo))
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> int:
                 part.write(folder)
         for part, folder in zip(parts, folders, strict=True):
             _show(part, folder)
-        _ask(options.yes, model)
+        _ask(asks)
         for number, (part, folder) in enumerate(zip(parts, folders, strict=True)):
             _upload(hub, part, folder, parts[:number])
     if gradio_place and options.private:
@@ -138,12 +139,26 @@ def _show(part: Part, folder: Path) -> None:
     if kept := stays(place, files, part.stale):
         listed = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         say(f"note: it keeps {len(kept)} other files that it has now ({listed})")
+    if "README.md" in place.files:
+        say("note: the README.md that it has now is replaced")
 
 
-def _ask(yes: bool, model: Place) -> None:
-    """Ask whoever sits at a terminal before something becomes public; a command in a script has been decided on."""
+def _must_ask(yes: bool, model: Place) -> bool:
+    """Whether somebody sits at a terminal who has not decided yet; a command in a script has been decided on.
+
+    Raises `ConfigError` if the question would not be seen.
+    """
+    if yes or model.private or not (sys.stdin and sys.stdin.isatty()):
+        return False
+    if not sys.stderr.isatty():
+        raise ConfigError("the question whether to publish would not be seen here: give --yes or --private")
+    return True
+
+
+def _ask(asks: bool) -> None:
+    """Ask, if somebody is to be asked, before something becomes public."""
     say(RECITES)
-    if yes or model.private or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not asks:
         return
     print("publish it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -263,7 +263,7 @@ def _check_shapes(source: Weights, names: Mapping[str, str], config: GPTConfig, 
 def _tokenizer(source: Weights, n_rows: int, path: Path | None) -> Tokenizer:
     """The tokenizer that was given (a path, or `gpt2`), or stands beside the weights, or GPT-2's if it fits."""
     if path is not None:
-        is_name = path == Path("gpt2") and not path.exists()
+        is_name = path == Path("gpt2") and not path.is_file()
         return Tokenizer.gpt2() if is_name else Tokenizer.load(path, n_rows=n_rows)
     if source.folder is not None:
         if (source.folder / "tokenizer.json").exists():

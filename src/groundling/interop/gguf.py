@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from groundling.errors import ConfigError
 from groundling.interop.llama_server import LlamaCpp
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
-from groundling.model.gpt2 import GPT2, Block
+from groundling.model.gpt2 import GPT2, MLP, Block
 from groundling.model.weights import TIED, adopt
 
 try:
@@ -250,10 +251,12 @@ def _probe(trained: Trained) -> tuple[Probe, float]:
     def rounded(values: Tensor) -> Tensor:
         return torch.where(values.abs() < TABLE_END, values.half().float(), values)
 
-    hooks = []
-    for block in cast("list[Block]", model.transformer.h):
-        hooks.append(block.mlp.c_fc.register_forward_hook(lambda module, inputs, output: rounded(output)))
-        hooks.append(block.mlp.c_proj.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),)))
+    def through_table(mlp: MLP, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        activations = F.gelu(rounded(mlp.c_fc(inputs[0])), approximate="tanh")
+        return cast(Tensor, mlp.c_proj(rounded(activations)))
+
+    blocks = cast("list[Block]", model.transformer.h)
+    hooks = [block.mlp.register_forward_hook(through_table) for block in blocks]
     try:
         with torch.inference_mode():
             logits = model.logits(model.hidden(torch.tensor([probe.window])))[0]

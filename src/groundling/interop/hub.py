@@ -22,7 +22,13 @@ from typing import Any, Literal
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, SpaceInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    OIDCError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # all documented, none in its __all__
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -134,7 +140,7 @@ class Hub:
         try:
             with _quiet(note):
                 token = get_token()  # which may have to be renewed
-        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        except (httpx2.HTTPError, OSError, RuntimeError, ValueError, OIDCError) as error:
             raise ConfigError(f"the hub's token cannot be had ({type(error).__name__}): {ADVICE[401]}") from None
         if token is None:
             raise ConfigError(

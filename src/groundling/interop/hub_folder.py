@@ -31,11 +31,12 @@ FORMS = {
 SHARD = re.compile(r"[\w.-]+")
 MAX_SHARDS = 1000
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""One of these a model on the hub must have: its snapshot may hold pickles, if another program fetched them."""
 HUB_FILES = [
     CONFIG,
-    "model.safetensors",
+    *HUB_WEIGHTS,
     "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
@@ -61,6 +62,16 @@ def folder_weights(folder: Path) -> Weights:
             _check_index(index, weights)
         return with_neighbours(weights, folder)
     raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin: give a folder with a model")
+
+
+def hub_weights(name: str) -> Weights:
+    """The weights of a model on the hub, in safetensors. Raises `CheckpointError` if it has none, or cannot be had."""
+    folder = _download(name)
+    if not any((folder / weights).exists() for weights in HUB_WEIGHTS):
+        raise CheckpointError(
+            f"{name} on the hub has no weights in safetensors: give another model, or download it and give its folder"
+        )
+    return folder_weights(folder)
 
 
 def with_neighbours(weights: Weights, folder: Path) -> Weights:
@@ -109,17 +120,24 @@ def _check_index(index: Path, weights: Weights) -> None:
         raise CheckpointError(f"{index} {what.format(wrong[0][:100])}: copy or make the model again")
 
 
-def download(name: str) -> Path:
+def _download(name: str) -> Path:
     """The folder of a model on the hub, from its cache if it is there, or if the hub cannot be asked.
 
     Raises `CheckpointError` if the hub has no such model or cannot be asked.
     """
     import httpx2
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import OIDCError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # its own errors are of these kinds
+    except (
+        httpx2.HTTPError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        OIDCError,
+    ) as error:  # its own errors are of these kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"there is no file or folder {name}, and no model of that name was to be had from the hub"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from groundling.errors import CheckpointError
 from groundling.interop.foreign import Imported, make_own
-from groundling.interop.hub_folder import HUB_NAME, download, folder_weights, with_neighbours
+from groundling.interop.hub_folder import HUB_NAME, folder_weights, hub_weights, with_neighbours
 from groundling.interop.pickles import pickled_weights
 from groundling.interop.tensor_files import Weights, safetensors_weights
 from groundling.json_files import regular_file
@@ -43,7 +43,7 @@ def _weights(source: Path) -> Weights:
         name = source.as_posix()
         is_path = len(source.parts) > 1 and Path(source.parts[0]).exists()  # runs/gtp2, where runs/ is here
         if HUB_NAME.fullmatch(name) and source.suffix not in FILE_NAMES and not is_path:
-            return folder_weights(download(name))
+            return hub_weights(name)
         raise CheckpointError(f"there is no file or folder {source}: give {READABLE}")
     try:
         with regular_file(source).open("rb") as file:

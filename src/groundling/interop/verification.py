@@ -118,12 +118,16 @@ def loss_difference(trained: Trained, theirs: Logits, where: str, budget_s: floa
     """A line with the loss over the training text here and in another program's reading of what was written.
 
     `where` completes "in ...". Reads every window of the text if the first says that this takes no longer than
-    `budget_s`, else evenly spaced ones, and the line says so; a loss over a part is not called corpus/loss. Raises
-    `VerificationFailed` if their loss is no number.
+    `budget_s`, else evenly spaced ones, and the line says so; a loss over a part is not called corpus/loss. Without the
+    text it reads a window of random tokens. Raises `VerificationFailed` if what it reads is no number.
     """
     train = trained.train_tokens()
     if train is None:
-        return f"the training text is not there, so the loss in {where} was not compared with the loss here"
+        difference = _difference(trained, theirs, where)
+        return (
+            f"the training text is not there, so no loss was compared: log-probabilities in {where} are within"
+            f" {difference:.2g} of those here"
+        )
     windows = grid(len(train.tokens), trained.window)
     started = time.perf_counter()
     sums = _losses(trained, train.tokens, windows[:1], theirs)
@@ -140,6 +144,23 @@ def loss_difference(trained: Trained, theirs: Logits, where: str, budget_s: floa
     if len(chosen) == len(windows):
         return f"corpus/loss {losses}, over all {n_predictions:,} predictions of the training text"
     return f"loss {losses}, over {len(chosen):,} of the {len(windows):,} windows of the training text"
+
+
+@torch.inference_mode()
+def _difference(trained: Trained, theirs: Logits, where: str) -> float:
+    """The largest difference of another program's log-probabilities from ours, in a window of random tokens.
+
+    Raises `VerificationFailed` if theirs are no numbers.
+    """
+    config = trained.model.config
+    window = torch.randint(config.n_vocab, (config.n_ctx,), generator=torch.Generator().manual_seed(SEED))
+    own = trained.model.logits(trained.model.hidden(window[None]))[0]
+    difference = (theirs(window.tolist()).float().log_softmax(-1) - own.log_softmax(-1)).abs().max()
+    if not difference.isfinite():
+        raise VerificationFailed(
+            f"logits of what was written are no numbers in {where}: the weights do not fit that format, export another"
+        )
+    return float(difference)
 
 
 @torch.inference_mode()

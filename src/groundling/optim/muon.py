@@ -83,9 +83,8 @@ def _has_its_turn(state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether a matrix with this state moves in this step, of which it counts the number."""
     if group["turns"] == 1:
         return True
-    step = state.setdefault("step", torch.zeros(()))
-    step += 1
-    return bool(step % group["turns"] == group["turn"])
+    step = state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # a checkpoint's comes back on the device
+    return bool(int(step) % group["turns"] == group["turn"])
 
 
 class NativeMuon(Muon, NativeAdamW):

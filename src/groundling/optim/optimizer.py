@@ -43,8 +43,8 @@ class OptimConfig:
     """Muon's rate in the last block, as a share of that in the first; in between it falls by the same factor from block
     to block. Deep networks learn a text in fewer passes with 0.1 (docs/training.md)."""
     turns: int = 1
-    """Blocks take turns: in a step Muon moves the matrices of one in so many, at as many times the rate, which takes as
-    many times less of the step. With two or three a text takes as many passes as with one (docs/training.md)."""
+    """Blocks take turns: in a step Muon moves the matrices of one in so many (of each block once, at most), at as many
+    times the rate, and takes as many times less of it. Three cost no more passes than one (docs/training.md)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, per unit of learning rate."""
     decayed: Literal["matrices", "all"] = "matrices"
@@ -65,6 +65,10 @@ class OptimConfig:
         for name in ("weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: give 0 or more")
+
+    def turns_of(self, n_blocks: int) -> int:
+        """Turns that so many blocks take: in each somebody moves."""
+        return min(self.turns, n_blocks)
 
 
 def make_optimizer(
@@ -102,9 +106,9 @@ def _muon_groups(
         by_block.setdefault((block, 3 if name.endswith("attn.c_attn.weight") else 1), []).append(parameter)
     last = max((block for block, _ in by_block), default=0)
     muon = {"momentum": config.momentum, "product_format": product_format, "weight_decay": config.weight_decay}
+    turns = config.turns_of(last + 1)
     groups: list[dict[str, Any]] = []
     for (block, parts), params in by_block.items():
         share = config.last_block_share ** (block / max(1, last))
-        turn = {"turns": config.turns, "turn": block % config.turns}
-        groups.append({"params": params, "parts": parts, "share": share, **turn, **muon})
+        groups.append({"params": params, "parts": parts, "share": share, "turns": turns, "turn": block % turns, **muon})
     return groups

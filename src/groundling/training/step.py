@@ -107,4 +107,4 @@ def update_flops(config: GPTConfig, optim: OptimConfig) -> float:
         return 0
     n_embd = config.n_embd
     a_block = 4 * orthogonal_flops(n_embd, n_embd) + 2 * orthogonal_flops(4 * n_embd, n_embd)
-    return config.n_layer / optim.turns * a_block
+    return config.n_layer / optim.turns_of(config.n_layer) * a_block
