@@ -103,7 +103,7 @@ def main() -> None:
     calls: Counter[tuple[str, str]] = Counter()
     profiled_s = []
     with our_trainer(task, options.ours) as (trainer, _):
-        used = trainer.runtime
+        used, config = trainer.runtime, trainer.model.config
         ceiling = machine.matrix_ceiling_flops(used.device, used.dtype, used.synchronize)
         seconds_of(trainer, task.warmup)
         step_s = statistics.median(seconds_of(trainer, task.steps))
@@ -127,7 +127,7 @@ def main() -> None:
         "profiled_step_s": round(profiled_step_s, 4),
         "products_share": share_of(PRODUCTS),
         "fused_with_products_share": share_of(WITH_PRODUCTS),
-        "mfu": round(task.tokens / step_s * flops_per_token(task.config, task.window) / ceiling, 4),
+        "mfu": round(task.tokens / step_s * flops_per_token(config, task.window) / ceiling, 4),
         "ceiling_tflops": round(ceiling / 1e12, 4),
         "dtype": used.dtype_name,
         **{name: getattr(task, name) for name in ("size", "layers", "window", "tokens", "threads", "steps")},

@@ -86,6 +86,8 @@ class Turn:
     losses: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     version: str = ""
+    token_flops: float = 0.0
+    """Matrix FLOP of a token, where they are not those of the task's network."""
 
 
 Step = Callable[[Tensor, Tensor], float]
@@ -132,6 +134,7 @@ def our_trainer(task: Task, words: str = "") -> Iterator[tuple[Trainer, Path]]:
 def ours(task: Task, words: str = "") -> Turn:
     """`groundling train`'s own step; `words` are further options of it."""
     from groundling.training.metrics import read_lines
+    from groundling.training.step import flops_per_token
 
     turn = Turn(version=machine.versions()["groundling"])
     with our_trainer(task, words) as (trainer, metrics):
@@ -140,6 +143,7 @@ def ours(task: Task, words: str = "") -> Turn:
             trainer._take_step()
             turn.seconds.append(time.perf_counter() - start)
         turn.losses = [line["train/loss"] for line in read_lines(metrics)]
+        turn.token_flops = flops_per_token(trainer.model.config, task.window)  # fewer with a compact head
     turn.peak_memory_bytes = machine.peak_memory_bytes(CPU)
     return turn
 

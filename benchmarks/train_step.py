@@ -151,7 +151,7 @@ def line(task: Task, contestant: Contestant, ceilings: list[float], dtype: str, 
     rounds = [one.seconds[warmup:] for one in contestant.turns]
     step_s = statistics.median(seconds for one in rounds for seconds in one)
     tokens_per_s = task.tokens / step_s
-    reached = tokens_per_s * flops_per_token(task.config, task.window)
+    reached = tokens_per_s * (contestant.turns[0].token_flops or flops_per_token(task.config, task.window))
     peaks = [one.peak_memory_bytes for one in contestant.turns if one.peak_memory_bytes is not None]
     facts = machine.describe(task.threads, CPU)
     return {

@@ -61,7 +61,7 @@ def test_an_atomic_path_is_whole_or_as_it_was(tmp_path: Path, folder: bool, over
     with pytest.raises(RuntimeError), files.atomic_path(path, overwrite) as place:  # noqa: PT012
         make(place, "half")
         raise RuntimeError
-    assert list(path.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     with files.atomic_path(path, overwrite) as place:
         assert place.parent == path.parent, "a rename cannot cross disks"
         make(place, "first")

@@ -125,6 +125,44 @@ def test_the_machine_is_described() -> None:
     assert 1 <= runtime.available_cores() <= (os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "n_cores", "memory"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 64, 2**40),
+        ("0::/", {"cpu.max": "150000 100000", "memory.max": "max"}, 2, 2**40),
+        ("0::/a/b", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "max 100000", "a/memory.max": "4096"}, 1, 4096),
+        ("0::/elsewhere", {"cpu.max": "300000 100000"}, 3, 2**40),
+        ("3:memory:/m\n1:cpu:/c", {"cpu/c/cpu.cfs_quota_us": "-1", "cpu/c/cpu.cfs_period_us": "100000"}, 64, 2**40),
+        (
+            "3:memory:/m\n1:cpu:/c",
+            {
+                "cpu/c/cpu.cfs_quota_us": "210000",
+                "cpu/c/cpu.cfs_period_us": "100000",
+                "memory/m/memory.limit_in_bytes": "8192",
+            },
+            3,
+            8192,
+        ),
+        ("0::/", {"cpu.max": "1000 100000"}, 1, 2**40),
+    ],
+)
+def test_a_containers_limits_count(
+    groups: str, files: dict[str, str], n_cores: int, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    (tmp_path / "own").write_text(groups + "\n")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert runtime.available_cores() == n_cores
+    if (found := machine.memory_bytes()) is not None:
+        assert found == memory or memory == 2**40
+
+
 def test_the_ceiling_is_measured_in_flops() -> None:
     ceiling = machine.matrix_ceiling_flops(torch.device("cpu"), torch.float32, lambda: None, ((256, 256, 256),))
     assert 1e8 < ceiling < 1e15

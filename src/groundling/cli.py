@@ -64,8 +64,13 @@ examples:
 """
 
 
+NOBODY_THERE = (errno.EPIPE, errno.EIO)
+"""What writing fails with when a pipe's reader has left, and when a terminal is gone."""
+
+
 class Unheard:
-    """A stream whose reader may leave, as `tee` does at Ctrl-C: what is said then goes nowhere, and we go on."""
+    """A stream whose reader may leave, as `tee` does at Ctrl-C, or a terminal that is closed: what is said then goes
+    nowhere, and we go on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -76,14 +81,18 @@ class Unheard:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in NOBODY_THERE:
+                raise
             lead_nowhere(self._stream)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in NOBODY_THERE:
+                raise
             lead_nowhere(self._stream)
 
 
@@ -115,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = Unheard(sys.stderr)
         if isinstance(sys.stdout, io.TextIOWrapper):  # of another encoding than UTF-8, perhaps
             sys.stdout.reconfigure(errors="backslashreplace")
-        if words[0] == "serve":  # other commands end when nobody reads what they print
+        if words[0] in ("serve", "train"):  # other commands end when nobody reads what they print
             sys.stdout = Unheard(sys.stdout)
     try:
         return _run(words[0], words[1:])

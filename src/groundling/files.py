@@ -53,7 +53,7 @@ def sync_file(path: Path) -> None:
     """Force a file, or a directory's entries, to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open directories
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ QUEUED_SECONDS = 5e-3
 CEILING_WARMUPS = 2
 CEILING_SECONDS = 0.3
 """Time of each shape at least: where products take milliseconds, a few of them may all fall into a slow moment."""
+
+
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux shows the limits of groups of processes, and of which of them this one is."""
 
 
 @functools.cache
@@ -61,10 +65,44 @@ def memory_bytes() -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         sizes.append(int(meminfo.read_text().split("MemTotal:", 1)[1].split()[0]) * 1024)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        sizes.append(int(text))
+    for folder in _control_groups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (limit := _numbers(folder / name)) is not None:
+                sizes.append(limit[0])
     return min(sizes, default=None)
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that this process may take, as `docker run --cpus` limits it; None without a limit."""
+    quotas = []
+    for folder in _control_groups():
+        limit = _numbers(folder / "cpu.max")
+        if limit is None:
+            of_period = _numbers(folder / "cpu.cfs_quota_us"), _numbers(folder / "cpu.cfs_period_us")
+            limit = [*of_period[0], *of_period[1]] if of_period[0] and of_period[1] else None
+        if limit and len(limit) == 2 and min(limit) > 0:
+            quotas.append(limit[0] / limit[1])
+    return min(quotas, default=None)
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of this process's control groups and of all around them, of version 2 and 1; none but on Linux."""
+    if not OWN_GROUPS.exists():
+        return
+    for line in OWN_GROUPS.read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        for controller in controllers.split(","):  # version 2 has no names for them
+            root = CONTROL_GROUPS / controller
+            inside = root / name.lstrip("/")
+            yield from (folder for folder in (inside, *inside.parents) if folder.is_relative_to(root))
+
+
+def _numbers(path: Path) -> list[int] | None:
+    """The numbers in a file of a control group; None if there is none, or no limit ("max")."""
+    try:
+        return [int(word) for word in path.read_text().split()] or None
+    except (OSError, ValueError):
+        return None
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -80,8 +118,19 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    if (high_water := _high_water_bytes()) is not None:
+        return high_water
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+def _high_water_bytes() -> int | None:
+    """Linux's figure of this program; `ru_maxrss` may be of the one that started it."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    _, found, rest = status.read_text().partition("VmHWM:")
+    return int(rest.split()[0]) * 1024 if found else None
 
 
 def free_disk_bytes(path: Path) -> int:

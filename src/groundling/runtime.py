@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,8 @@ from typing import Literal
 import torch
 
 from groundling.errors import ConfigError
-from groundling.machine import bf16_pace, cpu_flags, notable_flags
+from groundling.files import home_expanded
+from groundling.machine import bf16_pace, cpu_flags, cpu_quota, notable_flags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -282,10 +284,10 @@ def program(name: str) -> str | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use (an affinity mask, as containers set it, counts)."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: an affinity mask counts, and a container's quota of time, rounded up."""
+    n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = cpu_quota()
+    return n_cores if quota is None else max(1, min(n_cores, math.ceil(quota)))
 
 
 def cache_dir() -> Path:
@@ -294,7 +296,7 @@ def cache_dir() -> Path:
     $GROUNDLING_CACHE, else $XDG_CACHE_HOME/groundling, else ~/.cache/groundling. Raises `ConfigError` without any.
     """
     if chosen := os.environ.get("GROUNDLING_CACHE"):
-        return Path(chosen)
+        return home_expanded(chosen)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groundling"
     except RuntimeError:

@@ -12,6 +12,7 @@ import yaml
 from groundling.cli import main
 from groundling.commands.arguments import SHORTCUTS, before_parsing, load_preset, parse_run, run_parser, written_out
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names, preset_path
+from groundling.runtime import cache_dir
 
 from .bottles import steps, train
 
@@ -84,6 +85,16 @@ def test_later_flags_win_and_names_for_the_same_setting_are_the_same(workplace: 
     assert (sized.model.n_layer, sized.model.n_head, sized.model.n_ctx) == (6, 16, 256)
     assert parse("--corpus", "one", "two", "--heldout", "three").text.sources == ("one", "two")
     assert parse("--corpus", "-").text.sources == ("-",)
+
+
+def test_a_home_folder_is_found_where_no_shell_has_looked(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workplace))
+    Path("home.yaml").write_text("seed: 9\n")
+    early = before_parsing(["--out=~/runs/x", "--config=~/home.yaml"])
+    assert (early.out, early.config) == (workplace / "runs" / "x", [workplace / "home.yaml"])
+    assert parse("--config=~/home.yaml").seed == 9
+    monkeypatch.setenv("GROUNDLING_CACHE", "~/kept")
+    assert cache_dir() == workplace / "kept"
 
 
 def test_a_file_may_name_its_preset(workplace: Path) -> None:

@@ -228,6 +228,8 @@ def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\\u2603" in done.stdout
+    done = subprocess.run([*command, "--json"], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert json.loads(done.stdout)["prompt"] == "\N{SNOWMAN}"
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def test_losses_over_a_text(run: Path, imported: Path, workplace: Path, capsys: 
     assert "text: bottles, " in printed.err
     assert "corpus/loss" in printed.out
     assert "heldout" not in printed.out
+    assert main(["evaluate", str(imported), "--corpus", "bottles.txt", "--corpus", str(run / "samples.txt")]) == 0
+    assert "text: bottles-and-1-more, " in capsys.readouterr().err
 
 
 def test_what_is_assumed_of_it_is_said_by_whatever_reads_it(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -41,13 +43,15 @@ LONG = ("--schedule.total_steps", "100000")
 """A run that only a signal ends."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 def test_a_run_killed_and_resumed_equals_one_that_was_not(workplace: Path, number: signal.Signals) -> None:
     """Bit for bit, also after SIGKILL, where it continues from the last checkpoint."""
     cut, whole = (workplace / "runs" / f"{name}-{number.name}" for name in ("cut", "whole"))
     process = start("--out", str(cut), "--save-every", "7", *LONG)
     wait_for(cut / "metrics.jsonl", "train/loss", 30, process)
     process.send_signal(number)
+    if number == signal.SIGHUP:  # as a shell sends it, and the system again
+        process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     if number != signal.SIGKILL:
@@ -72,6 +76,19 @@ def test_a_run_whose_listener_leaves_goes_on(workplace: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert len(list(run.glob("checkpoints/step-*"))) == 1
+
+
+def test_a_run_whose_terminal_is_closed_goes_on(workplace: Path) -> None:
+    """In the background, or under nohup: no signal comes, but nothing can be written any more."""
+    run = workplace / "runs" / "alone"
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "groundling", *train("--out", str(run), "--max-steps", "60")]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        wait_for(run / "metrics.jsonl", "train/loss", 2, process)
+        os.close(ours)
+        assert process.wait(timeout=60) == 0
+    assert (run / "record.json").exists()
 
 
 def test_a_second_signal_ends_at_once(workplace: Path) -> None:

@@ -99,6 +99,7 @@ def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path
         ),
         (["--host", "0.0.0.0"], ["localhost", "anything.example"], []),
         (["--host", "0.0.0.0", "--allowed-host", "example.org"], ["localhost", "example.org"], ["evil.example"]),
+        (["--allowed-host", "FD00:0::5", "--allowed-host", "[fd00::6]"], ["[fd00::5]:80", "[fd00::6]"], ["[fd00::7]"]),
     ],
 )
 def test_it_answers_to_its_own_names(arguments: list[str], answered: list[str], refused: list[str], run: Path) -> None:

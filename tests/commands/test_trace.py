@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from groundling.cli import main
-from groundling.commands.tracing import STYLES, Tracer, summary_line, trace_lines
+from groundling.commands.tracing import STYLES, Tracer, standard_output, summary_line, trace_lines
 from groundling.corpus.plays import render_play
 from groundling.errors import UserError
 from groundling.training.run_folder import RunFolder
@@ -163,6 +163,18 @@ def test_no_color_is_respected(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     tracer.trace(tracer.tokenizer.encode(COPIED + "\x1b[31m")).print(Console(file=file, force_terminal=True))
     assert file.getvalue().startswith(COPIED)
     assert "\x1b" not in file.getvalue()
+
+
+def test_a_reader_who_leaves_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `head` does; rich by itself would end the process with 1."""
+
+    class Left(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Left())
+    with pytest.raises(BrokenPipeError):
+        standard_output().print("a line")
 
 
 def test_a_prompt_is_not_counted(run: Path) -> None:

@@ -79,6 +79,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--stopping.overtime", "1e308"], "stopping.overtime is 1e+308: give"),
     (["--optim.eps", "0"], "optim.eps is 0.0: give 1e-30 or more"),
     (["--prompts", "\udcff"], "is not valid UTF-8"),
+    (["--max-minutes", ".inf"], "--max-minutes is inf: give 0 or more"),
     (["--schedule.peak", ".nan"], "peak"),
     (["--optim.clip", ".nan"], "clip"),
     (["--optim.last_block_share", "0"], "last_block_share is 0.0: give a positive number"),

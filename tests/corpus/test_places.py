@@ -167,8 +167,10 @@ def test_places_are_found_past_the_first_block() -> None:
 
 def test_documents_without_names_of_their_own_are_numbered() -> None:
     """As in a token file, which may also begin or end with a separator."""
-    places = Places(np.array([256, 65, 256, 66, 256], dtype=np.uint16), BYTES, ["corpus.bin"])
-    assert [places.at(position).document for position in (1, 3)] == ["corpus.bin, document 2", "corpus.bin, document 3"]
+    places = Places(np.array([256, 65, 256, 256, 66, 256], dtype=np.uint16), BYTES, ["corpus.bin"])
+    assert [places.at(position).document for position in (1, 4)] == ["corpus.bin, document 1", "corpus.bin, document 2"]
+    assert places.at(0) == places.at(1)
+    assert Places(np.array([256, 65], dtype=np.uint16), BYTES, ["corpus.bin"]).at(1).document == "corpus.bin"
 
 
 def test_packaged_names_are_known_without_the_texts() -> None:

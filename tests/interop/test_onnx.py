@@ -14,7 +14,7 @@ from groundling.interop import onnx as export
 from groundling.interop.trained import Trained
 from groundling.interop.verification import VerificationFailed
 
-from .conftest import SHAPES, MakeTrained
+from .conftest import SHAPES, MakeTrained, keep_text
 
 
 @pytest.fixture(params=list(SHAPES))
@@ -77,13 +77,14 @@ def test_large_weights_go_to_a_file_of_their_own(
 
 
 def test_int8_is_small_and_near(make_trained: MakeTrained, tmp_path: Path) -> None:
-    trained = make_trained("odd")
+    trained = keep_text(make_trained("odd"), tmp_path / "run")
     for precision in ("fp32", "int8"):
         export.write(trained, tmp_path / precision, precision)
     full, small = ((tmp_path / of / "model.onnx").stat().st_size for of in ("fp32", "int8"))
     assert small < 0.4 * full
     (line,) = export.verify(trained, tmp_path / "int8", "int8")
-    assert 0 < float(line.split("int8 are within ")[1].split()[0]) < 0.1
+    assert line.startswith("corpus/loss ")
+    assert abs(float(line.partition(" (")[2].partition(")")[0])) < 0.3
 
 
 @pytest.mark.parametrize("part", ["transformer.h.1.attn.c_attn.bias", "transformer.wpe.weight", "scale", "cubic"])

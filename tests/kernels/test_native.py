@@ -179,6 +179,36 @@ def test_linear(name: str, shape: tuple[int, ...], width: int, n_out: int, dtype
     assert_agrees(name, [x, weight / width**0.5, bias], dtype, factor=factor, n_terms=n_out)
 
 
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("dtype", list(ERRORS))
+def test_sweeps_on_other_cpus(dtype: torch.dtype) -> None:
+    assert_agrees("add_layer_norm", randoms(1, (77, 33), (77, 33), (33,), (33,)), dtype)
+    x, weight, bias = randoms(2, (77, 33), (50, 33), (50,))
+    assert_agrees("linear_gelu", [x, weight / 33**0.5, bias], dtype, factor=3, n_terms=50)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7FFF8000, 0x7FC00000, 0x7F800001])
+@pytest.mark.parametrize("width", [1, 37])
+def test_what_is_no_number_stays_none_in_bf16(bits: int, width: int) -> None:
+    x = torch.full((3, width), bits, dtype=torch.int32).view(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, normed = native.add_layer_norm(x, torch.zeros(3, width), torch.ones(width), torch.zeros(width))
+    assert normed.dtype is torch.bfloat16
+    assert normed.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_gelu"])
+@pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize("widths", [(8, 800), (800, 8)])
+def test_factors_that_do_not_fit_are_refused(name: str, dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16),
+        pytest.raises(ValueError, match="do not belong together"),
+    ):
+        getattr(native, name)(torch.ones(4, widths[0]), torch.ones(6, widths[1]), torch.zeros(6))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     n_windows=st.integers(1, 3),

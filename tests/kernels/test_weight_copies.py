@@ -91,6 +91,14 @@ def test_a_copy_follows_its_weight(change: Callable[[nn.Parameter], None]) -> No
     assert is_rounded(weight_copy(weight), weight)
 
 
+def test_a_weight_that_is_turned_has_another_copy() -> None:
+    """In the same memory, of the same shape."""
+    weight = nn.Parameter(torch.randn(7, 7))
+    weight_copy(weight)
+    weight.data = weight.data.t()
+    assert is_rounded(weight_copy(weight), weight)
+
+
 def test_an_unchanged_weight_is_not_rounded_again() -> None:
     weight = new_weight()
     copy = weight_copy(weight)

@@ -76,6 +76,7 @@ def assert_close(optimizer: FusedAdamW, other: FusedAdamW) -> None:
             assert ulps(state["exp_avg"], others_state["exp_avg"], at_least=largest) <= 4
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("betas", [(0.9, 0.98), (0.0, 0.0), (0.3, 0.5)])
 def test_fifty_steps_are_pytorchs(betas: tuple[float, float]) -> None:
     optimizers = []

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import sys
+import threading
+import time
 from typing import Any
 
 import pytest
 
+from groundling.serving import server as server_module
 from groundling.serving.demo import Subject
 
 from .conftest import Running, Serve
 from .test_guard import eventually, idle
 
 SUBJECT = Subject("bottles", "", [], None, "", "")
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A full pipe blocks who writes to it."""
+    read = threading.Event()
+    monkeypatch.setattr(server_module, "LAST_WORDS_S", 5)
+    monkeypatch.setattr(server_module, "MAX_UNPRINTED", 3)
+    monkeypatch.setattr(builtins, "print", lambda line, flush: (read.wait(10), sys.stdout.write(f"{line}\n")))
+    printer = server_module.Printer()
+    began_s = time.monotonic()
+    for line in "abcdefghij":
+        printer(line)
+    assert time.monotonic() - began_s < 5
+    read.set()
+    printer.close()
+    assert capsys.readouterr().out.split()[:3] == ["a", "b", "c"]
 
 
 def ask(server: Running, prompt: str, max_tokens: int, n: int = 1) -> None:

@@ -269,6 +269,47 @@ def test_who_asks_and_does_not_listen_is_left(demo: Running, monkeypatch: pytest
     eventually(lambda: idle(demo))
 
 
+def test_a_text_that_grows_comes_to_its_end_before_the_server_does(
+    browser: Browser, serve: Serve, slow: GPT2, subject: Subject
+) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    with serve(subject=subject, model=slow, drain_s=60) as server:
+        page.goto(server.url)
+        expect(page.locator("#begin")).to_be_visible(timeout=20_000)
+        set_number(page, "Max tokens", 200)
+        page.locator("#begin").click()
+        expect(page.locator(".sample[data-ending='']")).to_have_count(1, timeout=20_000)
+    assert server.engine.counts.endings == {"length": 1}
+    expect(page.locator(".sample[data-ending='length']")).to_have_count(1)
+    context.close()
+
+
+def test_texts_that_wait_keep_no_button_from_being_heard(serve: Serve, subject: Subject) -> None:
+    """More than the forty events that Gradio would take on at a time."""
+    with serve(subject=subject, n_slots=1, max_queue=100) as server, held_up(server):
+        parts = server.client.get("/config").json()["dependencies"]
+        [write] = [each for each in parts if len(each["inputs"]) == 8]
+        [stop] = [each for each in parts if each["targets"] and not each["inputs"] and each["targets"][0][1] == "click"]
+        for number in range(45):
+            asked = {"fn_index": write["id"], "session_hash": f"s{number}", "data": ["ten", 10, 1, 0, 1, 1, 1, 7]}
+            assert server.client.post("/gradio_api/queue/join", json=asked).status_code == 200
+        eventually(lambda: server.engine.n_running + server.engine.n_waiting == 45)
+        asked = {"fn_index": stop["id"], "session_hash": "other", "data": []}
+        assert server.client.post("/gradio_api/queue/join", json=asked).status_code == 200
+        answer = server.client.get("/gradio_api/queue/data", params={"session_hash": "other"}, timeout=10)
+    assert "process_completed" in answer.text
+
+
+@pytest.mark.parametrize("name", ["a" * 33, "A", "", None, 5, ["a"]])
+def test_no_more_is_kept_of_a_session_than_a_short_name(demo: Running, name: object) -> None:
+    for path in ("queue/join", "cancel", "reset"):
+        body = {"fn_index": 0, "session_hash": name, "data": [], "event_id": "e"}
+        assert demo.client.post(f"/gradio_api/{path}", json=body).status_code == 422
+    for content in (b"", b"[1]", b"5", b"[" * 100_000, b'{"data": []}'):
+        assert demo.client.post("/gradio_api/queue/join", content=content).status_code == 422
+
+
 def test_visitors_have_the_room_of_their_address(serve: Serve, subject: Subject) -> None:
     """Which is that of the API's clients there, whatever these call themselves."""
     with serve(subject=subject, n_slots=1, max_queue=2) as server, held_up(server):

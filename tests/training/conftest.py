@@ -18,13 +18,13 @@ from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import Runtime
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.metrics import Metrics, Sinks
+from groundling.training.metrics import Metrics, Sink, Sinks
 from groundling.training.recipe import Recipe
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
 
 
-class Memory:
+class Memory(Sink):
     """A sink that remembers."""
 
     def __init__(self) -> None:

@@ -70,7 +70,7 @@ def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
     stopping = replace(eager.recipe.stopping, measure="heldout/loss", target=1e-9)
     begun, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)
     begun.train()
-    assert {name: begun.take(name) > 0 for name in begun.final_reads()}
+    assert all(begun.take(name) > 0 for name in begun.final_reads())
     stopping = replace(stopping, max_steps=14)
     resumed, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)
     resumed.resume()

@@ -323,6 +323,32 @@ def test_shifted_grids_can_stop_on_the_offset_loss(make_trainer: MakeTrainer) ->
     assert [line for line in memory.metrics if "corpus/loss_offset" in line][-1]["corpus/loss_offset"] < 1.8
 
 
+def test_a_look_at_a_checkpoint_is_kept_in_it(make_trainer: MakeTrainer) -> None:
+    """Of which the weights were saved before: a look may take half an hour."""
+    schedule = ScheduleConfig(total_steps=5, passes=None)
+    first, _ = make_trainer(schedule=schedule, stopping=StoppingConfig(target=0))
+    assert first.train() == "schedule"
+    stopping = StoppingConfig(target=0.01, overtime=0)
+    second, _ = make_trainer(schedule=schedule, stopping=stopping)
+    second.resume()
+    second.train()
+    third, _ = make_trainer(schedule=schedule, stopping=stopping)
+    third.resume()
+    assert third.known("corpus/loss") == second.known("corpus/loss") is not None
+    assert third.peak_memory_bytes() >= third.state.peak_memory_bytes > 2**20
+    third.state.peak_memory_bytes = 2**60
+    assert third.peak_memory_bytes() == 2**60
+
+
+@pytest.mark.parametrize(("max_steps", "looks"), [(None, True), (40, True), (39, False)])
+def test_looks_are_estimated_where_the_schedule_comes_to_its_end(
+    make_trainer: MakeTrainer, max_steps: int | None, looks: bool
+) -> None:
+    stopping = StoppingConfig(target=0.01, max_steps=max_steps)
+    trainer, _ = make_trainer(stopping=stopping, schedule=ScheduleConfig(total_steps=40, passes=None))
+    assert (measure(trainer, "none").evaluation_s > 0) is looks
+
+
 def test_the_stop_rule_knows_what_a_look_costs(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
     """Of a step a third is forward; the one loss reads the text once, the other at eight offsets."""
     steps = len(tokens) / (16 * 4) / 3

@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import ConfigError, UserError
+from groundling.files import home_expanded
 from groundling.model.gpt2 import SIZES
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -130,8 +131,8 @@ def before_parsing(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = EarlyParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
-    parser.add_argument("--config", type=Path, action="append", default=[])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--config", type=home_expanded, action="append", default=[])
+    parser.add_argument("--out", type=home_expanded)
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(list(arguments))
     named = [name for path in known.config if (name := _read_settings(path).get("preset"))]

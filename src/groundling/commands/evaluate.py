@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--corpus",
         nargs="+",
+        action="extend",
         default=[],
         metavar="TEXT",
         help="take the losses over this text, named as in training, instead of the run's own",

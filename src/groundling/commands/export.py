@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from groundling.commands.arguments import Parser
 from groundling.commands.session import say, say_changes
 from groundling.errors import CheckpointError, ConfigError, RunFailed
-from groundling.files import atomic_path
+from groundling.files import atomic_path, home_expanded
 from groundling.interop.hub_folder import CONFIG, TRAINING, WINDOW
 from groundling.interop.trained import Trained, open_trained
 from groundling.json_files import read_object
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     form = FORMATS[options.format]
     precision = _precision(form, options)
-    target = Path(options.out)
+    target = home_expanded(options.out)
     check_target(target, options.overwrite)
     source = Path(options.run).resolve()
     if target.exists() and target.resolve() in (source, *source.parents):

@@ -10,7 +10,7 @@ from groundling.commands.arguments import Parser
 from groundling.commands.export import check_parent
 from groundling.commands.session import say, say_changes
 from groundling.errors import ConfigError
-from groundling.files import atomic_path, sha256_of, write_json
+from groundling.files import atomic_path, home_expanded, sha256_of, write_json
 from groundling.interop.sources import is_run, open_foreign
 from groundling.interop.trained import Trained, of_foreign, open_trained
 from groundling.training import checkpoint
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         "--n-head", type=int, help="attention heads, if the source does not say; n_embd / 64 if not given"
     )
     options = parser.parse_args(arguments)
-    source, target = Path(options.source), Path(options.out)
+    source, target = Path(options.source), home_expanded(options.out)
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already: give another --out")
     check_parent(target)

@@ -81,6 +81,8 @@ class OpenRun:
     """A trained model, with what decoding and tracing need of its run."""
 
     path: Path
+    checkpoint: Path
+    """Whose weights these are: a run at work may have saved others since. Of a foreign model, `path`."""
     folder: RunFolder
     model: GPT2
     tokenizer: Tokenizer
@@ -126,9 +128,8 @@ def open_model(options: Any) -> OpenRun:
         return open_run(options)
     trained, resolved = open_trained(path), resolve_runtime(options, "fp32")
     say_changes(trained.changes)
-    model = trained.model.to(resolved.device)
-    folder = RunFolder(path)
-    return OpenRun(path, folder, model, trained.tokenizer, trained.window, resolved, options.weights, options.drafts)
+    model, tokenizer, folder = trained.model.to(resolved.device), trained.tokenizer, RunFolder(path)
+    return OpenRun(path, path, folder, model, tokenizer, trained.window, resolved, options.weights, options.drafts)
 
 
 def open_run(options: Any) -> OpenRun:
@@ -141,4 +142,4 @@ def open_run(options: Any) -> OpenRun:
     if folder.exists() and not folder.record.exists():
         n_steps = load_state(checkpoint)["n_steps"]
         say(f"note: this run has not come to its end; these are its weights after {n_steps:,} steps")
-    return OpenRun(path, folder, model, tokenizer, window, resolved, options.weights, options.drafts)
+    return OpenRun(path, checkpoint, folder, model, tokenizer, window, resolved, options.weights, options.drafts)

@@ -13,7 +13,6 @@ from groundling.commands.session import say
 from groundling.corpus.plays import play_names, play_title
 from groundling.corpus.sources import packaged_names
 from groundling.errors import CheckpointError, CorpusError
-from groundling.training.run_folder import find_checkpoint
 
 if TYPE_CHECKING:
     from groundling.serving.demo import Example, Subject
@@ -49,7 +48,7 @@ def subject_of(run: OpenRun, name: str) -> Subject:
         if run.folder.exists():
             say(f"note: no copy meter: {error}")
         no_meter = "There is no copy meter here: the training text is damaged, or not beside these weights."
-    run_part = run_html(run.folder, find_checkpoint(run.path)) if run.folder.exists() else f"<p>{NOT_A_RUN}</p>"
+    run_part = run_html(run.folder, run.checkpoint) if run.folder.exists() else f"<p>{NOT_A_RUN}</p>"
     examples = _examples(sources, [*_beginning(run), *prompts])
     return Subject(name, sentence, examples, meter, no_meter, run_part)
 

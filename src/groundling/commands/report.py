@@ -32,7 +32,7 @@ from groundling.evaluation.report import (
     render,
     verdict_words,
 )
-from groundling.files import write_json, write_text
+from groundling.files import home_expanded, write_json, write_text
 from groundling.training.checkpoint import load_state, weights_sum
 from groundling.training.metrics import read_lines
 from groundling.training.record import judgement
@@ -89,7 +89,7 @@ def _out(options: Any, checkpoint: Path) -> Path:
         folder = folder_of(run, checkpoint).path  # where its page does not take the place of its run's
         folder = folder if folder != checkpoint else checkpoint.resolve().parent
         return _writable(folder / f"report-{checkpoint.resolve().name}.html", folder)
-    out = Path(options.out)
+    out = home_expanded(options.out)
     if out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out is {out}: give a file whose name ends in .html")
     if out.is_dir():

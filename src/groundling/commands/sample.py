@@ -182,7 +182,7 @@ def _show(samples: Sequence[Written], updates: Iterator[tuple[int, str]], option
         sample = samples[index]
         if options.json:
             if sample.finish_reason:
-                print(json.dumps(_as_json(sample, options, run), ensure_ascii=False), flush=True)
+                print(json.dumps(_as_json(sample, options, run)), flush=True)
             continue
         if index != begun:
             begun = index

@@ -113,13 +113,14 @@ def _listening(host: str, port: int) -> socket.socket:
 def _config(options: Any, key: str | None, alone: bool) -> Any:
     """What the server allows; `alone` if no other machine reaches it."""
     from groundling.serving.connections import MAX_PER_ADDRESS
-    from groundling.serving.hosts import host_of
+    from groundling.serving.hosts import bare_ip6, host_of
     from groundling.serving.server import ServerConfig
 
-    for name in options.allowed_host:
-        if host_of(f"//{name}") != name.lower():
-            raise ConfigError(f"--allowed-host is {name!r}: give a name alone, as example.org, without scheme or port")
-    hosts = frozenset(name.lower() for name in [options.host, *options.allowed_host])
+    allowed = [ip6 if (ip6 := bare_ip6(name)) else name.lower() for name in options.allowed_host]
+    for name, given in zip(allowed, options.allowed_host, strict=True):
+        if not bare_ip6(name) and host_of(f"//{name}") != name:
+            raise ConfigError(f"--allowed-host is {given!r}: give a name alone, as example.org, without scheme or port")
+    hosts = frozenset([options.host.lower(), *allowed])
     per_address = options.max_connections_per_address
     if per_address is None:
         per_address = 0 if alone else MAX_PER_ADDRESS

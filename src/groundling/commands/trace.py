@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     tracer = Tracer.of_run(Path(options.run))
     trace = tracer.trace(_read(options.file, tracer.tokenizer), minimum=options.minimum)
     if options.json:
-        print(json.dumps({"run": options.run, "file": options.file} | trace.as_dict(), ensure_ascii=False))
+        print(json.dumps({"run": options.run, "file": options.file} | trace.as_dict()))
     else:
         trace.print(standard_output(), options.longest)
     return 0

@@ -207,9 +207,15 @@ def summary_line(trace: Trace) -> str:
     return summary
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Called where the error is handled, which goes on: a reader who has left is no failure, as `cli` has it."""
+        raise
+
+
 def standard_output() -> Console:
     """Where results go; it has colours on a terminal, unless NO_COLOR is set."""
-    return Console(file=sys.stdout, highlight=False)
+    return _Console(file=sys.stdout, highlight=False)
 
 
 def _in_order(tokens: TokenArray) -> Iterator[int]:

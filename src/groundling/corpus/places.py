@@ -92,14 +92,17 @@ class Places:
             separators.append(begin + np.flatnonzero(block == tokenizer.end_of_text_id))
             n_bytes, n_lines = sums[-1]
             sums.append((n_bytes + int(self._token_bytes[block].sum()), n_lines + int(self._token_lines[block].sum())))
-        self._begins = np.concatenate(separators) + 1  # the first token of each document
+        ends = np.append(np.concatenate(separators)[1:], len(tokens))
+        begins = np.concatenate(separators) + 1
+        is_text = begins < ends  # separators may stand before, between or after documents
+        self._begins, self._ends = begins[is_text], ends[is_text]
         self._sums = sums
         self._passages_of = cache(self._passages)
 
     def at(self, position: int) -> Place:
         """The place of the token at this position, or, if that is white space, of the next that is not."""
-        number = int(np.searchsorted(self._begins, position, side="right")) - 1
-        begin, end = int(self._begins[number]), self._end(number)
+        number = max(0, int(np.searchsorted(self._begins, position, side="right")) - 1)
+        begin, end = int(self._begins[number]), int(self._ends[number])
         while position + 1 < end and self._tokenizer.token_bytes[int(self._tokens[position])].isspace():
             position += 1
         (before_bytes, before_lines), (n_bytes, n_lines) = self._before(begin), self._before(position)
@@ -119,10 +122,6 @@ class Places:
         rest = self._tokens[block * BLOCK_TOKENS : position]
         return n_bytes + int(self._token_bytes[rest].sum()), n_lines + int(self._token_lines[rest].sum())
 
-    def _end(self, number: int) -> int:
-        last = number + 1 == len(self._begins)
-        return len(self._tokens) if last else int(self._begins[number + 1]) - 1
-
     def _name(self, number: int) -> str:
         last = len(self._documents) - 1
         if number < last or len(self._begins) <= len(self._documents):
@@ -135,7 +134,7 @@ class Places:
         if name not in packaged_names():
             return ()
         text, passages = tiny_shakespeare_passages() if name == TINY_SHAKESPEARE else play_passages(name)
-        ids: NDArray[np.unsignedinteger] = self._tokens[int(self._begins[number]) : self._end(number)]
+        ids: NDArray[np.unsignedinteger] = self._tokens[int(self._begins[number]) : int(self._ends[number])]
         return passages if text.startswith(self._tokenizer.decode_bytes(ids.tolist())) else ()
 
 

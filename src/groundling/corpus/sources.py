@@ -136,6 +136,9 @@ def _walk(folder: Path) -> Iterator[Path]:
         ) from None
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
+        if "identity.json" in files:  # a run, whose samples are no text of the user's
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):

@@ -131,13 +131,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (
-        httpx2.HTTPError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        OIDCError,
-    ) as error:  # its own errors are of these kinds
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError, OIDCError) as error:  # of these kinds are its own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"there is no file or folder {name}, and no model of that name was to be had from the hub"

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import os
 import platform
 import secrets
 import subprocess
@@ -62,6 +63,7 @@ def _load(compiler: str, flags: list[str], source: Path) -> ctypes.CDLL:
         *(path.read_text(encoding="utf-8") for path in [source, *sorted(source.parent.glob("*.h"))]),
         *flags,
         _version(compiler),
+        _understood(compiler, *flags),
         *sorted(machine.cpu_flags()),
     ]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
@@ -91,6 +93,12 @@ def _intact(path: Path) -> bool:
 
 def _version(compiler: str) -> str:
     return _run([compiler, "--version"])
+
+
+@functools.cache
+def _understood(compiler: str, *flags: str) -> str:
+    """The macros that the flags stand for here: which instructions "native" means, too."""
+    return _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
 
 
 def _compile(command: list[str], path: Path) -> None:

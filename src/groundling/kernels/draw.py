@@ -9,6 +9,7 @@ import ctypes
 import functools
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from groundling.kernels.build import BuildError, library
@@ -23,6 +24,7 @@ def place(logits: Tensor, share: float) -> int:
     Logits are (n,), fp32 on the CPU; those that are -inf are never drawn. Raises `FloatingPointError` if one is neither
     that nor finite, or none is.
     """
+    assert logits.dtype is torch.float32
     logits = logits.contiguous()
     native = _native()
     if native is None:

@@ -233,7 +233,8 @@ class SelfAttention(torch.autograd.Function):
 def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`rows @ matrix.T`, and the bias in each row."""
     if _bf16(rows) and products.available():
-        return products.linear(rows.contiguous(), matrix.contiguous(), None if bias is None else bias.contiguous())
+        fitting = None if bias is None else bias.expand(len(matrix)).contiguous()
+        return products.linear(rows.contiguous(), matrix.contiguous(), fitting)
     return rows.mm(matrix.T) if bias is None else torch.addmm(bias.to(rows.dtype), rows, matrix.T)
 
 
@@ -245,7 +246,9 @@ def _input_gradient(d_rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x and the weight, as a product takes them."""
+    """Rows of x and the weight, as a product takes them. Raises `ValueError` for shapes that do not belong together."""
+    if weight.shape[1:] != x.shape[-1:]:
+        raise ValueError(f"rows of {x.size(-1)} and a weight of {tuple(weight.shape)} do not belong together")
     rows = x.reshape(x.numel() // x.size(-1), x.size(-1))
     if product_format(torch.float32) is torch.float32:
         return rows, weight

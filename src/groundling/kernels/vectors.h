@@ -266,6 +266,7 @@ struct Bf16 {  // the upper half of an fp32
   static uint16_t element(float value) {  // the nearest, of two the even one
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // rounding could make a number of what is none
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   }
   static void write(uint16_t* to, Vec value) {  // the same, of each lane
@@ -274,7 +275,9 @@ struct Bf16 {  // the upper half of an fp32
     std::memcpy(to, &halves, sizeof halves);
 #else
     const Words bits = (Words)value;
-    const Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    const Words is_none = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Halves halves = __builtin_convertvector((rounded & ~is_none) | (is_none & 0x7fc0u), Halves);
     std::memcpy(to, &halves, sizeof halves);
 #endif
   }

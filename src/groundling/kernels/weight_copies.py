@@ -24,7 +24,8 @@ class _Copy:
     version: int
 
     def holds(self, weight: Tensor) -> bool:
-        return self.version == weight._version and self.of.data_ptr() == weight.data_ptr()
+        same = self.of.data_ptr() == weight.data_ptr() and self.of.stride() == weight.stride()
+        return same and self.version == weight._version
 
 
 _copies: MutableMapping[Tensor, _Copy] = WeakTensorKeyDictionary()

@@ -17,6 +17,7 @@ from typing import Any
 
 import gradio
 from fastapi import FastAPI
+from gradio.utils import LRUCache
 
 from groundling.generation.sampling import PRESETS, SamplingConfig
 from groundling.serving import page_html, visitors
@@ -24,7 +25,7 @@ from groundling.serving.access_log import AccessLog
 from groundling.serving.copy_meter import CopyMeter, Measured
 from groundling.serving.hosts import client_of
 from groundling.serving.openai_api import Served
-from groundling.serving.page_routes import Locked, OwnOrigin, PageMount
+from groundling.serving.page_routes import KnownSessions, Locked, OwnOrigin, PageMount
 from groundling.serving.visitors import MAX_PROMPT_CHARACTERS, MAX_SAMPLES, MAX_TOKENS, Refused, Visit, Written
 
 MAX_EVENTS = 256
@@ -92,8 +93,12 @@ class Subject:
 
 def add_page(app: FastAPI, access_log: AccessLog, served: Served, subject: Subject, api_key: str | None) -> None:
     """Put the page at / behind all routes that the application has."""
-    blocks = Page(served, subject, access_log).blocks()
+    page = Page(served, subject, access_log)
+    blocks = page.blocks()
     blocks.queue(max_size=MAX_EVENTS, default_concurrency_limit=None)
+    # Else 40 texts that are written or wait would keep *Stop* and all else from being heard.
+    blocks._queue.max_thread_count = MAX_EVENTS + served.engine.decoder.n_slots + served.engine.max_queue
+    blocks._queue.pending_event_ids_session = LRUCache(10 * MAX_SESSIONS)  # of which Gradio forgets none
     blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = IDLE_S
     blocks.state_session_capacity = MAX_SESSIONS
     css = resources.files("groundling.serving").joinpath("page.css").read_text(encoding="utf-8")
@@ -124,9 +129,14 @@ def add_page(app: FastAPI, access_log: AccessLog, served: Served, subject: Subje
         css=css,
     )
     mounted: Any = app.router.routes.pop()
-    app.state.stop_page = mounted.app.stop_event.set
-    page = OwnOrigin(mounted.app)
-    app.router.routes.append(PageMount("/", Locked(page, api_key) if api_key else page))
+
+    def stop_page() -> None:
+        page.closing = True
+        mounted.app.stop_event.set()
+
+    app.state.stop_page = stop_page
+    own = OwnOrigin(KnownSessions(mounted.app))
+    app.router.routes.append(PageMount("/", Locked(own, api_key) if api_key else own))
 
 
 class Page:
@@ -135,6 +145,8 @@ class Page:
     def __init__(self, served: Served, subject: Subject, access_log: AccessLog) -> None:
         self.served, self.subject, self.access_log, self.tokenizer = served, subject, access_log, served.tokenizer
         self._blocks: Any = None
+        self.closing = False
+        """Whether the server ends. Gradio then says of every visitor that they have left, whose texts are to end."""
         self._visits: dict[str, Visit] = {}  # by session: the texts that a visitor's page is showing
 
     async def write(self, request: gradio.Request, asked: dict[str, Any]) -> AsyncIterator[tuple[str, Any]]:
@@ -339,7 +351,8 @@ class Page:
         at_text.click(in_text, written, [following, tokens], api_visibility="private")
 
     def _left(self, request: gradio.Request) -> None:
-        self.stop(_session(request))
+        if not self.closing:
+            self.stop(_session(request))
 
 
 def _html(content: str = "", elem_id: str | None = None) -> Any:

@@ -31,6 +31,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def bare_ip6(name: str) -> str | None:
+    """An IPv6 address, with or without brackets, as `host_of` gives it; None if this is none."""
+    try:
+        return str(ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return None
+
+
 def client_of(address: str) -> str:
     """Who an address counts as: an IPv6 host has a network of 2^64 addresses to call from (RFC 4291, 2.5.1)."""
     try:
@@ -45,7 +53,7 @@ def client_of(address: str) -> str:
 def check_host(header: str, names: Collection[str]) -> None:
     """Raises `ApiError` if a Host header names neither this machine itself nor one of the names."""
     host = host_of(f"//{header}")
-    if host is not None and (is_loopback(host) or host in names):
+    if host is not None and (is_loopback(host) or (bare_ip6(host) or host) in names):
         return
     raise wrong(
         f"this server does not answer to the name {(host or header)[:100]!r}: ask for localhost, or start it with that"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import json
 import re
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match, Mount
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundling.serving.guard import digest, encoded
 from groundling.serving.hosts import host_of
@@ -24,6 +26,7 @@ READ = re.compile(
     r"|/(?:assets|static)/(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*"
     r"|/gradio_api/(?:info|startup-events|theme\.css|queue/data|heartbeat/[a-z0-9]{1,32})"
 )
+SESSION = re.compile(r"[a-z0-9]{1,32}")
 WRITE = re.compile(r"/gradio_api/(?:queue/join|cancel|reset)/?")
 
 
@@ -62,6 +65,36 @@ class OwnOrigin:
             return
         kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
         await self.app({**scope, "headers": kept}, receive, send)
+
+
+class KnownSessions:
+    """An application that hears of sessions by names as short as the page gives: Gradio keeps them for a while."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        body = await Request(scope, receive).body()
+        if not _names_a_session(body):
+            await PlainTextResponse("This is no session of the page.", 422)(scope, receive, send)
+            return
+        given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return given.pop() if given else await receive()
+
+        await self.app(scope, again, send)
+
+
+def _names_a_session(body: bytes) -> bool:
+    try:
+        name = json.loads(body)["session_hash"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return isinstance(name, str) and SESSION.fullmatch(name) is not None
 
 
 class Locked:

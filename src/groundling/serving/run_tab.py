@@ -110,7 +110,7 @@ def _extraction(folder: RunFolder, checkpoint: Path) -> str:
     except (ArithmeticError, OSError, ValueError, TypeError, KeyError, CheckpointError):
         return (
             "<h3>What it recites</h3><p>Not measured for these weights: <code>groundling report</code> writes"
-            " report.json into the run's folder, and this page shows it from then on.</p>"
+            " report.json into the run's folder, and this page shows it when it is started again.</p>"
         )
     rows = "".join(
         f"<tr><th>{n_prompt}</th><td>{shares['on_grid'].get(n_prompt, '-')}</td>"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +33,8 @@ from groundling.serving.openai_api import ApiError, Served, dead, make_api, wron
 KEEP_ALIVE_S = 15
 LAST_WORDS_S = 5
 """For telling those whose texts were cut off, after the time for ending them."""
+MAX_UNPRINTED = 10_000
+"""Lines of the log that wait for their reader; later ones are lost."""
 BACKLOG = 256
 """Connections taken at a time: with `MAX_CONNECTIONS`, fewer than the files that a process may have open."""
 
@@ -168,6 +172,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: int) -> None:
         super().__init__(config)
         self._state, self._drain_s = app.state, drain_s
+        self.last: Callable[[], None] = lambda: None
+        """What is done when all answers have ended. uvicorn then ends the process by the signal that it has caught."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stop_page: Callable[[], None] = getattr(self._state, "stop_page", lambda: None)
@@ -176,17 +182,40 @@ class Server(uvicorn.Server):
         cutting = asyncio.get_running_loop().call_later(self._drain_s, self._state.cut_off)
         await super().shutdown(sockets)
         cutting.cancel()
+        self.last()
 
 
 def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: AddPage) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
-    server = make_server(make_app(served, config, _print_line, add_page), config)
+    printer = Printer()
+    server = make_server(make_app(served, config, printer, add_page), config)
+    server.last = printer.close
     server.run([listener])
 
 
-def _print_line(line: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk is no reason to serve no more
-        print(line, flush=True)
+class Printer:
+    """Prints lines in a thread of its own: who reads them slowly, or not at all, holds nobody else up."""
+
+    def __init__(self) -> None:
+        self._lines = queue.Queue[str | None](MAX_UNPRINTED)
+        self._thread = threading.Thread(target=self._print, name="log", daemon=True)
+        self._thread.start()
+
+    def __call__(self, line: str) -> None:
+        """Print a line, unless too many wait."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(line)
+
+    def close(self) -> None:
+        """Print what waits, unless that takes too long."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=LAST_WORDS_S)
+        self._thread.join(LAST_WORDS_S)
+
+    def _print(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError):  # a full disk is no reason to serve no more
+                print(line, flush=True)
 
 
 def make_server(app: FastAPI, config: ServerConfig) -> Server:

@@ -154,7 +154,8 @@ def _evaluations_s(trainer: Trainer, final: str, train_s: float, step_s: float, 
     """Seconds for the looks of the stop rule and the losses that are taken at the end."""
     stopping, reads = trainer.recipe.stopping, trainer.final_reads()
     total_s = 0.0
-    if stopping.max_steps is None and stopping.target and stopping.measure != "train/loss":
+    looks = stopping.target and stopping.measure != "train/loss"
+    if looks and (stopping.max_steps is None or stopping.max_steps >= trainer.total_steps):
         total_s += LOOKS * evaluation_s(trainer, reads[stopping.measure], tokens_per_s)
     total_s += _heldout_s(trainer, round(train_s / step_s), tokens_per_s)
     for n_tokens in reads.values():

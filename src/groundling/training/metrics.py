@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,9 @@ class Sink(Protocol):
     def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         return
 
+    def sync(self) -> None:
+        return
+
     def close(self) -> None:
         return
 
@@ -74,6 +78,11 @@ class Sinks:
         that were taken after them, unless these still hold."""
         for sink in self.sinks:
             sink.rewind(n_steps, keep_losses)
+
+    def sync(self) -> None:
+        """Bring all that was written to the disk: a checkpoint of it is about to be there."""
+        for sink in self.sinks:
+            sink.sync()
 
     def close(self) -> None:
         with contextlib.ExitStack() as all_of_them:
@@ -112,6 +121,9 @@ class JsonLines(Sink):
         kept = [json.dumps(line) for line in read_lines(self.path) if wanted(line)]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # every line was flushed, or `write` has said why not

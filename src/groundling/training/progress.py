@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from groundling.training.metrics import Metrics
+from groundling.training.metrics import Metrics, Sink
 
 PLAIN_INTERVAL_S = 10.0
 RATE_STEPS = 20
@@ -56,7 +56,7 @@ def progress_bar(what: str, total: float | None = None) -> Iterator[Callable[...
         yield show
 
 
-class Terminal:
+class Terminal(Sink):
     """A sink for people: `rich` on a terminal, else a plain line every ten seconds.
 
     The time that remains is that of the steps that the run is expected to take (`StoppingConfig.steps`).

@@ -78,7 +78,7 @@ def make_record(
         "tokens_per_s": tokens_per_s,
         "matrix_ceiling_flops": reached_flops / mfu if mfu else trainer.ceiling_flops,
         "mfu": mfu,
-        "peak_memory_bytes": machine.peak_memory_bytes(runtime.device),
+        "peak_memory_bytes": trainer.peak_memory_bytes(),
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,
         "compiled": trainer.compiled,

@@ -1,6 +1,7 @@
-"""SIGINT and SIGTERM as a request that the loop reads.
+"""SIGINT, SIGTERM, and SIGHUP of a terminal that is gone, as a request that the loop reads.
 
-Invariant: the first signal never interrupts an update or a write; the second ends the process at once.
+Invariant: the first signal never interrupts an update or a write; the second ends the process at once, unless it is
+another SIGHUP, of which a shell and the system may each send one.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from types import FrameType
 
 from groundling.errors import Interrupted
 
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""Windows has none."""
+
 
 class StopSignals:
-    """While entered, which may be more than once, remembers the first SIGINT or SIGTERM."""
+    """While entered, which may be more than once, remembers the first SIGINT, SIGTERM or (unless ignored) SIGHUP."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -22,7 +26,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if self._depth == 0:
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:  # as nohup has it
+                numbers.append(HANGUP)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
         self._depth += 1
         return self
 
@@ -39,6 +46,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if number == HANGUP:
+                return
             os._exit(Interrupted.exit_code)
         self.received = signal.Signals(number)
         # os.write, because a handler may run in the middle of a print

@@ -66,8 +66,8 @@ class StoppingConfig:
             raise ConfigError(f"stopping.expected_steps is {self.expected_steps}: give a positive number")
         if self.max_steps is not None and self.max_steps < 0:
             raise ConfigError(f"stopping.max_steps is {self.max_steps}: give 0 or more")
-        if self.max_minutes is not None and not self.max_minutes >= 0:
-            raise ConfigError(f"stopping.max_minutes is {self.max_minutes}: give 0 or more")
+        if self.max_minutes is not None and not 0 <= self.max_minutes < math.inf:
+            raise ConfigError(f"stopping.max_minutes is {self.max_minutes}: give 0 or more (null lifts the limit)")
         if self.patience < 0:
             raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
         if not 0 < self.heldout_every <= MOST:

@@ -52,6 +52,8 @@ class RunState:
     """Times that the run went back to a checkpoint."""
     loss_scale: LossScale = field(default_factory=LossScale)
     """In fp16."""
+    peak_memory_bytes: int = 0
+    """The largest of all parts of the run that have saved."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunState:
@@ -95,6 +97,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
+        self.looked = False
+        """Whether a loss over a whole text was taken that no checkpoint has yet."""
         self.ceiling_raised = False
         self.trained = True
         """Whether the last step updated the weights, as it should: a checkpoint is not made of one that could not."""
@@ -139,7 +143,7 @@ class Trainer:
             state = checkpoint.load_state(path)
             self.stop_rule.state = StopState.from_json(state.pop("stop"))
             self.state = RunState.from_json(state)
-            self.saved_step = self.state.n_steps
+            self.saved_step, self.looked = self.state.n_steps, False
             self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
             if self.window_changed:
                 self.stop_rule.state.forget_losses()
@@ -152,10 +156,13 @@ class Trainer:
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of this moment, unless this step already has one."""
-        if self.saved_step == self.state.n_steps and not self.window_changed:
+        """Write a checkpoint of this moment, unless this step already has one that knows as much."""
+        again = self.saved_step == self.state.n_steps
+        if again and not self.window_changed and not self.looked:
             return
         self._count_wall()
+        self.state.peak_memory_bytes = self.peak_memory_bytes() or 0
+        self.sinks.sync()
         checkpoint.save(
             self.checkpoints,
             self.state.n_steps,
@@ -165,9 +172,15 @@ class Trainer:
             self.tokenizer,
             self.recipe.windows.length,
             self.recipe.checkpoint.keep,
-            replace=self.window_changed,
+            replace=again or self.window_changed,
         )
         self.saved_at, self.saved_step, self.window_changed = time.monotonic(), self.state.n_steps, False
+        self.looked = False
+
+    def peak_memory_bytes(self) -> int | None:
+        """The largest memory that any part of the run had; None where the device keeps no such figure."""
+        peak = machine.peak_memory_bytes(self.runtime.device)
+        return peak and max(peak, self.state.peak_memory_bytes)
 
     def take(self, name: str) -> float:
         """The loss of this house name over its whole text, with progress shown; a look at this step is not repeated.
@@ -230,6 +243,7 @@ class Trainer:
             name = self.recipe.stopping.measure
             loss = self.take(name)
             rule.looked(n_steps, loss)
+            self.looked = True
             self.sinks.write(n_steps - 1, {name: loss})
             if n_steps == self.total_steps and not rule.reason(n_steps, self.state.wall_s):
                 more = rule.last_step - n_steps
@@ -239,6 +253,7 @@ class Trainer:
         if n_steps > self.windows.first_whole and rule.heldout_due(n_steps):
             loss = self.take("heldout/loss")
             rule.observe_heldout(n_steps, loss)
+            self.looked = True
             self.sinks.write(n_steps - 1, {"heldout/loss": loss})
         self._count_wall()
         return rule.reason(n_steps, self.state.wall_s)
