@@ -44,7 +44,7 @@ class OptimConfig:
     to block. Deep networks learn a text in fewer passes with 0.1 (docs/training.md)."""
     turns: int = 1
     """Blocks take turns: in a step Muon moves the matrices of one in so many (of each block once, at most), at as many
-    times the rate, and takes as many times less of it. Three cost no more passes than one (docs/training.md)."""
+    times the rate, and takes as many times less of it. Three cost hardly more passes than one (docs/training.md)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, per unit of learning rate."""
     decayed: Literal["matrices", "all"] = "matrices"
