@@ -27,6 +27,7 @@ from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import RuntimeConfig
 from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.growth import GrowthConfig
 from groundling.training.metrics import LoggingConfig
 from groundling.training.recipe import Recipe
 from groundling.training.stopping import StoppingConfig
@@ -60,6 +61,7 @@ class RunConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -103,6 +105,7 @@ class RunConfig:
             self.objective,
             self.head_vocabulary,
             self.initial_positions,
+            self.growth,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -387,7 +387,7 @@ def test_patience_waits_for_whole_windows(
     taken = [line["step"] + 1 for line in memory.metrics if "heldout/loss" in line]
     assert taken[0] == first_whole + 1
     assert len(taken) == 1 + (40 - taken[0]) // trainer.stop_rule.heldout_steps
-    of_network = clock(40 * 3600 + len(taken) * evaluation_s(trainer, len(tokens), 64 / 3600))
+    of_network = clock(40 * 3600 + len(taken) * evaluation_s(trainer, len(tokens), 3600.0))
     assert remaining_s.startswith(f"left: {of_network} of training")
 
 

@@ -19,6 +19,7 @@ from groundling.interop.trained import open_trained
 from groundling.model.gpt2 import GPT2
 from groundling.model.weights import sha256_of_weights
 from groundling.training import checkpoint
+from groundling.training.growth import GrowthConfig
 from groundling.training.run_folder import RunFolder
 
 FROM_INIT = "init"
@@ -98,6 +99,7 @@ def with_initial(config: RunConfig, initial: Initial, typed: Sequence[str]) -> R
     return replace(
         config,
         initial_positions=RunConfig.initial_positions,  # a preset's waves are not drawn
+        growth=GrowthConfig(),  # nor do trained blocks wait
         text=replace(config.text, tokenizer=FROM_INIT),
         windows=windows,
         model=initial.model.config,

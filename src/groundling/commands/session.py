@@ -33,6 +33,7 @@ from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.schedule import warmup
 from groundling.runtime import Runtime
 from groundling.training.estimate import Estimate
+from groundling.training.growth import Growth
 from groundling.training.progress import clock, progress_bar
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, INITIAL_POSITIONS, OPTIMIZER, RunFolder
 from groundling.training.step import flops_per_token, step_flops
@@ -276,6 +277,8 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "stopping.expected_steps": endless,
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
         "initial_positions": config.init and f"the position table is that of {config.init}",
+        "growth.every": config.init and f"the blocks of {config.init} are all trained",
+        "growth.fraction": config.init and f"the blocks of {config.init} are all trained",
     }
     flags = [word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--")]
     settings = [SHORTCUTS.get(flag, flag) for flag in flags]
@@ -346,7 +349,7 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
     defaults = RunConfig().as_dict()  # which an older version had for settings that it did not know
     lines = [
         f"warning: {section}.{name} was {was} and is {value} now"
-        for section in ("windows", "optim", "schedule")
+        for section in ("windows", "optim", "schedule", "growth")
         for name, value in now[section].items()
         if (was := before.get(section, {}).get(name, defaults[section][name])) != value
     ]
@@ -387,11 +390,13 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 
 def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
-    n_steps = config.stopping.steps(planned_steps(config, n_tokens))
-    return n_steps * sum(_flops_of_a_step(config))
+    total_steps = planned_steps(config, n_tokens)
+    growth = Growth(config.growth, config.model, config.windows, config.optim, total_steps)
+    return growth.whole_steps(0, config.stopping.steps(total_steps)) * sum(_flops_of_a_step(config))
 
 
 def _flops_of_a_step(config: RunConfig) -> tuple[float, float]:
+    """Of a step through all blocks."""
     return step_flops(config.model, config.windows, config.optim, config.windows.mean_length)
 
 

@@ -24,10 +24,10 @@ from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
-from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, remaining
+from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, remaining, step_s_so_far
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
-from groundling.training.record import judgement, make_record, median_of
+from groundling.training.record import judgement, make_record
 from groundling.training.run_folder import RunFolder, find_checkpoint
 from groundling.training.signals import StopSignals
 from groundling.training.stopping import reason_in_words
@@ -163,7 +163,7 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
         if prepared.initial:  # so that whatever comes, the run can go on without its source
             trainer.keep_beginning()
         if trainer.state.n_steps:
-            if step_s := median_of(folder.metrics, "train/step_s"):
+            if step_s := step_s_so_far(trainer, folder.metrics):
                 trainer.sinks.note(remaining(trainer, step_s))
         elif prepared.runtime.compile:
             trainer.sinks.note("compiling in the first step ...")
@@ -203,7 +203,8 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
 
     first_steps = FirstSteps(trainer, config.evaluation.final, tell)
     extra = [TensorBoard(folder.path / "tensorboard")] if config.logging.tensorboard else []
-    sinks = Sinks(JsonLines(folder.metrics), Terminal(trainer.expected_steps), first_steps, *extra)
+    terminal = Terminal(trainer.expected_steps, trainer.growth.whole_steps)
+    sinks = Sinks(JsonLines(folder.metrics), terminal, first_steps, *extra)
     try:
         yield sinks
     finally:
@@ -214,12 +215,12 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     """The losses over the whole text by house name; None for those that `evaluation.final` leaves out."""
     reads = trainer.final_reads()
     losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
-    tokens_per_s = median_of(metrics, "train/tokens_per_s")
+    step_s = step_s_so_far(trainer, metrics)
     for name, n_tokens in reads.items():
-        seconds = evaluation_s(trainer, n_tokens, tokens_per_s) if tokens_per_s else math.inf
+        seconds = evaluation_s(trainer, n_tokens, step_s) if step_s else math.inf
         known = trainer.known(name) is not None
         if not known and not is_taken(final, seconds, trainer.state.wall_s):
-            takes = f"about {clock(seconds)}" if tokens_per_s else "no step says how long it would take"
+            takes = f"about {clock(seconds)}" if step_s else "no step says how long it would take"
             trainer.sinks.note(f"{name} is not taken ({takes}): `groundling evaluate` takes it")
             continue
         loss = trainer.take(name)

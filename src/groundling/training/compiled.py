@@ -49,6 +49,10 @@ class CompiledLoss:
         finally:
             self._count(counters["frames"]["total"] - before, (inputs.size(0), inputs.size(1)))
 
+    def expect_another_network(self) -> None:
+        """From here on another part of the network is computed: each shape is compiled once more."""
+        self._compiled_for.clear()
+
     def _count(self, n_frames: int, shape: tuple[int, int]) -> None:
         case = shape, torch.is_grad_enabled()
         if case in self._compiled_for or shape not in self.shapes:

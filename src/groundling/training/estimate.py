@@ -10,13 +10,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
-from groundling.training.metrics import Metrics, Sink
+from groundling.training.growth import in_use
+from groundling.training.metrics import Metrics, Sink, read_lines
 from groundling.training.progress import clock
 from groundling.training.step import StepResult, network_share, step_flops, training_step
 from groundling.training.trainer import Trainer
@@ -70,6 +72,8 @@ class FirstSteps(Sink):
     def __init__(self, trainer: Trainer, final: str, tell: Callable[[Estimate], None]) -> None:
         """`final` is `EvaluationConfig.final`."""
         self.trainer, self.final, self.tell = trainer, final, tell
+        self.n_turns = trainer.recipe.optim.turns_of(trainer.model.config.n_layer)
+        self.before_bytes = machine.peak_memory_bytes(trainer.runtime.device)
         self.seconds: list[float] = []
         self.told = False
 
@@ -77,14 +81,24 @@ class FirstSteps(Sink):
         if self.told or step != len(self.seconds) or "train/step_s" not in metrics:
             return
         self.seconds.append(metrics["train/step_s"])
-        if _enough(self.seconds):
+        if _enough(self.seconds, self.n_turns):
             self.told = True
-            memory_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
-            step_s = statistics.median(self.seconds[WARMUP_STEPS:])
-            windows = self.trainer.windows
-            pieces = [windows.n_pieces(step) for step in range(WARMUP_STEPS, len(self.seconds))]
-            length = statistics.mean(windows.config.length / n_pieces for n_pieces in pieces)
-            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, length))
+            windows, growth = self.trainer.windows, self.trainer.growth
+            measured = range(WARMUP_STEPS, len(self.seconds))
+            step_s = _of_rounds([self.seconds[step] / growth.cost(step) for step in measured], self.n_turns)
+            length = statistics.mean(windows.config.length / windows.n_pieces(step) for step in measured)
+            self.tell(_extrapolate(self.trainer, self.final, step_s, self._memory_bytes(), length))
+
+    def _memory_bytes(self) -> int | None:
+        """Peak memory once all blocks take part, if that of the first steps is known."""
+        peak_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
+        if peak_bytes is None or self.before_bytes is None:
+            return peak_bytes
+        model, every = self.trainer.model.config, self.trainer.state.every
+        # With the blocks grow their gradients and moments and what they keep for the backward pass, not the table's.
+        of_table_bytes = 3 * self.trainer.model.head_weight.nbytes
+        of_blocks_bytes = max(0, peak_bytes - self.before_bytes - of_table_bytes)
+        return peak_bytes + round(of_blocks_bytes * (model.n_layer / in_use(model, every).n_layer - 1))
 
 
 def measure(trainer: Trainer, final: str) -> Estimate:
@@ -101,70 +115,89 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     batch = gather(trainer.train_tokens, windows.take(range(n_windows), axis=0, mode="wrap"), length)
     before_bytes = machine.peak_memory_bytes(runtime.device)
     clip, steps = recipe.optim.clip, list[StepResult]()
-    while not _enough([step.seconds for step in steps]):
+    n_turns = recipe.optim.turns_of(trainer.model.config.n_layer)
+    while not _enough([step.seconds for step in steps], n_turns):
         steps.append(
             training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
         )
     memory_bytes = _memory_bytes(trainer, before_bytes, micro / n_windows)
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.optimizer.state.clear()
-    update_s = statistics.median(step.update_seconds for step in steps[WARMUP_STEPS:])
+    update_s = _of_rounds([step.update_seconds for step in steps[WARMUP_STEPS:]], n_turns)
     rest_s = statistics.median(step.seconds - step.update_seconds for step in steps[WARMUP_STEPS:])
     step_s = rest_s * recipe.windows.batch_size / n_windows + update_s
     return _extrapolate(trainer, final, step_s, memory_bytes, length)
 
 
-def _enough(seconds: Sequence[float]) -> bool:
-    """Whether steps that took so long, in this order, tell how long others will take."""
-    return len(seconds) >= WARMUP_STEPS + MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
+def _enough(seconds: Sequence[float], n_turns: int) -> bool:
+    """Whether steps that took so long, in this order, tell how long others will take: whole rounds of the turns."""
+    n_measured = len(seconds) - WARMUP_STEPS
+    enough = n_measured >= MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
+    return enough and n_measured % n_turns == 0
+
+
+def _of_rounds(seconds: Sequence[float], n_turns: int) -> float:
+    """The median of the mean seconds of each round of turns, in whose steps not equally many blocks may move."""
+    return statistics.median(statistics.mean(seconds[i : i + n_turns]) for i in range(0, len(seconds), n_turns))
 
 
 def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, length: float) -> Estimate:
-    """The estimate of a run, from the seconds of a step whose windows have this mean length; its own may be longer."""
+    """The estimate of a run, from the seconds of a step through all blocks whose windows have this mean length."""
     recipe = trainer.recipe
     achieved_flops = sum(_step_flops(trainer, length)) / step_s
     step_s = sum(_step_flops(trainer, recipe.windows.mean_length)) / achieved_flops
-    tokens_per_s = recipe.windows.batch_size * recipe.windows.length / step_s
-    train_s = trainer.expected_steps * step_s
+    n_steps = trainer.expected_steps
+    mean_step_s = step_s * trainer.growth.whole_steps(0, n_steps) / n_steps if n_steps else step_s
+    train_s = n_steps * mean_step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
-    evaluation_s = _evaluations_s(trainer, final, train_s, step_s, tokens_per_s)
-    return Estimate(step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
+    evaluation_s = _evaluations_s(trainer, final, train_s, round(train_s / mean_step_s), step_s)
+    tokens_per_s = recipe.windows.batch_size * recipe.windows.length / mean_step_s
+    return Estimate(mean_step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
+
+
+def step_s_so_far(trainer: Trainer, metrics: Path) -> float | None:
+    """The median seconds that a run's steps have taken, or would have if all blocks took part; None if it took none."""
+    lines = [line for line in read_lines(metrics) if "train/step_s" in line]
+    seconds = [line["train/step_s"] / trainer.growth.cost(line["step"]) for line in lines]
+    return statistics.median(seconds) if seconds else None
 
 
 def remaining(trainer: Trainer, step_s: float) -> str:
-    """What is left of a resumed run, as one line for the user; `step_s` is its seconds per step so far."""
+    """What is left of a resumed run, as one line for the user; `step_s` is that of `step_s_so_far`."""
     n_steps, expected_steps = trainer.state.n_steps, trainer.expected_steps
     if n_steps >= expected_steps:
         ended = trainer.stop_rule.reason(n_steps, trainer.state.wall_s) is not None
         more = 0 if ended else max(0, trainer.stop_rule.last_step - n_steps)
         return f"left: the {expected_steps:,} steps that were expected are over; at most {more:,} more"
-    left_s = (expected_steps - n_steps) * step_s
-    per_step = trainer.recipe.windows.batch_size * trainer.recipe.windows.length
-    left_s += (heldout_s := _heldout_s(trainer, expected_steps, per_step / step_s))
+    left_s = steps_s = trainer.growth.whole_steps(n_steps, expected_steps) * step_s
+    left_s += (heldout_s := _heldout_s(trainer, expected_steps, step_s))
     if (max_minutes := trainer.recipe.stopping.max_minutes) is not None:
         left_s = min(left_s, max(0.0, 60 * max_minutes - trainer.state.wall_s))
     return (
-        f"left: {clock(left_s)} of training to step {expected_steps:,}, at the {step_s:.3g} s that a step has taken"
-        f" so far{', evaluations of the held-out text included' if heldout_s else ''}"
+        f"left: {clock(left_s)} of training to step {expected_steps:,}, at {steps_s / (expected_steps - n_steps):.3g} s"
+        f" a step, as those so far tell{', evaluations of the held-out text included' if heldout_s else ''}"
     )
 
 
-def _evaluations_s(trainer: Trainer, final: str, train_s: float, step_s: float, tokens_per_s: float) -> float:
-    """Seconds for the looks of the stop rule and the losses that are taken at the end."""
+def _evaluations_s(trainer: Trainer, final: str, train_s: float, n_steps: int, step_s: float) -> float:
+    """Seconds for the looks of the stop rule in so many steps and the losses that are taken at the end.
+
+    `step_s` is that of `evaluation_s`.
+    """
     stopping, reads = trainer.recipe.stopping, trainer.final_reads()
     total_s = 0.0
     looks = stopping.target and stopping.measure != "train/loss"
     if looks and (stopping.max_steps is None or stopping.max_steps >= trainer.total_steps):
-        total_s += LOOKS * evaluation_s(trainer, reads[stopping.measure], tokens_per_s)
-    total_s += _heldout_s(trainer, round(train_s / step_s), tokens_per_s)
+        total_s += LOOKS * evaluation_s(trainer, reads[stopping.measure], step_s)
+    total_s += _heldout_s(trainer, n_steps, step_s)
     for n_tokens in reads.values():
-        seconds = evaluation_s(trainer, n_tokens, tokens_per_s)
+        seconds = evaluation_s(trainer, n_tokens, step_s)
         total_s += seconds if is_taken(final, seconds, train_s) else 0.0
     return total_s
 
 
-def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
+def _heldout_s(trainer: Trainer, end: int, step_s: float) -> float:
     """Seconds for the losses over the held-out text that `stopping.patience` asks for until this step."""
     if not trainer.recipe.stopping.patience:
         return 0.0
@@ -172,7 +205,7 @@ def _heldout_s(trainer: Trainer, end: int, tokens_per_s: float) -> float:
     rule = trainer.stop_rule
     begun = max(rule.state.heldout_at_step, trainer.windows.first_whole + 1 - rule.heldout_steps)
     n_left = max(0, end - begun) // rule.heldout_steps
-    return n_left * evaluation_s(trainer, n_tokens, tokens_per_s)
+    return n_left * evaluation_s(trainer, n_tokens, step_s)
 
 
 def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:
@@ -188,10 +221,11 @@ def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> i
     return round(peak_bytes + of_batch_bytes * (scale - 1))
 
 
-def evaluation_s(trainer: Trainer, n_tokens: int, tokens_per_s: float) -> float:
-    """Seconds to take losses over so many tokens, at a speed measured in training: without its updates' products."""
-    share = network_share(trainer.model.config, trainer.recipe.windows, trainer.recipe.optim)
-    return FORWARD_SHARE * share * n_tokens / tokens_per_s
+def evaluation_s(trainer: Trainer, n_tokens: int, step_s: float) -> float:
+    """Seconds to take losses over so many tokens, if a step through all blocks takes so long, its update included."""
+    windows = trainer.recipe.windows
+    share = network_share(trainer.model.config, windows, trainer.recipe.optim)
+    return FORWARD_SHARE * share * step_s * n_tokens / (windows.batch_size * windows.length)
 
 
 def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:

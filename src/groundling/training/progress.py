@@ -62,8 +62,10 @@ class Terminal(Sink):
     The time that remains is that of the steps that the run is expected to take (`StoppingConfig.steps`).
     """
 
-    def __init__(self, expected_steps: int) -> None:
+    def __init__(self, expected_steps: int, whole_steps: Callable[[int, int], float] | None = None) -> None:
+        """`whole_steps` is `Growth.whole_steps`, for runs whose steps cost unequally much."""
         self.expected_steps = expected_steps
+        self.whole_steps = whole_steps or (lambda first, last: last - first)
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.live: Progress | None = None
         self.step_times: deque[float] = deque(maxlen=RATE_STEPS)
@@ -108,10 +110,11 @@ class Terminal(Sink):
         if self.n_unsteady:
             self.n_unsteady -= 1
         else:
-            self.step_times.append(metrics["train/step_s"])
+            self.step_times.append(metrics["train/step_s"] / self.whole_steps(step, step + 1))
         left = "-"
         if self.step_times:
-            left = clock(max(0, self.expected_steps - step - 1) * sum(self.step_times) / len(self.step_times))
+            n_left = self.whole_steps(step + 1, max(step + 1, self.expected_steps))
+            left = clock(n_left * sum(self.step_times) / len(self.step_times))
         digits = 4 if self.live else 6  # beside the bar, 80 columns hold no more
         loss, mean = (
             "-" if value is None else f"{value:.{digits}f}"

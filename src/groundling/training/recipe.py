@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,6 +15,7 @@ from groundling.model.positions import InitialPositions, make_waves
 from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.growth import GrowthConfig, let_wait
 from groundling.training.stopping import StoppingConfig
 
 
@@ -32,6 +33,7 @@ class Recipe:
     objective: ObjectiveConfig = PLAIN
     head_vocabulary: HeadVocabulary = "full"
     initial_positions: InitialPositions = "random"
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
 
 
 def new_model(recipe: Recipe, train: Tokens) -> GPT2:
@@ -40,6 +42,8 @@ def new_model(recipe: Recipe, train: Tokens) -> GPT2:
     full = GPT2(recipe.model)
     if recipe.initial_positions == "waves":
         make_waves(full)
+    if recipe.growth.fraction:
+        let_wait(full, recipe.growth.every)
     if recipe.head_vocabulary == "full":
         return full
     return CompactGPT2(full, torch.from_numpy(occurring_ids(train, full.config.n_vocab)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ def median_of(metrics: Path, name: str) -> float | None:
     """The median of a metric over the run's steps, or None if it took none."""
     values = [line[name] for line in read_lines(metrics) if name in line]
     return statistics.median(values) if values else None
+
+
+def _ceiling_flops(trainer: Trainer, metrics: Path) -> float | None:
+    """The median of the matrix ceilings that the run's steps had: a resumed run has measured another since."""
+    windows, ceilings = trainer.windows, list[float]()
+    for line in read_lines(metrics):
+        if line.get("train/mfu"):
+            blocks = line.get("train/blocks", trainer.model.config.n_layer)
+            length = windows.config.length / windows.n_pieces(line["step"])
+            token_flops = flops_per_token(replace(trainer.model.config, n_layer=blocks), length)
+            ceilings.append(line["train/tokens_per_s"] * token_flops / line["train/mfu"])
+    return statistics.median(ceilings) if ceilings else None
 
 
 def judgement(loss: float, target: float, what: str) -> str:
@@ -53,8 +66,6 @@ def make_record(
     """
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
-    reached_flops = (tokens_per_s or 0.0) * flops_per_token(trainer.model.config, trainer.recipe.windows.mean_length)
-    mfu = median_of(metrics, "train/mfu")  # of the ceilings that its steps had: a resumed run has measured another
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.recipe.model.n_parameters(),
@@ -76,8 +87,8 @@ def make_record(
         "first_batch_below_target": trainer.stop_rule.state.first_batch_below_target,
         "stop_reason": stop_reason,
         "tokens_per_s": tokens_per_s,
-        "matrix_ceiling_flops": reached_flops / mfu if mfu else trainer.ceiling_flops,
-        "mfu": mfu,
+        "matrix_ceiling_flops": _ceiling_flops(trainer, metrics) or trainer.ceiling_flops,
+        "mfu": median_of(metrics, "train/mfu"),
         "peak_memory_bytes": trainer.peak_memory_bytes(),
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,

@@ -161,8 +161,10 @@ class StopRule:
         steps_per_pass: float,
         has_heldout: bool,
         look_steps: float,
+        n_growing: int = 0,
     ) -> None:
-        """`schedule` has `total_steps`; `look_steps` take as long as a loss over the whole text.
+        """`schedule` has `total_steps`; `look_steps` take as long as a loss over the whole text; in the first
+        `n_growing` not all blocks take part.
 
         Raises `ConfigError` if patience is asked for and there is no held-out text.
         """
@@ -174,7 +176,7 @@ class StopRule:
         overtime = config.overtime if has_overtime else 0.0
         self.last_step = total_steps + math.ceil(overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
-        self.look_steps, self.ends_low = look_steps, schedule.ends_low
+        self.look_steps, self.ends_low, self.n_growing = look_steps, schedule.ends_low, n_growing
         self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:
@@ -195,7 +197,7 @@ class StopRule:
         if n_steps == self.total_steps or n_steps >= self.last_step:  # beyond it, where a resume shortened the schedule
             return True
         ema = self.state.loss_ema
-        if ema is None:
+        if ema is None or n_steps <= self.n_growing:
             return False
         if look is None or look.loss_ema is None:
             return ema < FIRST_LOOK * config.target
@@ -207,7 +209,9 @@ class StopRule:
         self.state.look = Look(self.config.measure, n_steps, loss, self.state.loss_ema)
 
     def reached(self, n_steps: int) -> bool:
-        """Whether the measured loss is known to be below the target after so many steps."""
+        """Whether the measured loss of a network of which all blocks were trained is known to be below the target."""
+        if n_steps <= self.n_growing:
+            return False
         if self.config.measure == "train/loss":
             return self.state.last_batch is not None and self.state.last_batch < self.config.target
         look = self._look()

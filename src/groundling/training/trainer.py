@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,9 +25,10 @@ from groundling.optim.schedule import learning_rate
 from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.compiled import CompiledLoss
-from groundling.training.loss_scale import LossScale
+from groundling.training.growth import Growth, in_use
 from groundling.training.metrics import Sinks
 from groundling.training.recipe import Recipe, new_model
+from groundling.training.run_state import RunState
 from groundling.training.signals import StopSignals
 from groundling.training.step import StepResult, flops_per_token, network_share, training_step
 from groundling.training.stopping import StopRule, StopState
@@ -37,28 +37,6 @@ BAD_STEPS = 3
 """Steps in a row without a finite loss and gradient after which the run goes back to its last checkpoint."""
 MAX_RETURNS = 2
 """Times a run may go back before it is given up."""
-
-
-@dataclass
-class RunState:
-    """What has happened so far, besides weights and moments; kept in the checkpoint."""
-
-    n_steps: int = 0
-    tokens_seen: int = 0
-    wall_s: float = 0.0
-    n_bad: int = 0
-    """Steps in a row, up to now, that were not finite."""
-    n_returns: int = 0
-    """Times that the run went back to a checkpoint."""
-    loss_scale: LossScale = field(default_factory=LossScale)
-    """In fp16."""
-    peak_memory_bytes: int = 0
-    """The largest of all parts of the run that have saved."""
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> RunState:
-        """What `asdict` gave, or an older version's, which had no loss scale."""
-        return cls(**value | {"loss_scale": LossScale(**value.get("loss_scale", {}))})
 
 
 class Trainer:
@@ -93,7 +71,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
         self.signals = StopSignals()
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
-        self.state, self.stop_rule = RunState(), self._new_stop_rule()
+        self.growth = Growth(recipe.growth, self.model.config, recipe.windows, recipe.optim, self.total_steps)
+        self.state, self.stop_rule = RunState(every=self.growth.every(0)), self._new_stop_rule()
         self.saved_step: int | None = None
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
@@ -137,12 +116,14 @@ class Trainer:
         if path is None:
             self.model.load_state_dict(new_model(self.recipe, self.train_tokens).state_dict())
             self.optimizer.state.clear()
-            self.state = RunState()
+            self.state = RunState(every=self.growth.every(0))
         else:
             checkpoint.restore(path, self.model, self.optimizer)
             state = checkpoint.load_state(path)
             self.stop_rule.state = StopState.from_json(state.pop("stop"))
             self.state = RunState.from_json(state)
+            if self.state.every == 1:  # its blocks have joined, and stay, whatever length the schedule has now
+                self.growth.n_steps = self.stop_rule.n_growing = min(self.growth.n_steps, self.state.n_steps)
             self.saved_step, self.looked = self.state.n_steps, False
             self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
             if self.window_changed:
@@ -261,6 +242,7 @@ class Trainer:
     def _take_step(self) -> None:
         """One step, counted and written down; or, if it was not finite, what follows from that."""
         recipe, step = self.recipe, self.state.n_steps
+        self._grow(step)
         batch = self.windows.batch(step)
         rate = learning_rate(recipe.schedule, step, self.total_steps)
         result = training_step(
@@ -285,9 +267,21 @@ class Trainer:
         else:  # a few targets a step, or a text that repeats itself: no failure of the numbers
             self.sinks.note(f"step {step}: goldfish loss drops all its targets, so there is no update")
 
+    def _grow(self, step: int) -> None:
+        """Let the blocks join when their time has come."""
+        planned, state, transformer = self.growth.every(step), self.state, self.model.transformer
+        if state.every > planned and state.every % planned == 0:
+            state.every = planned
+            self.sinks.note(f"step {step}: all {self.model.config.n_layer} blocks take part from here on")
+        if transformer.every != state.every:
+            transformer.every = state.every
+            if isinstance(self.loss_sum, CompiledLoss):
+                self.loss_sum.expect_another_network()
+
     def _write(self, step: int, result: StepResult, rate: float, batch: Batch) -> None:
         tokens_per_s = batch.n_read / result.seconds
-        reached_flops = tokens_per_s * flops_per_token(self.model.config, batch.inputs.size(1))
+        network = in_use(self.model.config, self.state.every)
+        reached_flops = tokens_per_s * flops_per_token(network, batch.inputs.size(1))
         if reached_flops > self.ceiling_flops:
             self._raise_ceiling(reached_flops)
         metrics = {
@@ -300,6 +294,8 @@ class Trainer:
             "train/mfu": reached_flops / self.ceiling_flops,
             "train/step_s": result.seconds,
         }
+        if self.growth.n_steps:
+            metrics["train/blocks"] = network.n_layer
         if self.scales_loss:
             metrics["train/loss_scale"] = self.state.loss_scale.value
         self.sinks.write(step, metrics if result.finite else metrics | {"train/update_skipped": 1})
@@ -391,4 +387,5 @@ class Trainer:
         share = FORWARD_SHARE * network_share(self.model.config, windows, self.recipe.optim)
         look_steps = share * n_read / (windows.batch_size * windows.length)
         schedule, steps_per_pass = self.recipe.schedule, self.windows.steps_per_pass()
-        return StopRule(stopping, schedule, self.total_steps, steps_per_pass, has_heldout, look_steps)
+        n_growing = self.growth.n_steps
+        return StopRule(stopping, schedule, self.total_steps, steps_per_pass, has_heldout, look_steps, n_growing)

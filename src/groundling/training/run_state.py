@@ -1,0 +1,35 @@
+"""What a run keeps of its past, besides weights, moments and the stop rule's counters.
+
+Invariant: every value has a default that is true of runs whose version did not know it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from groundling.training.loss_scale import LossScale
+
+
+@dataclass
+class RunState:
+    """What has happened so far, besides weights and moments; kept in the checkpoint."""
+
+    n_steps: int = 0
+    tokens_seen: int = 0
+    wall_s: float = 0.0
+    n_bad: int = 0
+    """Steps in a row, up to now, that were not finite."""
+    n_returns: int = 0
+    """Times that the run went back to a checkpoint."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """In fp16."""
+    peak_memory_bytes: int = 0
+    """The largest of all parts of the run that have saved."""
+    every: int = 1
+    """Steps go through the first of every so many blocks; the others have not joined yet."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RunState:
+        """What `asdict` gave, or an older version's, which had no loss scale, and all blocks in every step."""
+        return cls(**value | {"loss_scale": LossScale(**value.get("loss_scale", {}))})
