@@ -18,7 +18,7 @@ from groundling.corpus.plays import tiny_shakespeare
 EXCERPT_BYTES = 3600
 SETTINGS = (
     *("--optimizer", "adamw", "--windows.batch_size", "4", "--schedule.passes", "80", "--schedule.warmup_steps", "10"),
-    *("--schedule.peak", "3e-4", "--optim.clip", "1", "--max-steps", "46"),
+    *("--schedule.peak", "3e-4", "--optim.clip", "1", "--growth.every", "1", "--max-steps", "46"),
 )
 
 if __name__ == "__main__":

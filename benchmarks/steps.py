@@ -120,7 +120,7 @@ def our_trainer(task: Task, words: str = "") -> Iterator[tuple[Trainer, Path]]:
     options = [
         *(f"--model.{name}={getattr(task.config, name)}" for name in ("n_layer", "n_head", "n_embd", "n_ctx")),
         *(f"--windows.length={task.window}", f"--windows.batch_size={task.batch_size}", "--windows.order=sequential"),
-        *("--optimizer=adamw", "--optim.clip=1"),  # what the others have, too
+        *("--optimizer=adamw", "--optim.clip=1", "--growth.every=1"),  # what the others have, too
         *(f"--runtime.threads={task.threads}", "--device=cpu", *words.split()),
     ]
     with tempfile.TemporaryDirectory() as directory:

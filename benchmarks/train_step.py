@@ -217,6 +217,7 @@ def cold(options: argparse.Namespace) -> None:
         for which in ("cold", *["warm"] * options.rounds):
             out = root / f"run-{time.monotonic_ns()}"
             words = ["train", "--out", str(out), "--max-steps", "1", "--evaluation.final", "none", "--save-every", "0"]
+            words += ["--growth.every", "1"]  # a first step through all blocks
             command = [
                 sys.executable,
                 "-m",

@@ -154,6 +154,18 @@ def test_its_positions_are_kept(source: Path, workplace: Path, capsys: pytest.Ca
         assert yaml.safe_load((out / "config.yaml").read_text())["initial_positions"] == "random"
 
 
+def test_its_blocks_do_not_wait(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are all trained, whatever the preset lets new ones do; who asks for it by name is told."""
+    for name, given in (("tacit", []), ("asked", ["--growth.every", "2", "--growth.fraction", "0.5"])):
+        out = workplace / "runs" / name
+        assert tune(source, out, *given, "--max-steps", "1") == 0
+        printed = capsys.readouterr().err
+        for setting in ("growth.every", "growth.fraction"):
+            assert (f"{setting} is not used: the blocks of" in printed) == bool(given)
+        assert yaml.safe_load((out / "config.yaml").read_text())["growth"] == {"every": 1, "fraction": 0.0}
+        assert "train/blocks" not in (out / "metrics.jsonl").read_text()
+
+
 def test_an_estimate_of_it(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--init", str(source), "--model.n_layer", "2", *TUNE]) == 0
     printed = capsys.readouterr()

@@ -14,6 +14,7 @@ from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.runtime import RuntimeConfig
 from groundling.training.compiled import CompiledLoss
+from groundling.training.growth import GrowthConfig
 
 MakeTrainer = Any
 
@@ -78,6 +79,18 @@ def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
     resumed.take("corpus/loss_offset")
     assert (begun.compiled, begun.recompilations) == (True, 0)
     assert (resumed.compiled, resumed.recompilations) == (True, 0)
+
+
+def test_blocks_that_join_are_compiled_once_and_are_no_recompilation(make_trainer: MakeTrainer) -> None:
+    eager, eager_memory = make_trainer("eager", growth=GrowthConfig(2, 0.1))
+    eager.train()
+    compiled, memory = make_trainer(
+        "compiled", runtime=replace(eager.runtime, compile=True), growth=GrowthConfig(2, 0.1)
+    )
+    compiled.train()
+    assert [line["train/blocks"] for line in memory.metrics] == [1] * 4 + [2] * 6
+    assert memory.losses() == pytest.approx(eager_memory.losses(), abs=1e-4)
+    assert (compiled.compiled, compiled.recompilations) == (True, 0)
 
 
 def test_a_recompilation_is_counted() -> None:

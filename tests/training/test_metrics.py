@@ -138,6 +138,15 @@ def test_the_first_steps_of_a_process_do_not_count_for_the_time_that_remains(
     assert terminal._line(2, {**measured, "train/step_s": 1.0}).endswith("ETA 1:37")
 
 
+def test_the_time_that_remains_is_of_steps_that_cost_more() -> None:
+    """The first five cost half of what the others do, so those are expected to take twice as long."""
+    terminal = Terminal(10, lambda first, last: sum(0.5 if step < 5 else 1.0 for step in range(first, last)))
+    measured = {"train/loss": 1.0, "train/loss_ema": 1.0, "train/tokens_per_s": 1.0, "train/mfu": 0.5}
+    for step, seconds, left in ((0, 9.0, "-"), (1, 9.0, "-"), (2, 10.0, "2:00"), (5, 20.0, "1:20"), (9, 20.0, "0:00")):
+        assert terminal._line(step, {**measured, "train/step_s": seconds}).endswith(f"ETA {left}")
+    assert terminal._line(11, {**measured, "train/step_s": 20.0}).endswith("ETA 0:00")
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a first step was not finite; as drawn by rich, with the bar and the time that remains."""

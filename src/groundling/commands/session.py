@@ -264,6 +264,7 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
     n_steps = planned_steps(config, n_tokens)
     endless = not stopping.target and "without a target a run ends with its schedule"
     level = schedule.decay == "constant" and "schedule.decay is constant, so the rate stays at its peak"
+    growth, whole = config.growth, config.init and f"{config.init} begins with all its blocks"
     idle = {
         "schedule.passes": schedule.total_steps is not None
         and f"schedule.total_steps is {schedule.total_steps:,} (null counts passes)",
@@ -277,8 +278,8 @@ def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list
         "stopping.expected_steps": endless,
         "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
         "initial_positions": config.init and f"the position table is that of {config.init}",
-        "growth.every": config.init and f"the blocks of {config.init} are all trained",
-        "growth.fraction": config.init and f"the blocks of {config.init} are all trained",
+        "growth.every": whole or (not growth.fraction and "growth.fraction is 0, so all blocks take part at once"),
+        "growth.fraction": whole or (growth.every == 1 and "growth.every is 1, so all blocks take part at once"),
     }
     flags = [word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--")]
     settings = [SHORTCUTS.get(flag, flag) for flag in flags]
@@ -353,6 +354,8 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
         for name, value in now[section].items()
         if (was := before.get(section, {}).get(name, defaults[section][name])) != value
     ]
+    if any(" growth." in line for line in lines):
+        lines.append("warning: blocks that have joined stay, and no others wait than did so at first")
     if (was := before.get("seed", defaults["seed"])) != now["seed"]:
         lines.append(f"warning: seed was {was} and is {now['seed']} now")
     facts = prepared.runtime.facts()
@@ -380,7 +383,7 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
         if config.head_vocabulary == "full" and not config.init:
             n_rows = len(occurring_ids(tokens, config.model.n_vocab)) + 1
             seen = replace(config, model=replace(config.model, n_vocab=n_rows))
-            left = sum(_flops_of_a_step(seen)) / sum(_flops_of_a_step(config))
+            left = run_flops(seen, len(tokens)) / run_flops(config, len(tokens))
             if 1 - left >= WORTH_SAVING:
                 sooner.append(f"--head-vocabulary seen (about {clock(left * estimate.train_s)})")
         advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
@@ -391,7 +394,8 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend a text of so many tokens."""
     total_steps = planned_steps(config, n_tokens)
-    growth = Growth(config.growth, config.model, config.windows, config.optim, total_steps)
+    n_growing = config.growth.n_steps(total_steps)
+    growth = Growth(config.growth.every, n_growing, config.model, config.windows, config.optim)
     return growth.whole_steps(0, config.stopping.steps(total_steps)) * sum(_flops_of_a_step(config))
 
 

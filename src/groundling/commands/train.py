@@ -25,6 +25,7 @@ from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
 from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, remaining, step_s_so_far
+from groundling.training.growth import in_use
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import judgement, make_record
@@ -170,6 +171,11 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
         reason = trainer.train()
         why = reason_in_words(reason, config.stopping, config.schedule)
         trainer.sinks.note(f"stopped after {trainer.state.n_steps} steps: {why}")
+        if (n_blocks := in_use(config.model, trainer.state.block_stride).n_layer) < config.model.n_layer:
+            trainer.sinks.note(
+                f"warning: {n_blocks} of {config.model.n_layer} blocks were trained, and the others, which were to join"
+                f" at step {trainer.growth.n_steps}, add nothing yet"
+            )
         start = time.monotonic()
         try:
             losses = _final_losses(trainer, config.evaluation.final, folder.metrics)

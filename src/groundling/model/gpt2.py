@@ -146,15 +146,14 @@ class Transformer(nn.Module):
         self.wpe = Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = AddLayerNorm(config.n_embd)
-        self.every = 1
-        """The residual stream passes through the first of every so many blocks. More than 1 only where the others are
-        known to add nothing (training/growth.py)."""
+        self.block_stride = 1
+        """The residual stream passes through the first of every so many blocks: 1, unless the others add nothing."""
 
     def forward(self, x: Tensor, reading: Reading | None) -> Tensor:
         """Final hidden states for the rows of `wte` at the tokens, both (B, T, C)."""
         positions = torch.arange(x.size(1), device=x.device) if reading is None else reading.positions
         update = self.wpe(positions)  # (T, C) or (B, T, C)
-        for layer in range(0, len(self.h), self.every):
+        for layer in range(0, len(self.h), self.block_stride):
             x, update = self.h[layer](x, update, None if reading is None else reading.layers[layer])
         return self.ln_f(x, update)[1]  # type: ignore[no-any-return]
 

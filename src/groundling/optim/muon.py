@@ -57,18 +57,19 @@ class Muon(FusedAdamW):
         for group in self.param_groups:
             if "momentum" in group:
                 for weight in group["params"]:
+                    its_turn = _has_its_turn(self.state[weight], group)
                     if weight.grad is not None:
-                        self._move(weight, group, scale)
+                        self._move(weight, group, scale, its_turn)
                         weight.grad = None  # AdamW updates what has one
         super().step(scale=scale)
 
-    def _move(self, weight: Tensor, group: dict[str, Any], scale: float) -> None:
+    def _move(self, weight: Tensor, group: dict[str, Any], scale: float, its_turn: bool) -> None:
         gradient, momentum = weight.grad.mul_(scale), group["momentum"]  # type: ignore[union-attr]
         state = self.state[weight]
-        if not state:
+        if "moment" not in state:
             state["moment"] = torch.zeros_like(weight)
         moment = state["moment"].lerp_(gradient, 1 - momentum)
-        if not _has_its_turn(state, group):
+        if not its_turn:
             return
         ahead = gradient.lerp_(moment, momentum)  # Nesterov's
         rate = group["lr"] * group["share"] * group["turns"]
@@ -80,7 +81,7 @@ class Muon(FusedAdamW):
 
 
 def _has_its_turn(state: dict[str, Tensor], group: dict[str, Any]) -> bool:
-    """Whether a matrix with this state moves in this step, of which it counts the number."""
+    """Whether a matrix with this state moves in this step, which it counts, with a gradient or without."""
     if group["turns"] == 1:
         return True
     step = state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # a checkpoint's comes back on the device

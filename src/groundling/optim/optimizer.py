@@ -72,11 +72,16 @@ class OptimConfig:
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimConfig, native: bool = False, product_format: torch.dtype = torch.float32
+    model: nn.Module,
+    config: OptimConfig,
+    native: bool = False,
+    product_format: torch.dtype = torch.float32,
+    block_stride: int = 1,
 ) -> FusedAdamW:
     """The optimizer of the model's parameters, AdamW by PyTorch or by our own kernel for CPUs.
 
-    The learning rate is set at each step. `product_format` is that of Muon's products.
+    The learning rate is set at each step. `product_format` is that of Muon's products. The first of every
+    `block_stride` blocks, which may be alone at first, take turns with one another.
     Raises `BuildError` if our kernel is asked for and cannot be compiled.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -86,7 +91,7 @@ def make_optimizer(
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if everything or p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if not everything and p.ndim < 2], "weight_decay": 0.0},
-        *_muon_groups(in_blocks.items(), config, product_format),
+        *_muon_groups(in_blocks.items(), config, product_format, block_stride),
     ]
     groups = [group for group in groups if group["params"]]
     if config.kind == "muon":
@@ -97,7 +102,7 @@ def make_optimizer(
 
 
 def _muon_groups(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, product_format: torch.dtype
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, product_format: torch.dtype, block_stride: int
 ) -> list[dict[str, Any]]:
     """One of each block for the matrix that makes queries, keys and values, which is three, and one for the others."""
     by_block: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -107,8 +112,10 @@ def _muon_groups(
     last = max((block for block, _ in by_block), default=0)
     muon = {"momentum": config.momentum, "product_format": product_format, "weight_decay": config.weight_decay}
     turns = config.turns_of(last + 1)
+    in_order = sorted(range(last + 1), key=lambda block: (block % block_stride > 0, block))
+    turn_of = {block: place % turns for place, block in enumerate(in_order)}
     groups: list[dict[str, Any]] = []
     for (block, parts), params in by_block.items():
-        share = config.last_block_share ** (block / max(1, last))
-        groups.append({"params": params, "parts": parts, "share": share, "turns": turns, "turn": block % turns, **muon})
+        share, turn = config.last_block_share ** (block / max(1, last)), turn_of[block]
+        groups.append({"params": params, "parts": parts, "share": share, "turns": turns, "turn": turn, **muon})
     return groups

@@ -17,7 +17,8 @@ class CompiledLoss:
     """A loss function, compiled at its first call, or as it was if that fails.
 
     Compiled once for each of the shapes (B, T) that it is made for, and each time once to be trained and once to be
-    evaluated, which needs no gradient; whatever is compiled beyond that counts as a recompilation.
+    evaluated, which needs no gradient; and anew where another part of the network is computed from then on;
+    whatever is compiled beyond that counts as a recompilation.
     """
 
     def __init__(self, loss_sum: LossSum, shapes: Collection[tuple[int, int]], warn: Callable[[str], None]) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
-from groundling.training.growth import in_use
 from groundling.training.metrics import Metrics, Sink, read_lines
 from groundling.training.progress import clock
 from groundling.training.step import StepResult, network_share, step_flops, training_step
@@ -30,6 +30,10 @@ MEASURED_S = 1.0
 """At least so many steps are measured, and for so long: small models need many to tell."""
 MEASURED_TOKENS = 2048
 """A measured step reads about this many tokens, unless compiled code has its own shapes only."""
+
+KEPT_VALUES = 17
+"""What a block keeps of a token until its backward pass, in values for each of n_embd: from the peak memory of steps of
+8,192 and 16,384 tokens (docs/performance.md), in bf16 and in fp32."""
 
 LOOKS = 3
 """Full passes for the stop rule that a run is assumed to take."""
@@ -72,8 +76,7 @@ class FirstSteps(Sink):
     def __init__(self, trainer: Trainer, final: str, tell: Callable[[Estimate], None]) -> None:
         """`final` is `EvaluationConfig.final`."""
         self.trainer, self.final, self.tell = trainer, final, tell
-        self.n_turns = trainer.recipe.optim.turns_of(trainer.model.config.n_layer)
-        self.before_bytes = machine.peak_memory_bytes(trainer.runtime.device)
+        self.n_turns = _round(trainer, trainer.growth.n_blocks(0))
         self.seconds: list[float] = []
         self.told = False
 
@@ -85,20 +88,12 @@ class FirstSteps(Sink):
             self.told = True
             windows, growth = self.trainer.windows, self.trainer.growth
             measured = range(WARMUP_STEPS, len(self.seconds))
-            step_s = _of_rounds([self.seconds[step] / growth.cost(step) for step in measured], self.n_turns)
+            whole_s = [self.seconds[step] / growth.cost(growth.n_blocks(step)) for step in measured]
+            step_s = _of_rounds(whole_s, self.n_turns)
             length = statistics.mean(windows.config.length / windows.n_pieces(step) for step in measured)
-            self.tell(_extrapolate(self.trainer, self.final, step_s, self._memory_bytes(), length))
-
-    def _memory_bytes(self) -> int | None:
-        """Peak memory once all blocks take part, if that of the first steps is known."""
-        peak_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
-        if peak_bytes is None or self.before_bytes is None:
-            return peak_bytes
-        model, every = self.trainer.model.config, self.trainer.state.every
-        # With the blocks grow their gradients and moments and what they keep for the backward pass, not the table's.
-        of_table_bytes = 3 * self.trainer.model.head_weight.nbytes
-        of_blocks_bytes = max(0, peak_bytes - self.before_bytes - of_table_bytes)
-        return peak_bytes + round(of_blocks_bytes * (model.n_layer / in_use(model, every).n_layer - 1))
+            peak_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
+            memory_bytes = None if peak_bytes is None else peak_bytes + _joining_bytes(self.trainer)
+            self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, length))
 
 
 def measure(trainer: Trainer, final: str) -> Estimate:
@@ -115,7 +110,7 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     batch = gather(trainer.train_tokens, windows.take(range(n_windows), axis=0, mode="wrap"), length)
     before_bytes = machine.peak_memory_bytes(runtime.device)
     clip, steps = recipe.optim.clip, list[StepResult]()
-    n_turns = recipe.optim.turns_of(trainer.model.config.n_layer)
+    n_turns = _round(trainer, trainer.model.config.n_layer)
     while not _enough([step.seconds for step in steps], n_turns):
         steps.append(
             training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
@@ -134,6 +129,13 @@ def _enough(seconds: Sequence[float], n_turns: int) -> bool:
     n_measured = len(seconds) - WARMUP_STEPS
     enough = n_measured >= MEASURED_STEPS and sum(seconds[WARMUP_STEPS:]) >= MEASURED_S
     return enough and n_measured % n_turns == 0
+
+
+def _round(trainer: Trainer, n_blocks: int) -> int:
+    """Steps after which each of so many blocks has moved: 1 where steps differ in nothing."""
+    optim = trainer.recipe.optim
+    turns = optim.turns_of(trainer.model.config.n_layer) if optim.kind == "muon" else 1
+    return turns if n_blocks % turns else 1
 
 
 def _of_rounds(seconds: Sequence[float], n_turns: int) -> float:
@@ -158,8 +160,9 @@ def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int 
 
 def step_s_so_far(trainer: Trainer, metrics: Path) -> float | None:
     """The median seconds that a run's steps have taken, or would have if all blocks took part; None if it took none."""
+    n_layer, growth = trainer.model.config.n_layer, trainer.growth
     lines = [line for line in read_lines(metrics) if "train/step_s" in line]
-    seconds = [line["train/step_s"] / trainer.growth.cost(line["step"]) for line in lines]
+    seconds = [line["train/step_s"] / growth.cost(line.get("train/blocks", n_layer)) for line in lines]
     return statistics.median(seconds) if seconds else None
 
 
@@ -203,9 +206,21 @@ def _heldout_s(trainer: Trainer, end: int, step_s: float) -> float:
         return 0.0
     n_tokens = trainer.final_reads()["heldout/loss"]
     rule = trainer.stop_rule
-    begun = max(rule.state.heldout_at_step, trainer.windows.first_whole + 1 - rule.heldout_steps)
+    first = max(trainer.windows.first_whole, rule.n_growing) + 1
+    begun = max(rule.state.heldout_at_step, first - rule.heldout_steps)
     n_left = max(0, end - begun) // rule.heldout_steps
     return n_left * evaluation_s(trainer, n_tokens, step_s)
+
+
+def _joining_bytes(trainer: Trainer) -> int:
+    """Memory that the blocks which wait at first will add once they take part."""
+    model, recipe, windows = trainer.model.config, trainer.recipe, trainer.recipe.windows
+    n_blocks, copies = trainer.growth.n_blocks(0), trainer.runtime.dtype is not torch.float32
+    n_parameters = model.n_parameters() - replace(model, n_layer=n_blocks).n_parameters()
+    n_moments = 1 if recipe.optim.kind == "muon" else 2
+    of_parameters = n_parameters * (4 * (1 + n_moments) + 2 * copies)  # with the gradient
+    of_tokens = (model.n_layer - n_blocks) * KEPT_VALUES * model.n_embd * windows.micro * windows.length
+    return of_parameters + of_tokens * trainer.runtime.dtype.itemsize
 
 
 def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> int | None:

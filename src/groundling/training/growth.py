@@ -19,7 +19,7 @@ from groundling.corpus.windows import WindowConfig
 from groundling.errors import ConfigError
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.optimizer import OptimConfig
-from groundling.training.step import step_flops
+from groundling.training.step import flops_of_network, update_flops
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class GrowthConfig:
     """At first a run goes through the first of every so many blocks: with 2 through every second one. 1 begins with
     all."""
     fraction: float = 0.0
-    """Fraction of the schedule's steps, at its beginning, in which it does so; then the other blocks join, and the
-    target counts. Not used with init, whose blocks are all trained."""
+    """Fraction of the schedule's steps, at its beginning, in which it does so; then the other blocks join, and from
+    then on the target counts. A run with init begins with all blocks."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -41,40 +41,59 @@ class GrowthConfig:
                 f"growth.fraction is {self.fraction}: give a number from 0 to below 1, so that all blocks are trained"
             )
 
+    def n_steps(self, total_steps: int) -> int:
+        """The first steps of a schedule of so many, of which the last has all blocks."""
+        n_steps = math.floor(round(self.fraction * total_steps, 6)) if self.every > 1 else 0
+        return max(0, min(n_steps, total_steps - 1))
 
+
+@dataclass(frozen=True)
 class Growth:
-    """Which blocks the steps of a run are to go through, and what they cost."""
+    """Through which blocks the steps of a run go, and what they cost."""
 
-    def __init__(
-        self, config: GrowthConfig, model: GPTConfig, windows: WindowConfig, optim: OptimConfig, total_steps: int
-    ) -> None:
-        """`model` is the network that is computed, `total_steps` the length of the schedule."""
-        self.config = config
-        first_network = in_use(model, config.every)
-        grows = first_network != model
-        self.n_steps = math.floor(round(config.fraction * total_steps, 6)) if grows else 0
-        """Steps at the beginning in which not all blocks take part."""
-        first, whole = (sum(step_flops(size, windows, optim, windows.mean_length)) for size in (first_network, model))
-        self.first_cost = first / whole
-        """What one of them costs beside one of all blocks, in matrix operations."""
+    every: int
+    """The first `n_steps` steps go through the first of every so many blocks, the others through all."""
+    n_steps: int
+    model: GPTConfig
+    """The network that is computed."""
+    windows: WindowConfig
+    optim: OptimConfig
 
-    def every(self, step: int) -> int:
+    def block_stride(self, step: int) -> int:
         """This step goes through the first of every so many blocks."""
-        return self.config.every if step < self.n_steps else 1
+        return self.every if step < self.n_steps else 1
 
-    def cost(self, step: int) -> float:
-        """What this step costs beside one of all blocks."""
-        return self.first_cost if step < self.n_steps else 1.0
+    def n_blocks(self, step: int) -> int:
+        """Through how many blocks this step goes."""
+        return in_use(self.model, self.block_stride(step)).n_layer
+
+    def cost(self, n_blocks: int) -> float:
+        """Matrix operations of a step through so many blocks, its update included, beside those of one through all."""
+        return self._flops(n_blocks) / self._flops(self.model.n_layer)
 
     def whole_steps(self, first: int, last: int) -> float:
-        """How many steps of all blocks cost as much as those from `first` to before `last`."""
+        """How many steps through all blocks cost as much as those from `first` to before `last`."""
         n_first = max(0, min(last, self.n_steps) - first)
-        return n_first * self.first_cost + max(0, last - first - n_first)
+        return n_first * self.cost(self.n_blocks(0)) + max(0, last - first - n_first)
+
+    def resumed(self, n_steps: int, block_stride: int, n_growing: int) -> Growth:
+        """What the plan comes to after so many steps, of which the last used every so manieth block, the first
+        `n_growing` not all.
+
+        Blocks that have joined stay, whatever length the schedule has now, and those that wait are the same ones.
+        """
+        if block_stride == 1:
+            return replace(self, n_steps=n_growing)
+        return replace(self, every=block_stride, n_steps=max(self.n_steps, n_steps))
+
+    def _flops(self, n_blocks: int) -> float:
+        of_network = flops_of_network(replace(self.model, n_layer=n_blocks), self.windows, self.windows.mean_length)
+        return of_network + update_flops(self.model, self.optim) * n_blocks / self.model.n_layer
 
 
-def in_use(model: GPTConfig, every: int) -> GPTConfig:
+def in_use(model: GPTConfig, block_stride: int) -> GPTConfig:
     """The size of what is computed where only the first of every so many blocks take part."""
-    return replace(model, n_layer=math.ceil(model.n_layer / every))
+    return replace(model, n_layer=math.ceil(model.n_layer / block_stride))
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ PLAIN_INTERVAL_S = 10.0
 RATE_STEPS = 20
 """Steps over which the time per step is averaged."""
 UNSTEADY_STEPS = 2
-"""First steps of a process, which compile and allocate: their time says nothing of the others'."""
+"""First steps of a process, or of blocks that have joined, which compile and allocate: they do not tell the others'
+time."""
 
 EVALUATIONS = ("corpus/loss", "corpus/loss_offset", "heldout/loss")
 
@@ -70,6 +71,7 @@ class Terminal(Sink):
         self.live: Progress | None = None
         self.step_times: deque[float] = deque(maxlen=RATE_STEPS)
         self.n_unsteady = UNSTEADY_STEPS
+        self.n_blocks: float | None = None
         self.printed_at = -PLAIN_INTERVAL_S
         if self.console.is_terminal:
             self.live = Progress(BarColumn(bar_width=8), TextColumn("{task.description}"), console=self.console)
@@ -107,6 +109,8 @@ class Terminal(Sink):
             self.live.stop()
 
     def _line(self, step: int, metrics: Metrics) -> str:
+        if (n_blocks := metrics.get("train/blocks")) != self.n_blocks:  # compiled anew, and new memory is met
+            self.n_blocks, self.n_unsteady = n_blocks, UNSTEADY_STEPS
         if self.n_unsteady:
             self.n_unsteady -= 1
         else:

@@ -8,7 +8,7 @@ import torch
 
 from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
 from groundling.corpus.shards import Tokens, occurring_ids
-from groundling.corpus.windows import WindowConfig
+from groundling.corpus.windows import WindowConfig, steps_per_pass
 from groundling.model.compact import CompactGPT2, HeadVocabulary
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.model.positions import InitialPositions, make_waves
@@ -35,6 +35,10 @@ class Recipe:
     initial_positions: InitialPositions = "random"
     growth: GrowthConfig = field(default_factory=GrowthConfig)
 
+    def total_steps(self, train: Tokens) -> int:
+        """Length of the schedule over this text."""
+        return self.schedule.steps(steps_per_pass(len(train), self.windows))
+
 
 def new_model(recipe: Recipe, train: Tokens) -> GPT2:
     """The network that a run of this recipe over this text begins with, drawn by its seed."""
@@ -42,7 +46,7 @@ def new_model(recipe: Recipe, train: Tokens) -> GPT2:
     full = GPT2(recipe.model)
     if recipe.initial_positions == "waves":
         make_waves(full)
-    if recipe.growth.fraction:
+    if recipe.growth.n_steps(recipe.total_steps(train)):
         let_wait(full, recipe.growth.every)
     if recipe.head_vocabulary == "full":
         return full

@@ -6,6 +6,7 @@ stands beside it.
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 import sys
@@ -18,6 +19,7 @@ from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
 from groundling.model.compact import CompactGPT2
 from groundling.training import checkpoint
+from groundling.training.growth import in_use
 from groundling.training.metrics import read_lines
 from groundling.training.run_folder import INITIAL
 from groundling.training.step import flops_per_token
@@ -25,8 +27,13 @@ from groundling.training.trainer import Trainer
 
 
 def median_of(metrics: Path, name: str) -> float | None:
-    """The median of a metric over the run's steps, or None if it took none."""
-    values = [line[name] for line in read_lines(metrics) if name in line]
+    """The median of a metric over the run's steps through all blocks, or, if there are none, over those through fewer.
+
+    None if it took none at all.
+    """
+    lines = [line for line in read_lines(metrics) if name in line]
+    most = max((line.get("train/blocks", math.inf) for line in lines), default=0)
+    values = [line[name] for line in lines if line.get("train/blocks", math.inf) == most]
     return statistics.median(values) if values else None
 
 
@@ -61,6 +68,8 @@ def make_record(
 
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
     `matrix_ceiling_flops` and `mfu` are those of the steps: a ceiling measured since, on resuming, is not theirs.
+    `blocks` took part in the last step, and not all in the first `growing_steps`, of which `tokens_per_s` and `mfu`
+    leave out the speed.
     `n_seen` is the number of ids that have a row of their own in the head, if the others share one; `mfu` counts the
     matrix products that were computed then, `parameters` those of the full model that was saved.
     """
@@ -75,6 +84,8 @@ def make_record(
         "initial_weights_sha256": identity[INITIAL],
         "window": trainer.recipe.windows.length,
         "steps": state.n_steps,
+        "blocks": in_use(trainer.recipe.model, state.block_stride).n_layer,
+        "growing_steps": state.n_growing,
         "loss": str(objective),
         "goldfish_dropped": dropped_share(trainer.train_tokens, objective) if objective.loss == "goldfish" else None,
         "head_vocabulary": trainer.recipe.head_vocabulary,

@@ -43,7 +43,7 @@ MACHINE: Kinds = {
 
 SETTINGS: Kinds = {"preset": TEXT, "text": (dict,)}
 SETTINGS_MAY: Kinds = {
-    **dict.fromkeys(("model", "windows", "objective", "optim", "schedule", "stopping", "sampling"), (dict,)),
+    **dict.fromkeys(("model", "windows", "objective", "optim", "schedule", "growth", "stopping", "sampling"), (dict,)),
     **dict.fromkeys(("checkpoint", "evaluation", "runtime", "logging"), (dict,)),
     "prompts": (list,),
 }

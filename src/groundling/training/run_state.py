@@ -26,8 +26,10 @@ class RunState:
     """In fp16."""
     peak_memory_bytes: int = 0
     """The largest of all parts of the run that have saved."""
-    every: int = 1
-    """Steps go through the first of every so many blocks; the others have not joined yet."""
+    block_stride: int = 1
+    """Steps go through the first of every so many blocks; with more than 1, the others have not joined yet."""
+    n_growing: int = 0
+    """Steps that did not go through all blocks."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunState:

@@ -91,8 +91,12 @@ def flops_per_token(config: GPTConfig, window: float) -> float:
 
 def step_flops(config: GPTConfig, windows: WindowConfig, optim: OptimConfig, mean_length: float) -> tuple[float, float]:
     """Matrix FLOP of a step: those of the network in windows of this mean length, and those of its update."""
-    of_network = windows.batch_size * windows.length * flops_per_token(config, mean_length)
-    return of_network, update_flops(config, optim)
+    return flops_of_network(config, windows, mean_length), update_flops(config, optim)
+
+
+def flops_of_network(config: GPTConfig, windows: WindowConfig, mean_length: float) -> float:
+    """Matrix FLOP of a step in windows of this mean length, without its update."""
+    return windows.batch_size * windows.length * flops_per_token(config, mean_length)
 
 
 def network_share(config: GPTConfig, windows: WindowConfig, optim: OptimConfig) -> float:

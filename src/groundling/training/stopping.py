@@ -209,7 +209,7 @@ class StopRule:
         self.state.look = Look(self.config.measure, n_steps, loss, self.state.loss_ema)
 
     def reached(self, n_steps: int) -> bool:
-        """Whether the measured loss of a network of which all blocks were trained is known to be below the target."""
+        """Whether the measured loss is known to be below the target after so many steps, and all blocks take part."""
         if n_steps <= self.n_growing:
             return False
         if self.config.measure == "train/loss":
@@ -224,7 +224,8 @@ class StopRule:
 
     def heldout_due(self, n_steps: int) -> bool:
         """Whether heldout/loss should be taken after so many steps."""
-        return bool(self.config.patience) and n_steps - self.state.heldout_at_step >= self.heldout_steps
+        waited = n_steps - self.state.heldout_at_step
+        return bool(self.config.patience) and n_steps > self.n_growing and waited >= self.heldout_steps
 
     def observe_heldout(self, n_steps: int, loss: float) -> None:
         """Take in a heldout/loss."""

@@ -16,7 +16,7 @@ import torch
 from groundling import machine
 from groundling.corpus.shards import Tokens
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.corpus.windows import Batch, Windows, steps_per_pass
+from groundling.corpus.windows import Batch, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import FORWARD_SHARE, Evaluator, LossSum, n_tokens_read
 from groundling.model.gpt2 import GPT2
@@ -59,7 +59,7 @@ class Trainer:
         self.checkpoints, self.ceiling_flops = checkpoints, ceiling_flops
         self.sinks = Sinks()
         """Where metrics go; a caller that wants any sets it."""
-        self.total_steps = recipe.schedule.steps(steps_per_pass(len(train), recipe.windows))
+        self.total_steps = recipe.total_steps(train)
         self.windows = Windows(train, recipe.windows, recipe.seed, recipe.objective, self.total_steps)
         assert initial is None or initial.config == recipe.model, "the recipe is of another network"
         assert initial is None or recipe.head_vocabulary == "full", "its rows would be lost"
@@ -68,11 +68,14 @@ class Trainer:
         if runtime.compile:
             self.loss_sum = CompiledLoss(self.model.loss_sum, recipe.windows.shapes, lambda said: self.sinks.note(said))
         product_format = torch.bfloat16 if runtime.dtype is torch.bfloat16 else torch.float32
-        self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
+        native, stride = runtime.kernels == "native", recipe.growth.every
+        self.optimizer = make_optimizer(self.model, recipe.optim, native, product_format, stride)
         self.signals = StopSignals()
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
-        self.growth = Growth(recipe.growth, self.model.config, recipe.windows, recipe.optim, self.total_steps)
-        self.state, self.stop_rule = RunState(every=self.growth.every(0)), self._new_stop_rule()
+        n_growing, size = recipe.growth.n_steps(self.total_steps), self.model.config
+        self.growth = Growth(recipe.growth.every, n_growing, size, recipe.windows, recipe.optim)
+        self.state, self.stop_rule = RunState(block_stride=self.growth.block_stride(0)), self._new_stop_rule()
+        assert initial is None or not n_growing, "its trained blocks would be skipped"
         self.saved_step: int | None = None
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
@@ -112,22 +115,24 @@ class Trainer:
         for newer, wrong in damaged.items():
             aside = checkpoint.set_aside(newer)
             self.sinks.note(f"warning: {newer} is damaged ({wrong}): kept as {aside.name}, the one before it is used")
-        self.stop_rule = self._new_stop_rule()
         if path is None:
+            self.stop_rule = self._new_stop_rule()
             self.model.load_state_dict(new_model(self.recipe, self.train_tokens).state_dict())
             self.optimizer.state.clear()
-            self.state = RunState(every=self.growth.every(0))
+            self.state = RunState(block_stride=self.growth.block_stride(0))
         else:
             checkpoint.restore(path, self.model, self.optimizer)
             state = checkpoint.load_state(path)
-            self.stop_rule.state = StopState.from_json(state.pop("stop"))
+            stop = StopState.from_json(state.pop("stop"))
             self.state = RunState.from_json(state)
-            if self.state.every == 1:  # its blocks have joined, and stay, whatever length the schedule has now
-                self.growth.n_steps = self.stop_rule.n_growing = min(self.growth.n_steps, self.state.n_steps)
+            self.growth = self.growth.resumed(self.state.n_steps, self.state.block_stride, self.state.n_growing)
+            self.stop_rule = self._new_stop_rule()
+            self.stop_rule.state = stop
             self.saved_step, self.looked = self.state.n_steps, False
             self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
             if self.window_changed:
                 self.stop_rule.state.forget_losses()
+        self._use_blocks(self.state.block_stride)
         self.sinks.rewind(self.state.n_steps, keep_losses=not self.window_changed)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
 
@@ -242,7 +247,7 @@ class Trainer:
     def _take_step(self) -> None:
         """One step, counted and written down; or, if it was not finite, what follows from that."""
         recipe, step = self.recipe, self.state.n_steps
-        self._grow(step)
+        self._use_blocks(self.growth.block_stride(step))
         batch = self.windows.batch(step)
         rate = learning_rate(recipe.schedule, step, self.total_steps)
         result = training_step(
@@ -257,6 +262,7 @@ class Trainer:
             self.state.loss_scale.value if self.scales_loss else 1.0,
         )
         self.state.n_steps += 1
+        self.state.n_growing += self.state.block_stride > 1
         self.state.tokens_seen += batch.n_read
         self.trained = result.finite or not batch.n_targets
         if result.finite and batch.n_pieces == 1:  # in pieces, of which each has a beginning, a text is harder
@@ -267,20 +273,20 @@ class Trainer:
         else:  # a few targets a step, or a text that repeats itself: no failure of the numbers
             self.sinks.note(f"step {step}: goldfish loss drops all its targets, so there is no update")
 
-    def _grow(self, step: int) -> None:
-        """Let the blocks join when their time has come."""
-        planned, state, transformer = self.growth.every(step), self.state, self.model.transformer
-        if state.every > planned and state.every % planned == 0:
-            state.every = planned
-            self.sinks.note(f"step {step}: all {self.model.config.n_layer} blocks take part from here on")
-        if transformer.every != state.every:
-            transformer.every = state.every
+    def _use_blocks(self, block_stride: int) -> None:
+        """Go through the first of every so many blocks from here on."""
+        state, transformer = self.state, self.model.transformer
+        if state.block_stride > block_stride:
+            state.block_stride = block_stride
+            self.sinks.note(f"step {state.n_steps}: all {self.model.config.n_layer} blocks take part from here on")
+        if transformer.block_stride != block_stride:
+            transformer.block_stride = block_stride
             if isinstance(self.loss_sum, CompiledLoss):
                 self.loss_sum.expect_another_network()
 
     def _write(self, step: int, result: StepResult, rate: float, batch: Batch) -> None:
         tokens_per_s = batch.n_read / result.seconds
-        network = in_use(self.model.config, self.state.every)
+        network = in_use(self.model.config, self.state.block_stride)
         reached_flops = tokens_per_s * flops_per_token(network, batch.inputs.size(1))
         if reached_flops > self.ceiling_flops:
             self._raise_ceiling(reached_flops)
@@ -294,7 +300,7 @@ class Trainer:
             "train/mfu": reached_flops / self.ceiling_flops,
             "train/step_s": result.seconds,
         }
-        if self.growth.n_steps:
+        if self.state.n_growing:
             metrics["train/blocks"] = network.n_layer
         if self.scales_loss:
             metrics["train/loss_scale"] = self.state.loss_scale.value
