@@ -28,7 +28,7 @@ from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_
 from groundling.training.growth import in_use
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
-from groundling.training.record import judgement, make_record
+from groundling.training.record import blocks_in_words, judgement, make_record
 from groundling.training.run_folder import RunFolder, find_checkpoint
 from groundling.training.signals import StopSignals
 from groundling.training.stopping import reason_in_words
@@ -245,6 +245,8 @@ def _print_result(record: dict[str, Any], target: float) -> None:
     if record.get("goldfish_dropped") is not None:
         print(f"loss                {record['loss']}: {100 * record['goldfish_dropped']:.1f} % dropped")
     print(f"steps               {record['steps']:,} = {passes:.1f} passes over the text in {wall_s}")
+    if blocks := blocks_in_words(record):
+        print(f"blocks              {blocks}")
     if record["tokens_per_s"]:
         print(f"speed               {record['tokens_per_s']:,.0f} tokens/s, {record['mfu']:.0%} of the matrix ceiling")
     print(f"corpus/loss         {_verdict(record['corpus_loss'], target, 'on the grid')}")

@@ -22,6 +22,7 @@ from typing import Any
 from groundling.evaluation.report import duration, finite, number, percent
 from groundling.files import write_text
 from groundling.interop.trained import Trained, printable
+from groundling.training.record import blocks_in_words
 
 TEMPLATE = "model_card.md.jinja"
 CURVE = "loss.png"
@@ -254,6 +255,8 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
     facts: dict[str, str] = {}
     if "steps" in record:
         facts["steps"] = f"{record['steps']:,}"
+    if blocks := blocks_in_words(record):
+        facts["blocks"] = blocks
     if "train_loss" in record:  # of another program's checkpoint: nothing else is known
         facts["loss of the last batch, as its checkpoint says"] = f"{record['train_loss']:.4g}"
     if "passes" in record:

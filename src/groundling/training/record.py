@@ -10,6 +10,7 @@ import math
 import shlex
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from groundling.training.metrics import read_lines
 from groundling.training.run_folder import INITIAL
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
+
+
+def values_of(metrics: Path, name: str) -> list[float]:
+    """A metric of every step that has it."""
+    return [line[name] for line in read_lines(metrics) if name in line]
 
 
 def median_of(metrics: Path, name: str) -> float | None:
@@ -54,6 +60,15 @@ def judgement(loss: float, target: float, what: str) -> str:
     return f"{'known' if loss < target else 'not known'} {what} (target {target})"
 
 
+def blocks_in_words(record: Mapping[str, Any]) -> str | None:
+    """How many blocks the steps of a recorded run went through; None if all went through all."""
+    if not (n_growing := record.get("growing_steps")):
+        return None
+    then = f"then {record['blocks']}" if n_growing < record["steps"] else "and no more yet"
+    first = "step" if n_growing == 1 else f"{n_growing:,} steps"
+    return f"{record['growing_blocks']} in the first {first}, {then}"
+
+
 def make_record(
     trainer: Trainer,
     stop_reason: str,
@@ -68,13 +83,14 @@ def make_record(
 
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
     `matrix_ceiling_flops` and `mfu` are those of the steps: a ceiling measured since, on resuming, is not theirs.
-    `blocks` took part in the last step, and not all in the first `growing_steps`, of which `tokens_per_s` and `mfu`
-    leave out the speed.
+    `blocks` took part in the last step, `growing_blocks` in the first `growing_steps`, whose speed `tokens_per_s` and
+    `mfu` leave out.
     `n_seen` is the number of ids that have a row of their own in the head, if the others share one; `mfu` counts the
     matrix products that were computed then, `parameters` those of the full model that was saved.
     """
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
+    n_blocks = in_use(trainer.recipe.model, state.block_stride).n_layer
     assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.recipe.model.n_parameters(),
@@ -84,7 +100,8 @@ def make_record(
         "initial_weights_sha256": identity[INITIAL],
         "window": trainer.recipe.windows.length,
         "steps": state.n_steps,
-        "blocks": in_use(trainer.recipe.model, state.block_stride).n_layer,
+        "blocks": n_blocks,
+        "growing_blocks": int(min([n_blocks, *values_of(metrics, "train/blocks")])),
         "growing_steps": state.n_growing,
         "loss": str(objective),
         "goldfish_dropped": dropped_share(trainer.train_tokens, objective) if objective.loss == "goldfish" else None,

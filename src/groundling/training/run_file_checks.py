@@ -33,6 +33,8 @@ RECORD: Kinds = {
     "compiled": (bool,),
 }
 """What a record holds, of all that is read again."""
+RECORD_MAY: Kinds = dict.fromkeys(("blocks", "growing_blocks", "growing_steps"), WHOLE)
+"""What an older version's does not."""
 MACHINE: Kinds = {
     **dict.fromkeys(("cpu", "system"), TEXT),
     "gpu": (str, NONE),
@@ -63,6 +65,7 @@ SECTIONS: Mapping[str, Kinds] = {
 def check_record(record: Mapping[str, Any]) -> None:
     """Raises ValueError if this is no whole record of a run (see `record.make_record`)."""
     _check(record, RECORD)
+    _check(record, _present(RECORD_MAY, record))
     _check(record["machine"], MACHINE, "machine.")
     _check_texts(record["machine"]["flags"], "flags")
     _check_texts(record["versions"].values(), "versions")

@@ -1,0 +1,54 @@
+"""What the commands say of runs whose blocks wait."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from groundling.cli import main
+
+from .bottles import train
+
+
+def blocks_of(run: str) -> tuple[int, int, int]:
+    record = json.loads((Path(run) / "record.json").read_text())
+    return record["blocks"], record["growing_blocks"], record["growing_steps"]
+
+
+def test_a_run_that_ends_while_blocks_wait_says_so(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its record, too; and how it went on."""
+    growing = ("--growth.every", "2", "--growth.fraction", "0.125", "--schedule.total_steps", "16")
+    size = ("--model.n_layer", "3", "--evaluation.final", "none")
+    assert main(train("--max-steps", "1", "--out", "runs/waiting", *growing, *size)) == 0
+    printed = capsys.readouterr()
+    assert "warning: 2 of 3 blocks were trained, and the others, which were to join at step 2, add" in printed.err
+    assert "blocks              2 in the first step, and no more yet" in printed.out
+    assert blocks_of("runs/waiting") == (2, 2, 1)
+    assert main(["train", "--resume", "--out", "runs/waiting", "--max-steps", "3", "--growth.fraction", "0.2"]) == 0
+    printed = capsys.readouterr()
+    assert "growth.fraction was 0.125 and is 0.2 now" in printed.err
+    assert "blocks that have joined stay" in printed.err
+    assert "blocks              2 in the first 3 steps, and no more yet" in printed.out
+    assert main(["train", "--resume", "--out", "runs/waiting", "--max-steps", "5"]) == 0
+    printed = capsys.readouterr()
+    assert "step 3: all 3 blocks take part from here on" in printed.err
+    assert "add nothing yet" not in printed.err
+    assert "blocks              2 in the first 3 steps, then 3" in printed.out
+    assert blocks_of("runs/waiting") == (3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--growth.every", "2", "--growth.fraction", "0"), "growth.every is not used: growth.fraction is 0"),
+        (("--growth.every", "1", "--growth.fraction", "0.5"), "growth.fraction is not used: growth.every is 1"),
+    ],
+)
+def test_growth_that_is_none_is_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], words: str
+) -> None:
+    out = workplace / "runs" / f"idle{given[1]}"
+    assert main(train("--max-steps", "1", "--evaluation.final", "none", "--out", str(out), *given)) == 0
+    assert words in capsys.readouterr().err
