@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from groundling.cli import main
+from groundling.commands import session
 
 from .bottles import train
 
@@ -37,6 +38,33 @@ def test_a_run_that_ends_while_blocks_wait_says_so(workplace: Path, capsys: pyte
     assert "add nothing yet" not in printed.err
     assert "blocks              2 in the first 3 steps, then 3" in printed.out
     assert blocks_of("runs/waiting") == (3, 2, 3)
+
+
+GROWING = (
+    *("--growth.every", "2", "--growth.fraction", "0.5", "--schedule.total_steps", "8"),
+    *("--evaluation.final", "none", "--stopping.target", "0"),
+)
+
+
+def test_the_ceiling_on_record_is_the_one_that_was_measured(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though half of the steps go through one of two blocks, and most read their windows in pieces."""
+    monkeypatch.setattr(session, "_ceiling_flops", lambda resolved: 1e15)
+    pieces = ("--windows.pieces", "4", "--windows.short_fraction", "0.2")
+    assert main(train(*GROWING, *pieces, "--out", "runs/ceiling")) == 0
+    record = json.loads(Path("runs/ceiling/record.json").read_text())
+    assert record["growing_steps"] == 4
+    assert record["matrix_ceiling_flops"] == pytest.approx(1e15)
+
+
+def test_a_record_that_says_half_of_it_is_made_anew(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train(*GROWING, "--max-steps", "2", "--out", "runs/half")) == 0
+    path = Path("runs/half/record.json")
+    record = json.loads(path.read_text())
+    for wrong in ({}, {"growing_blocks": "two"}):
+        path.write_text(json.dumps({name: value for name, value in record.items() if name != "growing_blocks"} | wrong))
+        assert main(["train", "--resume", "--out", "runs/half"]) == 0
+        assert "blocks              1 in the first 2 steps, and no more yet" in capsys.readouterr().out
+        assert blocks_of("runs/half") == (1, 1, 2)
 
 
 @pytest.mark.parametrize(

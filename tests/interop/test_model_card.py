@@ -206,14 +206,17 @@ def test_a_run_without_a_record_gets_a_shorter_card_that_is_true(trained: Traine
         assert "StrictUndefined" not in card
     foreign = model_card.render(replace(trained, record={"steps": 2145, "train_loss": 0.0981}, folder=None), "fp32")
     assert "steps: 2,145" in foreign
-    assert "blocks:" not in foreign
+    assert "0.0981" in foreign
+    assert "Nothing more is recorded" in foreign
+    assert "model-index" not in foreign, "a batch's loss is not the text's"
+
+
+def test_a_card_says_how_many_blocks_were_trained_for_how_long(trained: Trained) -> None:
+    assert "blocks:" not in model_card.render(trained, "fp32")
     for blocks, n_growing, words in ((12, 219, "then 12"), (4, 494, "and no more yet")):
         growing = RECORD | {"blocks": blocks, "growing_blocks": 4, "growing_steps": n_growing}
         card = model_card.render(replace(trained, record=growing), "fp32")
         assert f"blocks: 4 in the first {n_growing} steps, {words}" in card
-    assert "0.0981" in foreign
-    assert "Nothing more is recorded" in foreign
-    assert "model-index" not in foreign, "a batch's loss is not the text's"
 
 
 def test_losses_that_evaluate_took_later_are_shown(trained: Trained) -> None:

@@ -18,7 +18,7 @@ from groundling.errors import ConfigError
 from groundling.evaluation.corpus_loss import LossSum
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.optim.optimizer import OptimConfig, make_optimizer
+from groundling.optim.optimizer import OptimConfig, deal_turns, make_optimizer
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
@@ -41,7 +41,7 @@ WINDOWS = WindowConfig(16, 4)
 
 
 def growth(config: GrowthConfig = GROWTH, model: GPTConfig = FOUR, total_steps: int = 40) -> Growth:
-    return Growth(config.every, config.n_steps(total_steps), model, WINDOWS, OptimConfig())
+    return Growth(config.every, config.n_steps(total_steps, model.n_layer), model, WINDOWS, OptimConfig())
 
 
 def blocks(model: GPT2, *layers: int) -> dict[str, torch.Tensor]:
@@ -84,6 +84,11 @@ def test_the_first_steps_are_a_fraction_of_the_schedule(config: GrowthConfig, to
     )
 
 
+def test_one_block_is_all_blocks() -> None:
+    assert growth(model=replace(FOUR, n_layer=1)).n_steps == 0
+    assert growth(model=replace(FOUR, n_layer=2)).n_steps == 5
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 def test_what_steps_cost(turns: int) -> None:
     """What a network of the blocks in use costs, and their part of the update, of which turns may have fewer."""
@@ -120,24 +125,25 @@ def test_blocks_that_wait_add_nothing(every: int) -> None:
 
 
 def test_blocks_that_wait_are_trained_once_they_take_part() -> None:
-    """All their parameters, the first step those that are zero, and through them the others."""
+    """The first step moves their projections, which are zero, and through these the next moves all."""
     torch.manual_seed(1)
     model = GPT2(FOUR)
     let_wait(model, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tokens = torch.randint(32, (2, 17))
-    before = blocks(model, *WAITING)
-    for _ in range(2):
+    for n_steps in (1, 2):
+        before = blocks(model, *WAITING)
         optimizer.zero_grad()
         model.loss_sum(tokens[:, :-1], tokens[:, 1:]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    assert not [name for name, weight in blocks(model, *WAITING).items() if weight.equal(before[name])]
+        moved = {name for name, weight in blocks(model, *WAITING).items() if not weight.equal(before[name])}
+        assert moved == {name for name in before if n_steps == 2 or "c_proj" in name}
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(weight_decay=0.1), OptimConfig(kind="muon", turns=3, weight_decay=0.1)])
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(kind="muon", turns=3)], ids=lambda optim: optim.kind)
 def test_a_run_goes_through_every_second_block_at_first(make_trainer: MakeTrainer, optim: OptimConfig) -> None:
     """The others are as they were drawn until the fifth step is over, and the checkpoint of that time is a GPT-2."""
-    sections = {"model": FOUR, "growth": GROWTH, "optim": optim}
+    sections = {"model": FOUR, "growth": GROWTH, "optim": replace(optim, weight_decay=0.1)}
     trainer, memory = make_trainer("first", **sections, stopping=StoppingConfig(max_steps=5))
     drawn = blocks(trainer.model, *WAITING)
     others = blocks(trainer.model, 0, 2)
@@ -150,12 +156,13 @@ def test_a_run_goes_through_every_second_block_at_first(make_trainer: MakeTraine
     evaluator = replace(trainer.evaluator, loss_sum=model.loss_sum)
     assert evaluator.loss(trainer.train_tokens) == loss
 
-    trainer, more = make_trainer("first", **sections)
+    sections = {"model": FOUR, "growth": GROWTH, "optim": optim}  # what moves now is moved by a gradient
+    trainer, more = make_trainer("first", **sections, stopping=StoppingConfig(max_steps=14))
     trainer.resume()
     trainer.train()
     assert not any(weight.equal(drawn[name]) for name, weight in blocks(trainer.model, *WAITING).items())
     lines = [line for line in memory.metrics + more.metrics if "train/loss" in line]
-    assert [line["train/blocks"] for line in lines] == [2] * 5 + [4] * 5
+    assert [line["train/blocks"] for line in lines] == [2] * 5 + [4] * 9
     assert "step 5: all 4 blocks take part from here on" in more.notes
 
 
@@ -225,7 +232,7 @@ def test_blocks_that_have_joined_stay(make_trainer: MakeTrainer) -> None:
         (GROWTH, SHORTER, [4, 4, 4, 4]),
     ],
 )
-def test_blocks_that_wait_go_on_to(
+def test_a_resumed_run_goes_through_the_same_blocks(
     make_trainer: MakeTrainer, growth: GrowthConfig, schedule: ScheduleConfig | None, expected: list[int]
 ) -> None:
     """Whatever a resumed run is told: no trained ones are left out, and no target is met without the others."""
@@ -269,9 +276,9 @@ def test_a_run_goes_back_to_when_blocks_waited(make_trainer: MakeTrainer) -> Non
 
 
 def test_a_run_of_an_older_version_has_all_blocks() -> None:
-    state = asdict(RunState(block_stride=2, n_growing=3))
-    assert RunState.from_json(state) == RunState(block_stride=2, n_growing=3)
-    del state["block_stride"], state["n_growing"]
+    state = asdict(RunState(block_stride=2, first_stride=2, n_growing=3))
+    assert RunState.from_json(state) == RunState(block_stride=2, first_stride=2, n_growing=3)
+    del state["block_stride"], state["first_stride"], state["n_growing"]
     assert RunState.from_json(state) == RunState()
 
 
@@ -301,16 +308,42 @@ def test_trained_blocks_cannot_be_made_to_wait(make_trainer: MakeTrainer) -> Non
         )
 
 
+@pytest.mark.parametrize("never", [GrowthConfig(every=3), GrowthConfig(fraction=0.5)])
+def test_a_run_that_does_not_grow_is_as_ever(make_trainer: MakeTrainer, never: GrowthConfig) -> None:
+    """Its blocks move in the same turns, too."""
+    optim = OptimConfig(kind="muon", turns=2)
+    plain, plain_memory = make_trainer("plain", model=FOUR, optim=optim)
+    plain.train()
+    trainer, memory = make_trainer("never", model=FOUR, optim=optim, growth=never)
+    trainer.train()
+    assert memory.losses() == plain_memory.losses()
+    assert "train/blocks" not in memory.metrics[0]
+
+
+def test_blocks_keep_the_turns_that_they_were_dealt(make_trainer: MakeTrainer) -> None:
+    """Also those of a run that is told to grow, or to grow otherwise, after it has begun."""
+    optim = OptimConfig(kind="muon", turns=2)
+    none, other = GrowthConfig(), GrowthConfig(3, 0.1)
+    for name, begun_with, resumed_with in (("a", GROWTH, none), ("b", none, GROWTH), ("c", GROWTH, other)):
+        first, _ = make_trainer(name, model=FOUR, optim=optim, growth=begun_with)
+        first.train()
+        again, _ = make_trainer(name, model=FOUR, optim=optim, growth=resumed_with)
+        again.resume()
+        turns = [[group.get("turn") for group in each.optimizer.param_groups] for each in (first, again)]
+        assert turns[0] == turns[1]
+
+
 @pytest.mark.parametrize(
     ("n_blocks", "block_stride", "turns"), [(12, 3, 3), (12, 2, 3), (4, 2, 2), (12, 4, 2), (5, 2, 2)]
 )
 def test_blocks_that_begin_take_turns_with_one_another(n_blocks: int, block_stride: int, turns: int) -> None:
     """Before the others join and after, equally many move in each step, or one more; and all by one count of steps."""
     model = GPT2(replace(FOUR, n_layer=n_blocks))
-    optimizer = make_optimizer(model, OptimConfig(kind="muon", turns=turns), block_stride=block_stride)
+    optimizer = make_optimizer(model, OptimConfig(kind="muon", turns=turns))
+    deal_turns(optimizer.param_groups, block_stride)
     names = [f"transformer.h.{layer}.attn.c_attn.weight" for layer in range(n_blocks)]
     weights_of = [model.get_parameter(name) for name in names]
-    for step in range(2 * turns + 2 * turns):
+    for step in range(4 * turns):
         first = step < 2 * turns + 1  # they join between two rounds
         before = [weight.detach().clone() for weight in weights_of]
         for layer, block in enumerate(model.transformer.h):
@@ -326,7 +359,7 @@ def test_blocks_that_begin_take_turns_with_one_another(n_blocks: int, block_stri
 
 
 @pytest.mark.parametrize("measure", ["corpus/loss", "train/loss"])
-def test_no_target_is_met_before_all_blocks_are_trained(make_trainer: MakeTrainer, measure: Any) -> None:
+def test_no_target_is_met_before_all_blocks_take_part(make_trainer: MakeTrainer, measure: Any) -> None:
     trainer, memory = make_trainer(model=FOUR, growth=GROWTH, stopping=StoppingConfig(9.0, measure, max_steps=10))
     assert trainer.train() == "target"
     assert trainer.state.n_steps == 6

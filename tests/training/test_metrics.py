@@ -147,6 +147,18 @@ def test_the_time_that_remains_is_of_steps_that_cost_more() -> None:
     assert terminal._line(11, {**measured, "train/step_s": 20.0}).endswith("ETA 0:00")
 
 
+def test_the_first_steps_of_blocks_that_join_do_not_count_for_it_either() -> None:
+    """They compile anew and meet new memory."""
+    terminal = Terminal(expected_steps=100)
+    measured = {"train/loss": 1.0, "train/loss_ema": 1.0, "train/tokens_per_s": 1.0, "train/mfu": 0.5}
+    for n_blocks, seconds, left in (
+        *((4, 9.0, "-"), (4, 9.0, "-"), (4, 1.0, "1:37")),
+        *((12, 60.0, "1:37"), (12, 30.0, "1:37"), (12, 1.0, "1:37")),
+    ):
+        line = terminal._line(2, {**measured, "train/step_s": seconds, "train/blocks": n_blocks})
+        assert line.endswith(f"ETA {left}")
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a first step was not finite; as drawn by rich, with the bar and the time that remains."""

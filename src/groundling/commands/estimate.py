@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
-from groundling.commands.session import estimate_lines, prepare
+from groundling.commands.costs import estimate_lines
+from groundling.commands.session import prepare
 from groundling.config import preset_path
 from groundling.training.estimate import measure
 

@@ -25,6 +25,7 @@ from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.extraction import CONTINUATION, N_POSITIONS, PROMPT_LENGTHS, SEED, Extractability
 from groundling.evaluation.predictions import Predictions, fitting_lengths
 from groundling.evaluation.report import (
+    blocks_in_words,
     duration,
     extractability_facts,
     finite,
@@ -318,6 +319,7 @@ class Report:
         facts["window"] = f"{self.run.window:,} tokens"
         facts["steps"] = f"{self.n_steps:,}"
         if self.record:
+            facts["blocks"] = blocks_in_words(self.record) or ""
             facts["passes over the text"] = f"{self.record['passes']:.1f}"
             facts["training took"] = duration(self.record["wall_s"])
             facts["it ended by"] = self.record["stop_reason"]

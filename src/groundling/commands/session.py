@@ -19,32 +19,24 @@ import torch
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import LISTS, SHORTCUTS, load_preset
 from groundling.commands.initial import FROM_INIT, open_initial, tokenizer_of, with_initial
-from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names
+from groundling.config import SHAKESPEARE_PROMPTS, RunConfig
 from groundling.corpus.beginnings import line_beginnings
 from groundling.corpus.goldfish import PLAIN, dropped_share
 from groundling.corpus.load import Corpus, is_token_file, load_corpus
-from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.corpus.windows import steps_per_pass
-from groundling.errors import CheckpointError, ConfigError, CorpusError
+from groundling.errors import CheckpointError, ConfigError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.schedule import warmup
 from groundling.runtime import Runtime
-from groundling.training.estimate import Estimate
-from groundling.training.growth import Growth
-from groundling.training.progress import clock, progress_bar
+from groundling.training.progress import progress_bar
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, INITIAL_POSITIONS, OPTIMIZER, RunFolder
-from groundling.training.step import flops_per_token, step_flops
+from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
 RUNS = Path("runs")
-
-LONG_RUN_S = 3 * 3600
-"""Estimates above this say what would finish sooner."""
-WORTH_SAVING = 0.05
-"""Share of a step's FLOP; a head over fewer ids is advised from here on."""
 
 MPS_TOKENS = 16_384
 """Logits of 21,000 tokens are more than the 4 GB at which PyTorch ends the process (pytorch#143477); of more than
@@ -363,45 +355,6 @@ def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
         if facts.get(what, choice) != choice:
             lines.append(f"warning: {what} was {choice} and is {facts[what]} now")
     return lines
-
-
-def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> list[str]:
-    """What this run over these tokens will cost, and, if that is more than three hours, what would finish sooner."""
-    lines = [estimate.sentence()]
-    if estimate.total_s > LONG_RUN_S:
-        sooner = []
-        for name in preset_names():
-            preset = load_preset(name)
-            try:
-                corpus = load_corpus(preset.text, runtime.cache_dir())
-            except (CorpusError, OSError):  # its text cannot be had here: the run that goes on does not need it
-                continue
-            preset = with_vocabulary(preset, corpus)
-            seconds = run_flops(preset, corpus.train.n_tokens) / estimate.achieved_flops
-            if name != config.preset and seconds < estimate.train_s:
-                sooner.append(f"--preset {name} (about {clock(seconds)})")
-        if config.head_vocabulary == "full" and not config.init:
-            n_rows = len(occurring_ids(tokens, config.model.n_vocab)) + 1
-            seen = replace(config, model=replace(config.model, n_vocab=n_rows))
-            left = run_flops(seen, len(tokens)) / run_flops(config, len(tokens))
-            if 1 - left >= WORTH_SAVING:
-                sooner.append(f"--head-vocabulary seen (about {clock(left * estimate.train_s)})")
-        advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
-        lines.append(f"warning: this is more than {clock(LONG_RUN_S)}; {advice}; going on")
-    return lines
-
-
-def run_flops(config: RunConfig, n_tokens: int) -> float:
-    """Matrix FLOP that a run is expected to spend a text of so many tokens."""
-    total_steps = planned_steps(config, n_tokens)
-    n_growing = config.growth.n_steps(total_steps)
-    growth = Growth(config.growth.every, n_growing, config.model, config.windows, config.optim)
-    return growth.whole_steps(0, config.stopping.steps(total_steps)) * sum(_flops_of_a_step(config))
-
-
-def _flops_of_a_step(config: RunConfig) -> tuple[float, float]:
-    """Of a step through all blocks."""
-    return step_flops(config.model, config.windows, config.optim, config.windows.mean_length)
 
 
 def planned_steps(config: RunConfig, n_tokens: int) -> int:

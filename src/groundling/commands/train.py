@@ -12,11 +12,12 @@ from typing import Any
 
 from groundling import kernels, machine, runtime
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
+from groundling.commands.costs import estimate_lines
 from groundling.commands.initial import check_begun
-from groundling.commands.session import Prepared, changes_lines, estimate_lines, new_run_path, newest_run, prepare, say
+from groundling.commands.session import Prepared, changes_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
-from groundling.evaluation.report import finite
+from groundling.evaluation.report import blocks_in_words, finite
 from groundling.files import locked, write_json, write_text
 from groundling.generation.open import open_decoder
 from groundling.generation.text import continue_text
@@ -28,7 +29,7 @@ from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_
 from groundling.training.growth import in_use
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
-from groundling.training.record import blocks_in_words, judgement, make_record
+from groundling.training.record import judgement, make_record
 from groundling.training.run_folder import RunFolder, find_checkpoint
 from groundling.training.signals import StopSignals
 from groundling.training.stopping import reason_in_words
@@ -209,7 +210,7 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
 
     first_steps = FirstSteps(trainer, config.evaluation.final, tell)
     extra = [TensorBoard(folder.path / "tensorboard")] if config.logging.tensorboard else []
-    terminal = Terminal(trainer.expected_steps, trainer.growth.whole_steps)
+    terminal = Terminal(trainer.expected_steps, lambda first, last: trainer.growth.whole_steps(first, last))
     sinks = Sinks(JsonLines(folder.metrics), terminal, first_steps, *extra)
     try:
         yield sinks

@@ -122,6 +122,15 @@ def render(
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
 
 
+def blocks_in_words(record: Mapping[str, Any]) -> str | None:
+    """How many blocks the steps of a recorded run went through; None if all went through all."""
+    if not (n_growing := record.get("growing_steps")):
+        return None
+    then = f"then {record['blocks']}" if n_growing < record["steps"] else "and no more yet"
+    first = "step" if n_growing == 1 else f"{n_growing:,} steps"
+    return f"{record['growing_blocks']} in the first {first}, {then}"
+
+
 def percent(share: float | None) -> str:
     """A share in per cent, with a decimal where it says something; never 0 or 100 but for none and all."""
     if share is None:

@@ -19,10 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from groundling.evaluation.report import duration, finite, number, percent
+from groundling.evaluation.report import blocks_in_words, duration, finite, number, percent
 from groundling.files import write_text
 from groundling.interop.trained import Trained, printable
-from groundling.training.record import blocks_in_words
 
 TEMPLATE = "model_card.md.jinja"
 CURVE = "loss.png"

@@ -72,16 +72,11 @@ class OptimConfig:
 
 
 def make_optimizer(
-    model: nn.Module,
-    config: OptimConfig,
-    native: bool = False,
-    product_format: torch.dtype = torch.float32,
-    block_stride: int = 1,
+    model: nn.Module, config: OptimConfig, native: bool = False, product_format: torch.dtype = torch.float32
 ) -> FusedAdamW:
     """The optimizer of the model's parameters, AdamW by PyTorch or by our own kernel for CPUs.
 
-    The learning rate is set at each step. `product_format` is that of Muon's products. The first of every
-    `block_stride` blocks, which may be alone at first, take turns with one another.
+    The learning rate is set at each step. `product_format` is that of Muon's products.
     Raises `BuildError` if our kernel is asked for and cannot be compiled.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -91,7 +86,7 @@ def make_optimizer(
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if everything or p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if not everything and p.ndim < 2], "weight_decay": 0.0},
-        *_muon_groups(in_blocks.items(), config, product_format, block_stride),
+        *_muon_groups(in_blocks.items(), config, product_format),
     ]
     groups = [group for group in groups if group["params"]]
     if config.kind == "muon":
@@ -102,7 +97,7 @@ def make_optimizer(
 
 
 def _muon_groups(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, product_format: torch.dtype, block_stride: int
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, product_format: torch.dtype
 ) -> list[dict[str, Any]]:
     """One of each block for the matrix that makes queries, keys and values, which is three, and one for the others."""
     by_block: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -112,10 +107,18 @@ def _muon_groups(
     last = max((block for block, _ in by_block), default=0)
     muon = {"momentum": config.momentum, "product_format": product_format, "weight_decay": config.weight_decay}
     turns = config.turns_of(last + 1)
-    in_order = sorted(range(last + 1), key=lambda block: (block % block_stride > 0, block))
-    turn_of = {block: place % turns for place, block in enumerate(in_order)}
     groups: list[dict[str, Any]] = []
     for (block, parts), params in by_block.items():
-        share, turn = config.last_block_share ** (block / max(1, last)), turn_of[block]
-        groups.append({"params": params, "parts": parts, "share": share, "turns": turns, "turn": turn, **muon})
+        share = config.last_block_share ** (block / max(1, last))
+        groups.append({"params": params, "parts": parts, "share": share, "turns": turns, "block": block, **muon})
+    deal_turns(groups, 1)
     return groups
+
+
+def deal_turns(groups: Iterable[dict[str, Any]], block_stride: int) -> None:
+    """Say in which turn a block's matrices move, of an optimizer's groups: the first of every so many blocks, which may
+    be alone at first, take turns with one another, and then the others do."""
+    of_blocks = [group for group in groups if "block" in group]
+    in_order = sorted({group["block"] for group in of_blocks}, key=lambda block: (block % block_stride > 0, block))
+    for group in of_blocks:
+        group["turn"] = in_order.index(group["block"]) % group["turns"]

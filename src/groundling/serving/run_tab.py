@@ -12,7 +12,7 @@ from typing import Any
 
 from groundling.errors import CheckpointError
 from groundling.evaluation.charts import training_chart
-from groundling.evaluation.report import MEANINGS, duration, finite, percent, verdict_words
+from groundling.evaluation.report import MEANINGS, blocks_in_words, duration, finite, percent, verdict_words
 from groundling.json_files import read_object
 from groundling.serving.page_html import escape
 from groundling.training.checkpoint import load_state, weights_sum
@@ -134,6 +134,7 @@ def _facts(folder: RunFolder, settings: Mapping[str, Any], n_steps: int, record:
         facts |= {
             "parameters": f"{record['parameters']:,}",
             "window": f"{record['window']:,} tokens",
+            **({"blocks": blocks} if (blocks := blocks_in_words(record)) else {}),
             "passes over the text": f"{record['passes']:.1f}",
             "training took": duration(record["wall_s"]),
             "it ended by": record["stop_reason"],

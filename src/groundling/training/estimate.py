@@ -31,9 +31,9 @@ MEASURED_S = 1.0
 MEASURED_TOKENS = 2048
 """A measured step reads about this many tokens, unless compiled code has its own shapes only."""
 
-KEPT_VALUES = 17
-"""What a block keeps of a token until its backward pass, in values for each of n_embd: from the peak memory of steps of
-8,192 and 16,384 tokens (docs/performance.md), in bf16 and in fp32."""
+KEPT_VALUES = 20
+"""What a block keeps of a token until its backward pass, in values for each of n_embd: the peak memory of steps of
+16,384 and of 8,192 tokens differs by 17 to 21 of them (benchmarks/results/train_step_sweep*.jsonl, bf16 and fp32)."""
 
 LOOKS = 3
 """Full passes for the stop rule that a run is assumed to take."""
@@ -92,7 +92,7 @@ class FirstSteps(Sink):
             step_s = _of_rounds(whole_s, self.n_turns)
             length = statistics.mean(windows.config.length / windows.n_pieces(step) for step in measured)
             peak_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
-            memory_bytes = None if peak_bytes is None else peak_bytes + _joining_bytes(self.trainer)
+            memory_bytes = None if peak_bytes is None else peak_bytes + _joining_bytes(self.trainer, step)
             self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, length))
 
 
@@ -161,9 +161,12 @@ def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int 
 def step_s_so_far(trainer: Trainer, metrics: Path) -> float | None:
     """The median seconds that a run's steps have taken, or would have if all blocks took part; None if it took none."""
     n_layer, growth = trainer.model.config.n_layer, trainer.growth
-    lines = [line for line in read_lines(metrics) if "train/step_s" in line]
-    seconds = [line["train/step_s"] / growth.cost(line.get("train/blocks", n_layer)) for line in lines]
-    return statistics.median(seconds) if seconds else None
+    seconds: dict[int, list[float]] = {}
+    for line in read_lines(metrics):
+        if "train/step_s" in line:
+            seconds.setdefault(line.get("train/blocks", n_layer), []).append(line["train/step_s"])
+    most = max(seconds, default=0)
+    return statistics.median(seconds[most]) / growth.cost(most) if most else None
 
 
 def remaining(trainer: Trainer, step_s: float) -> str:
@@ -212,10 +215,10 @@ def _heldout_s(trainer: Trainer, end: int, step_s: float) -> float:
     return n_left * evaluation_s(trainer, n_tokens, step_s)
 
 
-def _joining_bytes(trainer: Trainer) -> int:
-    """Memory that the blocks which wait at first will add once they take part."""
+def _joining_bytes(trainer: Trainer, step: int) -> int:
+    """Memory that the blocks which wait in this step will add once they take part."""
     model, recipe, windows = trainer.model.config, trainer.recipe, trainer.recipe.windows
-    n_blocks, copies = trainer.growth.n_blocks(0), trainer.runtime.dtype is not torch.float32
+    n_blocks, copies = trainer.growth.n_blocks(step), trainer.runtime.dtype is not torch.float32
     n_parameters = model.n_parameters() - replace(model, n_layer=n_blocks).n_parameters()
     n_moments = 1 if recipe.optim.kind == "muon" else 2
     of_parameters = n_parameters * (4 * (1 + n_moments) + 2 * copies)  # with the gradient

@@ -41,10 +41,10 @@ class GrowthConfig:
                 f"growth.fraction is {self.fraction}: give a number from 0 to below 1, so that all blocks are trained"
             )
 
-    def n_steps(self, total_steps: int) -> int:
-        """The first steps of a schedule of so many, of which the last has all blocks."""
-        n_steps = math.floor(round(self.fraction * total_steps, 6)) if self.every > 1 else 0
-        return max(0, min(n_steps, total_steps - 1))
+    def n_steps(self, total_steps: int, n_blocks: int) -> int:
+        """The first steps of a schedule of so many, of which the last has all blocks; none where all begin."""
+        n_steps = min(math.floor(round(self.fraction * total_steps, 6)), total_steps - 1)
+        return max(0, n_steps) if min(self.every, n_blocks) > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Growth:
         return n_first * self.cost(self.n_blocks(0)) + max(0, last - first - n_first)
 
     def resumed(self, n_steps: int, block_stride: int, n_growing: int) -> Growth:
-        """What the plan comes to after so many steps, of which the last used every so manieth block, the first
-        `n_growing` not all.
+        """What the plan comes to after so many steps, of which the first `n_growing` did not go through all blocks, and
+        the last through the first of every `block_stride`.
 
         Blocks that have joined stay, whatever length the schedule has now, and those that wait are the same ones.
         """

@@ -15,7 +15,7 @@ from groundling.model.positions import InitialPositions, make_waves
 from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.growth import GrowthConfig, let_wait
+from groundling.training.growth import Growth, GrowthConfig, let_wait
 from groundling.training.stopping import StoppingConfig
 
 
@@ -39,6 +39,11 @@ class Recipe:
         """Length of the schedule over this text."""
         return self.schedule.steps(steps_per_pass(len(train), self.windows))
 
+    def planned_growth(self, size: GPTConfig, total_steps: int) -> Growth:
+        """Which blocks of a network of this size, as it is computed, its steps are to go through."""
+        n_growing = self.growth.n_steps(total_steps, size.n_layer)
+        return Growth(self.growth.every, n_growing, size, self.windows, self.optim)
+
 
 def new_model(recipe: Recipe, train: Tokens) -> GPT2:
     """The network that a run of this recipe over this text begins with, drawn by its seed."""
@@ -46,7 +51,7 @@ def new_model(recipe: Recipe, train: Tokens) -> GPT2:
     full = GPT2(recipe.model)
     if recipe.initial_positions == "waves":
         make_waves(full)
-    if recipe.growth.n_steps(recipe.total_steps(train)):
+    if recipe.growth.n_steps(recipe.total_steps(train), recipe.model.n_layer):
         let_wait(full, recipe.growth.every)
     if recipe.head_vocabulary == "full":
         return full

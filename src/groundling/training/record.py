@@ -10,7 +10,6 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,6 @@ from groundling.training.metrics import read_lines
 from groundling.training.run_folder import INITIAL
 from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
-
-
-def values_of(metrics: Path, name: str) -> list[float]:
-    """A metric of every step that has it."""
-    return [line[name] for line in read_lines(metrics) if name in line]
 
 
 def median_of(metrics: Path, name: str) -> float | None:
@@ -58,15 +52,6 @@ def _ceiling_flops(trainer: Trainer, metrics: Path) -> float | None:
 def judgement(loss: float, target: float, what: str) -> str:
     """What a loss over the whole text says about the target, in words that do not mix up the grid and by heart."""
     return f"{'known' if loss < target else 'not known'} {what} (target {target})"
-
-
-def blocks_in_words(record: Mapping[str, Any]) -> str | None:
-    """How many blocks the steps of a recorded run went through; None if all went through all."""
-    if not (n_growing := record.get("growing_steps")):
-        return None
-    then = f"then {record['blocks']}" if n_growing < record["steps"] else "and no more yet"
-    first = "step" if n_growing == 1 else f"{n_growing:,} steps"
-    return f"{record['growing_blocks']} in the first {first}, {then}"
 
 
 def make_record(
@@ -101,7 +86,7 @@ def make_record(
         "window": trainer.recipe.windows.length,
         "steps": state.n_steps,
         "blocks": n_blocks,
-        "growing_blocks": int(min([n_blocks, *values_of(metrics, "train/blocks")])),
+        "growing_blocks": int(min(line.get("train/blocks", n_blocks) for line in [{}, *read_lines(metrics)])),
         "growing_steps": state.n_growing,
         "loss": str(objective),
         "goldfish_dropped": dropped_share(trainer.train_tokens, objective) if objective.loss == "goldfish" else None,

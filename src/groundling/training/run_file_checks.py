@@ -33,8 +33,8 @@ RECORD: Kinds = {
     "compiled": (bool,),
 }
 """What a record holds, of all that is read again."""
-RECORD_MAY: Kinds = dict.fromkeys(("blocks", "growing_blocks", "growing_steps"), WHOLE)
-"""What an older version's does not."""
+GROWN: Kinds = dict.fromkeys(("blocks", "growing_blocks", "growing_steps"), WHOLE)
+"""And of a run that did not begin with all blocks."""
 MACHINE: Kinds = {
     **dict.fromkeys(("cpu", "system"), TEXT),
     "gpu": (str, NONE),
@@ -65,7 +65,8 @@ SECTIONS: Mapping[str, Kinds] = {
 def check_record(record: Mapping[str, Any]) -> None:
     """Raises ValueError if this is no whole record of a run (see `record.make_record`)."""
     _check(record, RECORD)
-    _check(record, _present(RECORD_MAY, record))
+    if record.get("growing_steps"):
+        _check(record, GROWN)
     _check(record["machine"], MACHINE, "machine.")
     _check_texts(record["machine"]["flags"], "flags")
     _check_texts(record["versions"].values(), "versions")

@@ -28,6 +28,8 @@ class RunState:
     """The largest of all parts of the run that have saved."""
     block_stride: int = 1
     """Steps go through the first of every so many blocks; with more than 1, the others have not joined yet."""
+    first_stride: int = 1
+    """What it was in the first step: by this blocks were dealt their turns."""
     n_growing: int = 0
     """Steps that did not go through all blocks."""
 

@@ -20,12 +20,12 @@ from groundling.corpus.windows import Batch, Windows
 from groundling.errors import CheckpointError, Interrupted, RunFailed
 from groundling.evaluation.corpus_loss import FORWARD_SHARE, Evaluator, LossSum, n_tokens_read
 from groundling.model.gpt2 import GPT2
-from groundling.optim.optimizer import make_optimizer
+from groundling.optim.optimizer import deal_turns, make_optimizer
 from groundling.optim.schedule import learning_rate
 from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.compiled import CompiledLoss
-from groundling.training.growth import Growth, in_use
+from groundling.training.growth import in_use
 from groundling.training.metrics import Sinks
 from groundling.training.recipe import Recipe, new_model
 from groundling.training.run_state import RunState
@@ -68,14 +68,12 @@ class Trainer:
         if runtime.compile:
             self.loss_sum = CompiledLoss(self.model.loss_sum, recipe.windows.shapes, lambda said: self.sinks.note(said))
         product_format = torch.bfloat16 if runtime.dtype is torch.bfloat16 else torch.float32
-        native, stride = runtime.kernels == "native", recipe.growth.every
-        self.optimizer = make_optimizer(self.model, recipe.optim, native, product_format, stride)
+        self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
         self.signals = StopSignals()
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
-        n_growing, size = recipe.growth.n_steps(self.total_steps), self.model.config
-        self.growth = Growth(recipe.growth.every, n_growing, size, recipe.windows, recipe.optim)
-        self.state, self.stop_rule = RunState(block_stride=self.growth.block_stride(0)), self._new_stop_rule()
-        assert initial is None or not n_growing, "its trained blocks would be skipped"
+        self.growth = recipe.planned_growth(self.model.config, self.total_steps)
+        assert initial is None or not self.growth.n_steps, "its trained blocks would be skipped"
+        self.state, self.stop_rule = self._new_state(), self._new_stop_rule()
         self.saved_step: int | None = None
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
@@ -119,7 +117,7 @@ class Trainer:
             self.stop_rule = self._new_stop_rule()
             self.model.load_state_dict(new_model(self.recipe, self.train_tokens).state_dict())
             self.optimizer.state.clear()
-            self.state = RunState(block_stride=self.growth.block_stride(0))
+            self.state = self._new_state()
         else:
             checkpoint.restore(path, self.model, self.optimizer)
             state = checkpoint.load_state(path)
@@ -128,6 +126,7 @@ class Trainer:
             self.growth = self.growth.resumed(self.state.n_steps, self.state.block_stride, self.state.n_growing)
             self.stop_rule = self._new_stop_rule()
             self.stop_rule.state = stop
+            deal_turns(self.optimizer.param_groups, self.state.first_stride)
             self.saved_step, self.looked = self.state.n_steps, False
             self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
             if self.window_changed:
@@ -387,11 +386,15 @@ class Trainer:
         self.state.wall_s += now - self.clock
         self.clock = now
 
+    def _new_state(self) -> RunState:
+        first = self.growth.block_stride(0)
+        deal_turns(self.optimizer.param_groups, first)
+        return RunState(block_stride=first, first_stride=first)
+
     def _new_stop_rule(self) -> StopRule:
         has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows
         n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
         share = FORWARD_SHARE * network_share(self.model.config, windows, self.recipe.optim)
         look_steps = share * n_read / (windows.batch_size * windows.length)
-        schedule, steps_per_pass = self.recipe.schedule, self.windows.steps_per_pass()
-        n_growing = self.growth.n_steps
-        return StopRule(stopping, schedule, self.total_steps, steps_per_pass, has_heldout, look_steps, n_growing)
+        schedule, per_pass, n_growing = self.recipe.schedule, self.windows.steps_per_pass(), self.growth.n_steps
+        return StopRule(stopping, schedule, self.total_steps, per_pass, has_heldout, look_steps, n_growing)

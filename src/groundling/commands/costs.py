@@ -1,0 +1,63 @@
+"""What `train` and `estimate` say of a run's cost, and of what would cost less.
+
+Invariant: nothing is promised but arithmetic: matrix operations, at the speed of those that were measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from groundling import runtime
+from groundling.commands.arguments import load_preset
+from groundling.commands.session import planned_steps, with_vocabulary
+from groundling.config import RunConfig, preset_names
+from groundling.corpus.load import load_corpus
+from groundling.corpus.shards import Tokens, occurring_ids
+from groundling.errors import CorpusError
+from groundling.training.estimate import Estimate
+from groundling.training.progress import clock
+from groundling.training.step import step_flops
+
+LONG_RUN_S = 3 * 3600
+"""Estimates above this say what would finish sooner."""
+WORTH_SAVING = 0.05
+"""Share of a step's FLOP; a head over fewer ids is advised from here on."""
+
+
+def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> list[str]:
+    """What this run over these tokens will cost, and, if that is more than three hours, what would finish sooner."""
+    lines = [estimate.sentence()]
+    if estimate.total_s > LONG_RUN_S:
+        sooner = []
+        for name in preset_names():
+            preset = load_preset(name)
+            try:
+                corpus = load_corpus(preset.text, runtime.cache_dir())
+            except (CorpusError, OSError):  # its text cannot be had here: the run that goes on does not need it
+                continue
+            preset = with_vocabulary(preset, corpus)
+            seconds = run_flops(preset, corpus.train.n_tokens) / estimate.achieved_flops
+            if name != config.preset and seconds < estimate.train_s:
+                sooner.append(f"--preset {name} (about {clock(seconds)})")
+        if config.head_vocabulary == "full" and not config.init:
+            n_rows = len(occurring_ids(tokens, config.model.n_vocab)) + 1
+            seen = replace(config, model=replace(config.model, n_vocab=n_rows))
+            left = run_flops(seen, len(tokens)) / (run_flops(config, len(tokens)) or math.inf)
+            if left and 1 - left >= WORTH_SAVING:
+                sooner.append(f"--head-vocabulary seen (about {clock(left * estimate.train_s)})")
+        advice = f"sooner: {', '.join(sooner)}" if sooner else "no preset would finish sooner"
+        lines.append(f"warning: this is more than {clock(LONG_RUN_S)}; {advice}; going on")
+    return lines
+
+
+def run_flops(config: RunConfig, n_tokens: int) -> float:
+    """Matrix FLOP that a run is expected to spend a text of so many tokens."""
+    total_steps = planned_steps(config, n_tokens)
+    growth = config.recipe.planned_growth(config.model, total_steps)
+    return growth.whole_steps(0, config.stopping.steps(total_steps)) * sum(_flops_of_a_step(config))
+
+
+def _flops_of_a_step(config: RunConfig) -> tuple[float, float]:
+    """Of a step through all blocks."""
+    return step_flops(config.model, config.windows, config.optim, config.windows.mean_length)
