@@ -52,7 +52,7 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 
 
 def run_flops(config: RunConfig, n_tokens: int) -> float:
-    """Matrix FLOP that a run is expected to spend a text of so many tokens."""
+    """Matrix FLOP that a run is expected to spend on a text of so many tokens."""
     total_steps = planned_steps(config, n_tokens)
     growth = config.recipe.planned_growth(config.model, total_steps)
     return growth.whole_steps(0, config.stopping.steps(total_steps)) * sum(_flops_of_a_step(config))
