@@ -76,7 +76,15 @@ def test_the_record_holds_what_is_claimed(run: Path) -> None:
     record = json.loads((run / "record.json").read_text())
     expected = {
         *("parameters", "corpus_sha256", "weights_sha256", "tokenizer_sha256", "window", "tokens_seen", "passes"),
-        *("wall_s", "corpus_loss", "corpus_loss_offset", "heldout_loss", "first_batch_below_target", "tokens_per_s"),
+        *(
+            "wall_s",
+            "looks_s",
+            "corpus_loss",
+            "corpus_loss_offset",
+            "heldout_loss",
+            "first_batch_below_target",
+            "tokens_per_s",
+        ),
         *("matrix_ceiling_flops", "mfu", "peak_memory_bytes", "machine", "versions", "command", "config", "seed"),
         "stop_reason",
     }

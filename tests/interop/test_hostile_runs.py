@@ -98,7 +98,14 @@ def record(run: Path) -> dict[str, Any]:
     ("place", "value"),
     [
         *[("steps", value) for value in ([1], -1, None, True)],
-        *[("passes", "x"), ("wall_s", float("inf")), ("corpus_loss", "x"), ("tokens_seen", 0.5), ("passes", 10**400)],
+        *[
+            ("passes", "x"),
+            ("wall_s", float("inf")),
+            ("looks_s", "x"),
+            ("corpus_loss", "x"),
+            ("tokens_seen", 0.5),
+            ("passes", 10**400),
+        ],
         *[("machine", [1]), ("machine.threads", "x"), ("machine.flags", [1]), ("versions", {"torch": [2]})],
         ("machine.memory_bytes", 10**400),
         *[("first_batch_below_target", 5), ("first_batch_below_target.loss", "x")],

@@ -219,6 +219,18 @@ def test_a_card_says_how_many_blocks_were_trained_for_how_long(trained: Trained)
         assert f"blocks: 4 in the first {n_growing} steps, {words}" in card
 
 
+def test_a_card_says_how_long_training_took_and_its_looks(trained: Trained) -> None:
+    """A record of an older version does not say how long the looks took."""
+    for looked, words in (
+        ({}, "1 min 38 s"),
+        ({"looks_s": 0.0}, "1 min 38 s"),
+        ({"looks_s": 20.4}, "1 min 38 s, 20 s of"),
+    ):
+        card = model_card.render(replace(trained, record=RECORD | looked), "fp32")
+        assert f"time: {words}" in card
+        assert ("to look at the loss" in card) is words.endswith("of")
+
+
 def test_losses_that_evaluate_took_later_are_shown(trained: Trained) -> None:
     assert trained.folder is not None
     losses = {"corpus/loss": 0.05, "corpus/loss_offset": 0.06}

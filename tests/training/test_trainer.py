@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -14,8 +15,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from groundling.corpus.shards import Tokens
 from groundling.corpus.windows import WindowConfig
 from groundling.errors import CheckpointError, ConfigError, Interrupted, RunFailed
+from groundling.evaluation.corpus_loss import Evaluator
 from groundling.model.gpt2 import GPT2
 from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
@@ -338,6 +341,33 @@ def test_a_look_at_a_checkpoint_is_kept_in_it(make_trainer: MakeTrainer) -> None
     assert third.peak_memory_bytes() >= third.state.peak_memory_bytes > 2**20
     third.state.peak_memory_bytes = 2**60
     assert third.peak_memory_bytes() == 2**60
+
+
+def test_looks_are_timed_apart_from_training(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the target and of patience, in a run and in those that go on with it; not the losses after the end."""
+    heldout = np.arange(40, dtype=np.uint16) % 31
+    schedule, stopping = ScheduleConfig(total_steps=20, passes=None), StoppingConfig(target=0.01, overtime=0)
+    loss, n_taken = Evaluator.loss, []
+
+    def timed(evaluator: Evaluator, tokens: Tokens, offset: int = 0) -> float:
+        time.sleep(0.05)
+        n_taken.append(1)
+        return loss(evaluator, tokens, offset)
+
+    monkeypatch.setattr(Evaluator, "loss", timed)
+    trainer, _ = make_trainer(heldout=heldout, schedule=schedule, stopping=replace(stopping, patience=9, max_steps=16))
+    trainer.train()
+    assert n_taken
+    assert 0.05 * len(n_taken) <= trainer.state.looks_s < trainer.state.wall_s
+    before_s = trainer.state.looks_s
+    trainer, _ = make_trainer(heldout=heldout, schedule=schedule, stopping=stopping)
+    trainer.resume()
+    assert trainer.state.looks_s == before_s
+    trainer.train()
+    assert trainer.state.looks_s >= before_s + 0.05
+    before_s = trainer.state.looks_s
+    trainer.take("corpus/loss_offset")
+    assert trainer.state.looks_s == before_s
 
 
 @pytest.mark.parametrize(("max_steps", "looks"), [(None, True), (40, True), (39, False)])

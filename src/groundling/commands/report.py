@@ -26,11 +26,11 @@ from groundling.evaluation.extraction import CONTINUATION, N_POSITIONS, PROMPT_L
 from groundling.evaluation.predictions import Predictions, fitting_lengths
 from groundling.evaluation.report import (
     blocks_in_words,
-    duration,
     extractability_facts,
     finite,
     prediction_facts,
     render,
+    time_in_words,
     verdict_words,
 )
 from groundling.files import home_expanded, write_json, write_text
@@ -321,7 +321,7 @@ class Report:
         if self.record:
             facts["blocks"] = blocks_in_words(self.record) or ""
             facts["passes over the text"] = f"{self.record['passes']:.1f}"
-            facts["training took"] = duration(self.record["wall_s"])
+            facts["training took"] = time_in_words(self.record)
             facts["it ended by"] = self.record["stop_reason"]
         return {name: value for name, value in facts.items() if value}
 
@@ -355,7 +355,7 @@ class Report:
                 "system": machine["system"],
                 "computed in": f"{record['dtype']} on {record['device']}{', compiled' if record['compiled'] else ''}",
                 "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-                "training took": duration(record["wall_s"]),
+                "training took": time_in_words(record),
                 "text": f"SHA-256 {record['corpus_sha256']}",
                 "weights": f"SHA-256 {record['weights_sha256']}",
             }

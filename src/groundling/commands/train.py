@@ -17,7 +17,7 @@ from groundling.commands.initial import check_begun
 from groundling.commands.session import Prepared, changes_lines, new_run_path, newest_run, prepare, say
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
-from groundling.evaluation.report import blocks_in_words, finite
+from groundling.evaluation.report import blocks_in_words, finite, time_in_words
 from groundling.files import locked, write_json, write_text
 from groundling.generation.open import open_decoder
 from groundling.generation.text import continue_text
@@ -25,7 +25,15 @@ from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.checkpoint import load_model
 from groundling.training.curve import draw_curve
-from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, remaining, step_s_so_far
+from groundling.training.estimate import (
+    Estimate,
+    FirstSteps,
+    evaluation_s,
+    final_reads,
+    is_taken,
+    remaining,
+    step_s_so_far,
+)
 from groundling.training.growth import in_use
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard
 from groundling.training.progress import Terminal, clock
@@ -220,7 +228,7 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
 
 def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
     """The losses over the whole text by house name; None for those that `evaluation.final` leaves out."""
-    reads = trainer.final_reads()
+    reads = final_reads(trainer)
     losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
     step_s = step_s_so_far(trainer, metrics)
     for name, n_tokens in reads.items():
@@ -241,11 +249,11 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
 
 def _print_result(record: dict[str, Any], target: float) -> None:
     """What was reached, in words that do not mix up the grid and by heart."""
-    passes, wall_s = record["passes"], clock(record["wall_s"])
     print(f"parameters          {record['parameters']:,}")
     if record.get("goldfish_dropped") is not None:
         print(f"loss                {record['loss']}: {100 * record['goldfish_dropped']:.1f} % dropped")
-    print(f"steps               {record['steps']:,} = {passes:.1f} passes over the text in {wall_s}")
+    passes, took = record["passes"], time_in_words(record, clock)
+    print(f"steps               {record['steps']:,} = {passes:.1f} passes over the text in {took}")
     if blocks := blocks_in_words(record):
         print(f"blocks              {blocks}")
     if record["tokens_per_s"]:

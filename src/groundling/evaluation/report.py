@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -152,6 +152,12 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"
+
+
+def time_in_words(record: Mapping[str, Any], in_words: Callable[[float], str] = duration) -> str:
+    """How long a recorded run took, and how long of that its looks at the loss over the text did, if it had any."""
+    took = in_words(record["wall_s"])
+    return f"{took}, {in_words(looks_s)} of it to look at the loss" if (looks_s := record.get("looks_s")) else took
 
 
 def finite(value: float | None) -> float | None:

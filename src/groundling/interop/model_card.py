@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from groundling.evaluation.report import blocks_in_words, duration, finite, number, percent
+from groundling.evaluation.report import blocks_in_words, finite, number, percent, time_in_words
 from groundling.files import write_text
 from groundling.interop.trained import Trained, printable
 
@@ -266,7 +266,7 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
     if "stop_reason" in record:
         facts["it ended by"] = str(record["stop_reason"])
     if "wall_s" in record:
-        facts["time"] = duration(record["wall_s"])
+        facts["time"] = time_in_words(record)
     if machine := record.get("machine"):
         flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
         memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB of memory" if machine.get("memory_bytes") else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from groundling.errors import CheckpointError
 from groundling.evaluation.charts import training_chart
-from groundling.evaluation.report import MEANINGS, blocks_in_words, duration, finite, percent, verdict_words
+from groundling.evaluation.report import MEANINGS, blocks_in_words, finite, percent, time_in_words, verdict_words
 from groundling.json_files import read_object
 from groundling.serving.page_html import escape
 from groundling.training.checkpoint import load_state, weights_sum
@@ -136,7 +136,7 @@ def _facts(folder: RunFolder, settings: Mapping[str, Any], n_steps: int, record:
             "window": f"{record['window']:,} tokens",
             **({"blocks": blocks} if (blocks := blocks_in_words(record)) else {}),
             "passes over the text": f"{record['passes']:.1f}",
-            "training took": duration(record["wall_s"]),
+            "training took": time_in_words(record),
             "it ended by": record["stop_reason"],
             "machine": f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads{memory}",
             "computed in": f"{record['dtype']} on {record['device']}",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
-from groundling.evaluation.corpus_loss import FORWARD_SHARE
+from groundling.evaluation.corpus_loss import FORWARD_SHARE, n_tokens_read
 from groundling.training.metrics import Metrics, Sink, read_lines
 from groundling.training.progress import clock
 from groundling.training.step import StepResult, network_share, step_flops, training_step
@@ -191,7 +191,7 @@ def _evaluations_s(trainer: Trainer, final: str, train_s: float, n_steps: int, s
 
     `step_s` is that of `evaluation_s`.
     """
-    stopping, reads = trainer.recipe.stopping, trainer.final_reads()
+    stopping, reads = trainer.recipe.stopping, final_reads(trainer)
     total_s = 0.0
     looks = stopping.target and stopping.measure != "train/loss"
     if looks and (stopping.max_steps is None or stopping.max_steps >= trainer.total_steps):
@@ -207,7 +207,7 @@ def _heldout_s(trainer: Trainer, end: int, step_s: float) -> float:
     """Seconds for the losses over the held-out text that `stopping.patience` asks for until this step."""
     if not trainer.recipe.stopping.patience:
         return 0.0
-    n_tokens = trainer.final_reads()["heldout/loss"]
+    n_tokens = final_reads(trainer)["heldout/loss"]
     rule = trainer.stop_rule
     first = max(trainer.windows.first_whole, rule.n_growing) + 1
     begun = max(rule.state.heldout_at_step, first - rule.heldout_steps)
@@ -244,6 +244,15 @@ def evaluation_s(trainer: Trainer, n_tokens: int, step_s: float) -> float:
     windows = trainer.recipe.windows
     share = network_share(trainer.model.config, windows, trainer.recipe.optim)
     return FORWARD_SHARE * share * step_s * n_tokens / (windows.batch_size * windows.length)
+
+
+def final_reads(trainer: Trainer) -> dict[str, int]:
+    """The losses that are taken when a run ends, and how many tokens each reads."""
+    texts = {"corpus/loss": trainer.train_tokens, "corpus/loss_offset": trainer.train_tokens}
+    if trainer.heldout_tokens is not None:
+        texts["heldout/loss"] = trainer.heldout_tokens
+    length = trainer.recipe.windows.length
+    return {name: n_tokens_read(name, len(tokens), length) for name, tokens in texts.items()}
 
 
 def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:

@@ -66,6 +66,9 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds.
 
+    `looks_s` are those of `wall_s` in which losses over whole texts were taken to decide whether the run ends;
+    `evaluation_s` came after it.
+
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
     `matrix_ceiling_flops` and `mfu` are those of the steps: a ceiling measured since, on resuming, is not theirs.
     `blocks` took part in the last step, `growing_blocks` in the first `growing_steps`, whose speed `tokens_per_s` and
@@ -95,6 +98,7 @@ def make_record(
         "tokens_seen": state.tokens_seen,
         "passes": state.tokens_seen / (len(trainer.train_tokens) - 1),
         "wall_s": state.wall_s,
+        "looks_s": state.looks_s,
         "evaluation_s": evaluation_s,
         **losses,
         "first_batch_below_target": trainer.stop_rule.state.first_batch_below_target,

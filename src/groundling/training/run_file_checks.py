@@ -33,6 +33,8 @@ RECORD: Kinds = {
     "compiled": (bool,),
 }
 """What a record holds, of all that is read again."""
+TIMED: Kinds = {"looks_s": NUMBER}
+"""And of a version that took this time by itself."""
 GROWN: Kinds = dict.fromkeys(("blocks", "growing_blocks", "growing_steps"), WHOLE)
 """And of a run that did not begin with all blocks."""
 MACHINE: Kinds = {
@@ -65,6 +67,8 @@ SECTIONS: Mapping[str, Kinds] = {
 def check_record(record: Mapping[str, Any]) -> None:
     """Raises ValueError if this is no whole record of a run (see `record.make_record`)."""
     _check(record, RECORD)
+    if "looks_s" in record:
+        _check(record, TIMED)
     if record.get("growing_steps"):
         _check(record, GROWN)
     _check(record["machine"], MACHINE, "machine.")

@@ -18,6 +18,8 @@ class RunState:
     n_steps: int = 0
     tokens_seen: int = 0
     wall_s: float = 0.0
+    looks_s: float = 0.0
+    """Of these, for losses over whole texts that decide whether the run ends."""
     n_bad: int = 0
     """Steps in a row, up to now, that were not finite."""
     n_returns: int = 0

@@ -192,14 +192,6 @@ class Trainer:
         """The loss of this house name, if it was taken of these very weights to decide whether to stop."""
         return self.stop_rule.known(name, self.state.n_steps)
 
-    def final_reads(self) -> dict[str, int]:
-        """The losses that are taken when a run ends, and how many tokens each reads."""
-        texts = {"corpus/loss": self.train_tokens, "corpus/loss_offset": self.train_tokens}
-        if self.heldout_tokens is not None:
-            texts["heldout/loss"] = self.heldout_tokens
-        length = self.recipe.windows.length
-        return {name: n_tokens_read(name, len(tokens), length) for name, tokens in texts.items()}
-
     @property
     def expected_steps(self) -> int:
         """Steps that the run is expected to take."""
@@ -226,22 +218,27 @@ class Trainer:
         rule, n_steps = self.stop_rule, self.state.n_steps
         if rule.look_due(n_steps):
             name = self.recipe.stopping.measure
-            loss = self.take(name)
-            rule.looked(n_steps, loss)
-            self.looked = True
-            self.sinks.write(n_steps - 1, {name: loss})
+            rule.looked(n_steps, self._look(name))
             if n_steps == self.total_steps and not rule.reason(n_steps, self.state.wall_s):
                 more = rule.last_step - n_steps
                 self.sinks.note(
                     f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
         if n_steps > self.windows.first_whole and rule.heldout_due(n_steps):
-            loss = self.take("heldout/loss")
-            rule.observe_heldout(n_steps, loss)
-            self.looked = True
-            self.sinks.write(n_steps - 1, {"heldout/loss": loss})
+            rule.observe_heldout(n_steps, self._look("heldout/loss"))
         self._count_wall()
         return rule.reason(n_steps, self.state.wall_s)
+
+    def _look(self, name: str) -> float:
+        """The loss of this house name, on which it depends whether the run ends: timed, and written down."""
+        began = time.monotonic()
+        try:
+            loss = self.take(name)
+        finally:
+            self.state.looks_s += time.monotonic() - began
+        self.looked = True
+        self.sinks.write(self.state.n_steps - 1, {name: loss})
+        return loss
 
     def _take_step(self) -> None:
         """One step, counted and written down; or, if it was not finite, what follows from that."""
@@ -353,7 +350,8 @@ class Trainer:
             )
         self.resume()
         # The time was spent, and the return is counted, whatever came of them.
-        self.state.wall_s, self.state.n_returns, self.state.n_bad = state.wall_s, state.n_returns + 1, 0
+        self.state.wall_s, self.state.looks_s = state.wall_s, state.looks_s
+        self.state.n_returns, self.state.n_bad = state.n_returns + 1, 0
 
     def _ruined(self, step: int) -> bool:
         """Whether the weights give no finite loss of this step's batch in fp32, which is no matter of the format."""
