@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from groundling.corpus.shards import Tokens
 from groundling.corpus.windows import WindowConfig
 from groundling.errors import CheckpointError, ConfigError, Interrupted, RunFailed
+from groundling.evaluation import glance
 from groundling.evaluation.corpus_loss import Evaluator
 from groundling.model.gpt2 import GPT2
 from groundling.optim.optimizer import OptimConfig
@@ -341,6 +342,27 @@ def test_a_look_at_a_checkpoint_is_kept_in_it(make_trainer: MakeTrainer) -> None
     assert third.peak_memory_bytes() >= third.state.peak_memory_bytes > 2**20
     third.state.peak_memory_bytes = 2**60
     assert third.peak_memory_bytes() == 2**60
+
+
+def test_a_look_that_would_be_in_vain_is_not_taken(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A glance costs a part of it. What ends the run is a look, of the whole text, as ever."""
+    monkeypatch.setattr(glance, "N_BATCHES", 2)
+    monkeypatch.setattr(glance, "SHARE", 1.0)
+    settings = {
+        "stopping": StoppingConfig(target=1.0, max_steps=600),
+        "schedule": ScheduleConfig(peak=1e-2, warmup_steps=10, total_steps=600, hold_fraction=1.0, passes=None),
+    }
+    trainer, memory = make_trainer(**settings)
+    assert trainer.train() == "target"
+    looks = [line for line in memory.metrics if "corpus/loss" in line]
+    put_off = [note for note in memory.notes if "is not looked at yet: it is" in note]
+    assert put_off
+    assert looks[-1]["corpus/loss"] == trainer.evaluator.loss(trainer.train_tokens) < 1.0
+    monkeypatch.setattr(glance, "SHARE", 0.0)
+    without, memory = make_trainer("without", **settings)
+    assert without.train() == "target"
+    assert not any("not looked at" in note for note in memory.notes)
+    assert len(looks) < len([line for line in memory.metrics if "corpus/loss" in line])
 
 
 def test_looks_are_timed_apart_from_training(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

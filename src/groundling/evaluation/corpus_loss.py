@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from groundling.corpus.shards import Tokens
@@ -75,17 +76,21 @@ class Evaluator:
         windows = grid(len(tokens), self.length, offset)
         total = 0.0
         for first in range(0, len(windows), self.batch_size):
-            chosen = windows[first : first + self.batch_size]
-            if self.runtime.compile:  # one shape for all
-                empty = np.zeros((self.batch_size - len(chosen), 2), dtype=np.int64)
-                batch = gather(tokens, np.concatenate([chosen, empty]), self.length)
-            else:
-                batch = gather(tokens, chosen, int(chosen[:, 1].max()))
-            batch = batch.to(self.runtime.device)
-            with torch.no_grad(), self.runtime.autocast():
-                total += float(self.loss_sum(batch.inputs, batch.targets))
-            self.on_windows(len(chosen))
+            total += self.loss_sum_of(tokens, windows[first : first + self.batch_size])
         return total / (len(tokens) - 1)
+
+    def loss_sum_of(self, tokens: Tokens, windows: NDArray[np.int64]) -> float:
+        """Summed loss of every prediction in these windows (start, n), `batch_size` at most."""
+        if self.runtime.compile:  # one shape for all
+            empty = np.zeros((self.batch_size - len(windows), 2), dtype=np.int64)
+            batch = gather(tokens, np.concatenate([windows, empty]), self.length)
+        else:
+            batch = gather(tokens, windows, int(windows[:, 1].max()))
+        batch = batch.to(self.runtime.device)
+        with torch.no_grad(), self.runtime.autocast():
+            loss_sum = float(self.loss_sum(batch.inputs, batch.targets))
+        self.on_windows(len(windows))
+        return loss_sum
 
     def offset_losses(self, tokens: Tokens) -> dict[int, float]:
         """`loss` at each of the `loss_offsets`."""

@@ -164,6 +164,20 @@ def set_aside(damaged: Path) -> Path:
     return aside
 
 
+def give_up_newest(root: Path) -> tuple[Path, Path]:
+    """Set the newest checkpoint aside, whose weights the update before it ruined; where it was, and where it is.
+
+    Raises `RunFailed` if there is no older one.
+    """
+    *older, newest = complete(root)
+    if not older:
+        raise RunFailed(
+            f"the weights of {newest} give no finite loss, and no older checkpoint is there: begin anew, with other"
+            " weights or a lower schedule.peak"
+        )
+    return newest, set_aside(newest)
+
+
 def weights_sum(path: Path) -> str:
     """SHA-256 of a checkpoint's weights, as its manifest has it. Raises `CheckpointError` if it has none."""
     sums = read_object(path / MANIFEST)

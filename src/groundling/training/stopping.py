@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from groundling.errors import ConfigError
+from groundling.evaluation.glance import SHARE as GLANCE_SHARE
 from groundling.optim.schedule import MOST, ScheduleConfig
 
 EMA_BATCHES = 20
@@ -112,12 +113,14 @@ def reason_in_words(reason: str, stopping: StoppingConfig, schedule: ScheduleCon
 
 @dataclass
 class Look:
-    """A loss over the whole text: which one, after how many steps, and the running mean then."""
+    """A loss over the text: which one, after how many steps, and the running mean then."""
 
     measure: str
     n_steps: int
     loss: float
     loss_ema: float | None
+    whole: bool = True
+    """False of a glance: a sample of the text, which said that the loss is above the target."""
 
 
 @dataclass
@@ -192,7 +195,7 @@ class StopRule:
     def look_due(self, n_steps: int) -> bool:
         """Whether a loss over the whole text should be taken after so many steps."""
         config, look = self.config, self._look()
-        if config.measure == "train/loss" or not config.target or (look and look.n_steps == n_steps):
+        if config.measure == "train/loss" or not config.target or (look and look.whole and look.n_steps == n_steps):
             return False
         if n_steps == self.total_steps or n_steps >= self.last_step:  # beyond it, where a resume shortened the schedule
             return True
@@ -201,12 +204,21 @@ class StopRule:
             return False
         if look is None or look.loss_ema is None:
             return ema < FIRST_LOOK * config.target
-        trained = n_steps - look.n_steps >= TRAINED_BETWEEN * self.look_steps
+        share = 1.0 if look.whole else GLANCE_SHARE
+        trained = n_steps - look.n_steps >= TRAINED_BETWEEN * share * self.look_steps
         return trained and ema < look.loss_ema * min(NEXT_LOOK, config.target / look.loss)
 
     def looked(self, n_steps: int, loss: float) -> None:
         """Take in the loss over the whole text that is measured."""
         self.state.look = Look(self.config.measure, n_steps, loss, self.state.loss_ema)
+
+    def glance_due(self, n_steps: int) -> bool:
+        """Whether a sample of the text may show that a look which is due is not worth its price yet."""
+        return n_steps != self.total_steps and n_steps < self.last_step  # there the loss itself is wanted
+
+    def glanced(self, n_steps: int, loss: float) -> None:
+        """Take in the loss of a sample of the text that is above the target."""
+        self.state.look = Look(self.config.measure, n_steps, loss, self.state.loss_ema, whole=False)
 
     def reached(self, n_steps: int) -> bool:
         """Whether the measured loss is known to be below the target after so many steps, and all blocks take part."""
@@ -215,7 +227,7 @@ class StopRule:
         if self.config.measure == "train/loss":
             return self.state.last_batch is not None and self.state.last_batch < self.config.target
         look = self._look()
-        return look is not None and look.n_steps == n_steps and look.loss < self.config.target
+        return look is not None and look.whole and look.n_steps == n_steps and look.loss < self.config.target
 
     def _look(self) -> Look | None:
         """The last look, if it was at the loss that is measured now."""
@@ -238,10 +250,10 @@ class StopRule:
 
     def known(self, name: str, n_steps: int) -> float | None:
         """The loss of this house name, if it was taken after just so many steps."""
-        state = self.state
+        state, look = self.state, self.state.look
         if name == "heldout/loss" and state.heldout_at_step == n_steps:
             return state.last_heldout
-        return state.look.loss if state.look and (state.look.measure, state.look.n_steps) == (name, n_steps) else None
+        return look.loss if look and look.whole and (look.measure, look.n_steps) == (name, n_steps) else None
 
     def reason(self, n_steps: int, wall_s: float) -> str | None:
         """Why the run ends after so many steps and seconds, or None."""
@@ -261,6 +273,6 @@ class StopRule:
     def _out_of_reach(self) -> bool:
         """Whether the loss at the end of the schedule was too far above the target for the rate that is left."""
         look = self._look()
-        if not self.ends_low or look is None or look.n_steps != self.total_steps:
+        if not self.ends_low or look is None or not look.whole or look.n_steps != self.total_steps:
             return False
         return look.loss >= NEAR * self.config.target

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from groundling.runtime import Runtime
 from groundling.training import checkpoint
 from groundling.training.compiled import CompiledLoss
 from groundling.training.growth import in_use
+from groundling.training.looks import Looks
 from groundling.training.metrics import Sinks
 from groundling.training.recipe import Recipe, new_model
 from groundling.training.run_state import RunState
@@ -71,6 +74,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe.optim, runtime.kernels == "native", product_format)
         self.signals = StopSignals()
         self.evaluator = Evaluator(self.loss_sum, recipe.windows.length, runtime, recipe.windows.micro)
+        self.looks = Looks(self.evaluator, train, heldout, self.signals.check, lambda *done: self.sinks.progress(*done))
         self.growth = recipe.planned_growth(self.model.config, self.total_steps)
         assert initial is None or not self.growth.n_steps, "its trained blocks would be skipped"
         self.state, self.stop_rule = self._new_state(), self._new_stop_rule()
@@ -174,19 +178,7 @@ class Trainer:
         """
         if (known := self.known(name)) is not None:
             return known
-        tokens = self.heldout_tokens if name == "heldout/loss" else self.train_tokens
-        assert tokens is not None, f"{name} asked for without its text"
-        n_tokens = n_tokens_read(name, len(tokens), self.recipe.windows.length)
-        n_read = 0
-
-        def count(n_windows: int) -> None:
-            nonlocal n_read
-            self.signals.check()
-            n_read += n_windows * self.recipe.windows.length
-            self.sinks.progress(name, min(1.0, n_read / n_tokens))
-
-        evaluator = replace(self.evaluator, on_windows=count)
-        return evaluator.offset_loss(tokens) if name == "corpus/loss_offset" else evaluator.loss(tokens)
+        return self.looks.take(name)
 
     def known(self, name: str) -> float | None:
         """The loss of this house name, if it was taken of these very weights to decide whether to stop."""
@@ -218,7 +210,8 @@ class Trainer:
         rule, n_steps = self.stop_rule, self.state.n_steps
         if rule.look_due(n_steps):
             name = self.recipe.stopping.measure
-            rule.looked(n_steps, self._look(name))
+            if not rule.glance_due(n_steps) or not self._glance_is_above(name):
+                rule.looked(n_steps, self._look(name))
             if n_steps == self.total_steps and not rule.reason(n_steps, self.state.wall_s):
                 more = rule.last_step - n_steps
                 self.sinks.note(
@@ -231,14 +224,29 @@ class Trainer:
 
     def _look(self, name: str) -> float:
         """The loss of this house name, on which it depends whether the run ends: timed, and written down."""
-        began = time.monotonic()
-        try:
+        with self._timed_look():
             loss = self.take(name)
-        finally:
-            self.state.looks_s += time.monotonic() - began
         self.looked = True
         self.sinks.write(self.state.n_steps - 1, {name: loss})
         return loss
+
+    def _glance_is_above(self, name: str) -> bool:
+        """Whether a sample of the text shows that this loss is above the target, so that a look would be in vain."""
+        with self._timed_look():
+            sample = self.looks.glance(name)
+        if sample is None or not sample.is_above(self.recipe.stopping.target):
+            return False
+        self.stop_rule.glanced(self.state.n_steps, sample.loss)
+        self.sinks.note(f"step {self.state.n_steps - 1}: {name} is not looked at yet: it is {sample}")
+        return True
+
+    @contextmanager
+    def _timed_look(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.state.looks_s += time.monotonic() - began
 
     def _take_step(self) -> None:
         """One step, counted and written down; or, if it was not finite, what follows from that."""
@@ -342,7 +350,8 @@ class Trainer:
         if state.n_bad < BAD_STEPS:
             return
         if self.saved_step == state.n_steps - BAD_STEPS and self._ruined(step):
-            self._give_up_newest()
+            newest, aside = checkpoint.give_up_newest(self.checkpoints)
+            self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
         if state.n_returns == MAX_RETURNS:
             raise RunFailed(
                 f"the loss stayed not finite at step {step} after {MAX_RETURNS} returns to the last checkpoint:"
@@ -359,20 +368,6 @@ class Trainer:
         with torch.no_grad():
             losses = [self.model.loss_sum(*part).item() for part in batch.split(self.recipe.windows.micro)]
         return not math.isfinite(sum(losses))
-
-    def _give_up_newest(self) -> None:
-        """Set the newest checkpoint aside, whose weights the update before it ruined.
-
-        Raises `RunFailed` if there is no older one.
-        """
-        *older, newest = checkpoint.complete(self.checkpoints)
-        if not older:
-            raise RunFailed(
-                f"the weights of {newest} give no finite loss, and no older checkpoint is there: begin anew, with other"
-                " weights or a lower schedule.peak"
-            )
-        aside = checkpoint.set_aside(newest)
-        self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
 
     def _save_if_due(self) -> None:
         n_steps = self.state.n_steps

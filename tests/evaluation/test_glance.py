@@ -1,0 +1,78 @@
+"""A sample of a text's loss: near it, as near as it says, and never certain of what is not so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from groundling.corpus.windows import IGNORED_TARGET
+from groundling.evaluation.corpus_loss import Evaluator
+from groundling.evaluation.glance import N_BATCHES, SHARE, Glance, glance
+from groundling.runtime import Runtime
+
+TEXT = np.random.default_rng(0).integers(1000, size=40_000).astype(np.uint16)
+LENGTH, BATCH = 8, 4
+
+
+def read_by(loss_of: Callable[[Tensor], Tensor], cpu: Runtime, seen: list[Tensor] | None = None) -> Evaluator:
+    """An evaluator of a network that gives each target such a loss."""
+
+    def loss_sum(inputs: Tensor, targets: Tensor) -> Tensor:
+        if seen is not None:
+            seen.append(inputs)
+        counted = targets != IGNORED_TARGET
+        return torch.where(counted, loss_of(targets).float(), 0.0).sum()
+
+    return Evaluator(loss_sum, LENGTH, cpu, BATCH)
+
+
+@pytest.mark.parametrize("name", ["corpus/loss", "corpus/loss_offset"])
+def test_a_glance_is_as_near_as_it_says(name: str, cpu: Runtime) -> None:
+    evaluator = read_by(lambda targets: targets % 7, cpu)
+    whole = evaluator.offset_loss(TEXT) if name == "corpus/loss_offset" else evaluator.loss(TEXT)
+    sample = glance(evaluator, name, TEXT)
+    assert sample is not None
+    assert sample.n_windows == N_BATCHES * BATCH
+    deviation = math.sqrt((7**2 - 1) / 12 / (sample.n_windows * LENGTH))  # of a mean of so many numbers from 0 to 6
+    assert 0.5 * deviation < sample.error < 2 * deviation
+    assert abs(sample.loss - whole) < 4 * deviation
+    assert sample.is_above(whole - 8 * deviation)
+    assert not sample.is_above(whole)
+    assert not sample.is_above(whole + 8 * deviation)
+
+
+def test_no_window_is_read_twice_and_all_parts_of_the_text_are(cpu: Runtime) -> None:
+    """Also the part that is learned last, wherever that is."""
+    seen: list[Tensor] = []
+    text = np.arange(40_000).astype(np.uint16)  # a token says where it stands
+    assert glance(read_by(lambda targets: targets, cpu, seen), "corpus/loss_offset", text) is not None
+    starts = torch.cat(seen)[:, 0].sort().values
+    assert len(starts) == len(starts.unique()) == N_BATCHES * BATCH
+    part = len(text) // 8
+    for first in range(0, len(text), part):
+        assert ((starts >= first) & (starts < first + part)).sum() > 3
+
+
+@pytest.mark.parametrize(("n_more", "taken"), [(0, True), (-LENGTH, False)])
+def test_a_short_text_is_not_worth_a_glance(n_more: int, taken: bool, cpu: Runtime) -> None:
+    n_windows = round(N_BATCHES * BATCH / SHARE)
+    text: NDArray[np.uint16] = TEXT[: n_windows * LENGTH + 1 + n_more]
+    assert (glance(read_by(lambda targets: targets, cpu), "corpus/loss", text) is not None) is taken
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_certainly_nothing(loss: float, cpu: Runtime) -> None:
+    """Such weights get a look, which says what they are worth."""
+    sample = glance(read_by(lambda targets: torch.where(targets > 500, loss, 1.0), cpu), "corpus/loss", TEXT)
+    assert sample is not None
+    assert not sample.is_above(0.1)
+
+
+def test_a_glance_says_what_it_is() -> None:
+    assert str(Glance(0.15216, 0.00412, 384)) == "0.152 in 384 of its windows, with a standard error of 0.004"
