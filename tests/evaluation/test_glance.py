@@ -13,14 +13,16 @@ from torch import Tensor
 
 from groundling.corpus.windows import IGNORED_TARGET
 from groundling.evaluation.corpus_loss import Evaluator
-from groundling.evaluation.glance import N_BATCHES, SHARE, Glance, glance
+from groundling.evaluation.glance import GROUP, MOST, N_GROUPS, Glance, glance
 from groundling.runtime import Runtime
 
 TEXT = np.random.default_rng(0).integers(1000, size=40_000).astype(np.uint16)
-LENGTH, BATCH = 8, 4
+LENGTH, N_WINDOWS = 8, N_GROUPS * GROUP
 
 
-def read_by(loss_of: Callable[[Tensor], Tensor], cpu: Runtime, seen: list[Tensor] | None = None) -> Evaluator:
+def read_by(
+    loss_of: Callable[[Tensor], Tensor], cpu: Runtime, seen: list[Tensor] | None = None, batch_size: int = 5
+) -> Evaluator:
     """An evaluator of a network that gives each target such a loss."""
 
     def loss_sum(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def read_by(loss_of: Callable[[Tensor], Tensor], cpu: Runtime, seen: list[Tensor
         counted = targets != IGNORED_TARGET
         return torch.where(counted, loss_of(targets).float(), 0.0).sum()
 
-    return Evaluator(loss_sum, LENGTH, cpu, BATCH)
+    return Evaluator(loss_sum, LENGTH, cpu, batch_size)
 
 
 @pytest.mark.parametrize("name", ["corpus/loss", "corpus/loss_offset"])
@@ -38,7 +40,7 @@ def test_a_glance_is_as_near_as_it_says(name: str, cpu: Runtime) -> None:
     whole = evaluator.offset_loss(TEXT) if name == "corpus/loss_offset" else evaluator.loss(TEXT)
     sample = glance(evaluator, name, TEXT)
     assert sample is not None
-    assert sample.n_windows == N_BATCHES * BATCH
+    assert sample.n_windows == N_WINDOWS
     deviation = math.sqrt((7**2 - 1) / 12 / (sample.n_windows * LENGTH))  # of a mean of so many numbers from 0 to 6
     assert 0.5 * deviation < sample.error < 2 * deviation
     assert abs(sample.loss - whole) < 4 * deviation
@@ -47,22 +49,37 @@ def test_a_glance_is_as_near_as_it_says(name: str, cpu: Runtime) -> None:
     assert not sample.is_above(whole + 8 * deviation)
 
 
-def test_no_window_is_read_twice_and_all_parts_of_the_text_are(cpu: Runtime) -> None:
-    """Also the part that is learned last, wherever that is."""
+@pytest.mark.parametrize(("name", "n_times"), [("corpus/loss", 8.9), ("corpus/loss", 8), ("corpus/loss_offset", 1.3)])
+def test_all_parts_of_the_text_are_read_alike(name: str, n_times: float, cpu: Runtime) -> None:
+    """Also the part that is learned last, wherever that is; and no window twice."""
     seen: list[Tensor] = []
-    text = np.arange(40_000).astype(np.uint16)  # a token says where it stands
-    assert glance(read_by(lambda targets: targets, cpu, seen), "corpus/loss_offset", text) is not None
-    starts = torch.cat(seen)[:, 0].sort().values
-    assert len(starts) == len(starts.unique()) == N_BATCHES * BATCH
-    part = len(text) // 8
-    for first in range(0, len(text), part):
-        assert ((starts >= first) & (starts < first + part)).sum() > 3
+    text = np.arange(n_times * N_WINDOWS * LENGTH + 1).astype(np.uint16)  # a token says where it stands
+    assert glance(read_by(lambda targets: targets, cpu, seen), name, text) is not None
+    starts = torch.cat([inputs[:, 0] for inputs in seen])
+    assert len(starts) == len(starts.unique()) == N_WINDOWS
+    counts, _ = np.histogram(starts, bins=8, range=(0, len(text)))
+    assert abs(counts - N_WINDOWS / 8).max() <= 3
+
+
+def test_what_differs_from_place_to_place_is_no_error(cpu: Runtime) -> None:
+    """Each group goes over the whole text, so that a half which is known and one which is not leave no doubt."""
+    text = np.arange(40_000).astype(np.uint16)
+    sample = glance(read_by(lambda targets: targets < len(text) // 2, cpu), "corpus/loss", text)
+    assert sample is not None
+    assert sample.loss == pytest.approx(0.5, abs=0.01)
+    assert sample.error < 0.01
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 100])
+def test_the_sample_is_the_same_however_many_windows_are_read_at_a_time(batch_size: int, cpu: Runtime) -> None:
+    """Else a run that is resumed with another micro-batch would look at other steps."""
+    one = glance(read_by(lambda targets: targets % 7, cpu, batch_size=5), "corpus/loss_offset", TEXT)
+    assert glance(read_by(lambda targets: targets % 7, cpu, batch_size=batch_size), "corpus/loss_offset", TEXT) == one
 
 
 @pytest.mark.parametrize(("n_more", "taken"), [(0, True), (-LENGTH, False)])
 def test_a_short_text_is_not_worth_a_glance(n_more: int, taken: bool, cpu: Runtime) -> None:
-    n_windows = round(N_BATCHES * BATCH / SHARE)
-    text: NDArray[np.uint16] = TEXT[: n_windows * LENGTH + 1 + n_more]
+    text: NDArray[np.uint16] = TEXT[: round(N_WINDOWS / MOST) * LENGTH + 1 + n_more]
     assert (glance(read_by(lambda targets: targets, cpu), "corpus/loss", text) is not None) is taken
 
 
@@ -75,4 +92,4 @@ def test_a_loss_that_is_not_finite_is_certainly_nothing(loss: float, cpu: Runtim
 
 
 def test_a_glance_says_what_it_is() -> None:
-    assert str(Glance(0.15216, 0.00412, 384)) == "0.152 in 384 of its windows, with a standard error of 0.004"
+    assert str(Glance(0.15216, 0.00412, 384)) == "0.152 in a sample of 384 windows, with a standard error of 0.004"

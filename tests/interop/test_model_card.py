@@ -223,7 +223,8 @@ def test_a_card_says_how_long_training_took_and_its_looks(trained: Trained) -> N
     """A record of an older version does not say how long the looks took."""
     for looked, words in (
         ({}, "1 min 38 s"),
-        ({"looks_s": 0.0}, "1 min 38 s"),
+        ({"looks_s": None}, "1 min 38 s"),
+        ({"looks_s": 0.4}, "1 min 38 s"),
         ({"looks_s": 20.4}, "1 min 38 s, 20 s of"),
     ):
         card = model_card.render(replace(trained, record=RECORD | looked), "fp32")

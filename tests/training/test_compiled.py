@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from groundling import runtime
+from groundling.evaluation import glance
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.runtime import RuntimeConfig
 from groundling.training.compiled import CompiledLoss
-from groundling.training.estimate import final_reads
 from groundling.training.growth import GrowthConfig
 
 MakeTrainer = Any
@@ -63,16 +63,19 @@ def test_the_compiler_is_asked_for_deterministic_code(make_trainer: MakeTrainer)
     assert config.deterministic
 
 
-def test_a_run_never_recompiles(make_trainer: MakeTrainer) -> None:
-    """Its text is no multiple of its windows, which come in pieces, evaluations have short batches, and it goes on."""
+def test_a_run_never_recompiles(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text is no multiple of its windows, which come in pieces; looks and glances have short batches; it goes on."""
+    for name, value in {"N_GROUPS": 2, "GROUP": 5, "MOST": 1.0}.items():
+        monkeypatch.setattr(glance, name, value)
     eager, _ = make_trainer("unused")
     compiled = replace(eager.runtime, compile=True)
     windows = replace(eager.recipe.windows, pieces=4, short_fraction=0.1)
     heldout = eager.train_tokens[:70]
-    stopping = replace(eager.recipe.stopping, measure="heldout/loss", target=1e-9)
+    stopping = replace(eager.recipe.stopping, patience=9, target=1e-9)
     begun, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)
     begun.train()
-    assert all(begun.take(name) > 0 for name in final_reads(begun))
+    assert all(begun.take(name) > 0 for name in begun.looks.sizes())
+    assert begun.looks.glance("corpus/loss_offset") is not None
     stopping = replace(stopping, max_steps=14)
     resumed, _ = make_trainer("run", heldout, runtime=compiled, windows=windows, stopping=stopping)
     resumed.resume()

@@ -174,7 +174,7 @@ def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.Monke
         terminal.live.refresh()
         assert "mean -" in screen.getvalue()
         terminal.write(12_345, {"train/loss": 10.948163, "train/loss_ema": 10.95, **measured})
-        terminal.progress("corpus/loss", 0.25)
+        terminal.progress("corpus/loss over the whole text", 0.25)
         terminal.live.refresh()
         assert "corpus/loss over the whole text: 25%" in screen.getvalue()
         terminal.write(12_345, {"train/loss": 10.948163, "train/loss_ema": 10.95, **measured})

@@ -67,7 +67,7 @@ def test_a_glance_puts_a_look_off_and_decides_nothing_else() -> None:
     r = rule(look_steps=200, target=1.0, measure="corpus/loss_offset")
     r.state.loss_ema = 1.9
     assert r.look_due(30)
-    assert r.glance_due(30)
+    assert r.may_glance(30)
     r.glanced(30, 1.6)
     assert not r.look_due(30)
     assert r.known("corpus/loss_offset", 30) is None, "it is a sample"
@@ -76,17 +76,18 @@ def test_a_glance_puts_a_look_off_and_decides_nothing_else() -> None:
     assert r.look_due(43), "it cost an eighth of a look at most, and so training has paid for it sooner"
     r.state.loss_ema = 1.25
     assert not r.look_due(43), "the mean has not fallen as far as the sample was above the target"
-    higher = rule(target=2.0, measure="corpus/loss_offset")
+    higher = rule(look_steps=200, target=2.0, measure="corpus/loss_offset")
     higher.state = r.state
     assert not higher.reached(30), "no target is met by a sample, not a higher one that came with a resume either"
+    assert higher.look_due(30), "but that one is looked at anew"
 
 
 def test_the_end_of_the_schedule_is_looked_at_whatever_a_glance_says() -> None:
     r = rule(total_steps=7, target=1.0)
-    assert r.glance_due(6)
-    assert not r.glance_due(7)
-    assert r.glance_due(8)
-    assert not r.glance_due(11), "the last step"
+    assert r.may_glance(6)
+    assert not r.may_glance(7)
+    assert r.may_glance(8)
+    assert not r.may_glance(11), "the last step"
     r.glanced(6, 1.6)
     shorter = rule(total_steps=6, target=1.0)
     shorter.state = r.state
@@ -155,6 +156,8 @@ def test_the_state_survives_json() -> None:
     r = rule(target=1.0)
     r.observe(0, 0.5)
     r.looked(1, 1.5)
+    assert StopState.from_json(json.loads(json.dumps(asdict(r.state)))) == r.state
+    r.glanced(2, 1.5)
     assert StopState.from_json(json.loads(json.dumps(asdict(r.state)))) == r.state
     assert StopState.from_json(json.loads(json.dumps(asdict(StopState())))) == StopState()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import signal
@@ -15,19 +16,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from groundling.corpus.shards import Tokens
 from groundling.corpus.windows import WindowConfig
 from groundling.errors import CheckpointError, ConfigError, Interrupted, RunFailed
 from groundling.evaluation import glance
-from groundling.evaluation.corpus_loss import Evaluator
 from groundling.model.gpt2 import GPT2
 from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import Estimate, FirstSteps, evaluation_s, is_taken, measure, remaining
+from groundling.training.estimate import LOOKS, Estimate, FirstSteps, evaluation_s, is_taken, measure, remaining
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
 from groundling.training.progress import clock
+from groundling.training.run_state import RunState
 from groundling.training.step import StepResult, flops_per_token, training_step, update_flops
 from groundling.training.stopping import StoppingConfig, StopRule
 from groundling.training.trainer import BAD_STEPS, Trainer
@@ -344,52 +344,103 @@ def test_a_look_at_a_checkpoint_is_kept_in_it(make_trainer: MakeTrainer) -> None
     assert third.peak_memory_bytes() == 2**60
 
 
-def test_a_look_that_would_be_in_vain_is_not_taken(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A glance costs a part of it. What ends the run is a look, of the whole text, as ever."""
-    monkeypatch.setattr(glance, "N_BATCHES", 2)
-    monkeypatch.setattr(glance, "SHARE", 1.0)
-    settings = {
-        "stopping": StoppingConfig(target=1.0, max_steps=600),
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run that takes a sample of its short text for what it is, before each look; sections for `make_trainer`."""
+    for name, value in {"N_GROUPS": 6, "GROUP": 1, "MOST": 1.0, "N_ERRORS": 0.0}.items():
+        monkeypatch.setattr(glance, name, value)
+    return {
+        "stopping": StoppingConfig(target=1.0),
         "schedule": ScheduleConfig(peak=1e-2, warmup_steps=10, total_steps=600, hold_fraction=1.0, passes=None),
     }
-    trainer, memory = make_trainer(**settings)
+
+
+def seen(*memories: Any) -> list[str]:
+    """What was looked at, and what was put off, in order."""
+    notes = [note for memory in memories for note in memory.notes if "not yet looked at" in note]
+    return notes + [str(line) for memory in memories for line in memory.metrics if "corpus/loss" in line]
+
+
+def test_a_look_that_would_be_in_vain_is_not_taken(make_trainer: MakeTrainer, sampled: dict[str, Any]) -> None:
+    trainer, memory = make_trainer(**sampled)
     assert trainer.train() == "target"
-    looks = [line for line in memory.metrics if "corpus/loss" in line]
-    put_off = [note for note in memory.notes if "is not looked at yet: it is" in note]
+    *_, last = [line for line in memory.metrics if "corpus/loss" in line]
+    assert last["corpus/loss"] == trainer.evaluator.loss(trainer.train_tokens) < 1.0, (
+        "what ends it is of the whole text"
+    )
+    put_off = {note.split(":")[0] for note in memory.notes if "not yet looked at corpus/loss" in note}
     assert put_off
-    assert looks[-1]["corpus/loss"] == trainer.evaluator.loss(trainer.train_tokens) < 1.0
-    monkeypatch.setattr(glance, "SHARE", 0.0)
-    without, memory = make_trainer("without", **settings)
-    assert without.train() == "target"
-    assert not any("not looked at" in note for note in memory.notes)
-    assert len(looks) < len([line for line in memory.metrics if "corpus/loss" in line])
+    assert put_off.isdisjoint(f"step {line['step']}" for line in memory.metrics if "corpus/loss" in line)
+
+
+def test_glances_and_looks_of_a_resumed_run_are_those_of_a_whole_one(
+    make_trainer: MakeTrainer, sampled: dict[str, Any]
+) -> None:
+    whole, memory = make_trainer("whole", **sampled)
+    whole.train()
+    first = int(next(note for note in memory.notes if "not yet looked at" in note).split(":")[0].split()[1]) + 1
+    for n_steps in (first, first + 1):  # ended with the glance, and while it counts for when the next one is due
+        stopping = replace(sampled["stopping"], max_steps=n_steps)
+        begun, before = make_trainer(f"cut{n_steps}", **sampled | {"stopping": stopping})
+        assert begun.train() == "max_steps"
+        assert begun.known("corpus/loss") is None
+        resumed, after = make_trainer(f"cut{n_steps}", **sampled)
+        resumed.resume()
+        resumed.train()
+        assert seen(before, after) == seen(memory)
+        assert resumed.stop_rule.state == whole.stop_rule.state
 
 
 def test_looks_are_timed_apart_from_training(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the target and of patience, in a run and in those that go on with it; not the losses after the end."""
+    """Those of the target and of patience, in all parts of a run, interrupted ones, too; not losses after its end."""
+    readings = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(readings)))  # each look is the time between two readings
     heldout = np.arange(40, dtype=np.uint16) % 31
-    schedule, stopping = ScheduleConfig(total_steps=20, passes=None), StoppingConfig(target=0.01, overtime=0)
-    loss, n_taken = Evaluator.loss, []
-
-    def timed(evaluator: Evaluator, tokens: Tokens, offset: int = 0) -> float:
-        time.sleep(0.05)
-        n_taken.append(1)
-        return loss(evaluator, tokens, offset)
-
-    monkeypatch.setattr(Evaluator, "loss", timed)
-    trainer, _ = make_trainer(heldout=heldout, schedule=schedule, stopping=replace(stopping, patience=9, max_steps=16))
+    sections = {"heldout": heldout, "schedule": ScheduleConfig(total_steps=20, passes=None)}
+    stopping = StoppingConfig(target=0.01, overtime=0, patience=9)
+    trainer, memory = make_trainer(stopping=replace(stopping, max_steps=16), **sections)
     trainer.train()
-    assert n_taken
-    assert 0.05 * len(n_taken) <= trainer.state.looks_s < trainer.state.wall_s
-    before_s = trainer.state.looks_s
-    trainer, _ = make_trainer(heldout=heldout, schedule=schedule, stopping=stopping)
+    n_looks = sum("heldout/loss" in line for line in memory.metrics)
+    assert trainer.state.looks_s == n_looks > 0
+    trainer, memory = make_trainer(stopping=stopping, **sections)
     trainer.resume()
-    assert trainer.state.looks_s == before_s
+    monkeypatch.setattr(memory, "progress", lambda what, share: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert trainer.state.looks_s == n_looks + 1
+    trainer, memory = make_trainer(stopping=stopping, **sections)
+    trainer.resume()
     trainer.train()
-    assert trainer.state.looks_s >= before_s + 0.05
+    assert trainer.state.looks_s == n_looks + 1 + sum("heldout/loss" in line for line in memory.metrics) + 1
+    assert sum("corpus/loss" in line for line in memory.metrics) == 1
     before_s = trainer.state.looks_s
     trainer.take("corpus/loss_offset")
     assert trainer.state.looks_s == before_s
+
+
+def test_a_run_that_goes_back_keeps_the_time_of_its_looks(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer(checkpoint=CheckpointConfig("4", keep=2))
+
+    def look() -> None:
+        if trainer.state.n_steps == 5:  # after the checkpoint that it goes back to
+            trainer.state.looks_s = 7.0
+
+    trainer.loss_sum = BeforeLoss(trainer, look)
+    trainer.loss_sum = Poison(trainer, {5, 6, 7})
+    trainer.train()
+    assert trainer.state.n_returns == 1
+    assert trainer.state.looks_s == 7.0
+
+
+def test_the_time_of_looks_is_unknown_of_a_run_that_an_older_version_began(make_trainer: MakeTrainer) -> None:
+    """Else that of its last part would be told as the whole run's."""
+    assert RunState.from_json({"n_steps": 3, "wall_s": 2.0}).looks_s is None
+    assert RunState.from_json({}).looks_s == 0.0
+    trainer, _ = make_trainer(schedule=ScheduleConfig(total_steps=5, passes=None), stopping=StoppingConfig(overtime=0))
+    trainer.state.looks_s = None
+    trainer.train()
+    assert trainer.known("corpus/loss")
+    assert trainer.state.looks_s is None
 
 
 @pytest.mark.parametrize(("max_steps", "looks"), [(None, True), (40, True), (39, False)])
@@ -672,6 +723,20 @@ def test_the_evaluations_that_patience_asks_for_are_estimated(
         sink.write(step, {"train/step_s": 0.5})
     assert told[0].evaluation_s == pytest.approx(3 * len(tokens) / 3 / (64 / 0.5))
     assert remaining(trainer, 3600.0).startswith(f"left: {clock(10 * 3600 + 3 * len(tokens) / 3 / (64 / 3600))}")
+
+
+def test_the_look_that_ends_a_run_is_estimated_once(make_trainer: MakeTrainer, tokens: NDArray[np.uint16]) -> None:
+    """It is not taken again at the end, whatever losses are."""
+    schedule = ScheduleConfig(total_steps=20, passes=None)
+    trainer, _ = make_trainer(heldout=tokens[:50], schedule=schedule, stopping=StoppingConfig())
+    told: list[Estimate] = []
+    for final in ("none", "all"):
+        sink = FirstSteps(trainer, final, told.append)
+        for step in range(4):
+            sink.write(step, {"train/step_s": 0.5})
+    looks_s, all_s = (estimate.evaluation_s for estimate in told)
+    assert looks_s == pytest.approx(LOOKS * evaluation_s(trainer, len(tokens), 0.5))
+    assert all_s - looks_s == pytest.approx(evaluation_s(trainer, 8 * len(tokens) + 50, 0.5))
 
 
 def test_losses_are_estimated_without_the_products_of_an_update(make_trainer: MakeTrainer) -> None:

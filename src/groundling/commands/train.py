@@ -29,7 +29,6 @@ from groundling.training.estimate import (
     Estimate,
     FirstSteps,
     evaluation_s,
-    final_reads,
     is_taken,
     remaining,
     step_s_so_far,
@@ -228,13 +227,13 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
 
 def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
     """The losses over the whole text by house name; None for those that `evaluation.final` leaves out."""
-    reads = final_reads(trainer)
+    reads = trainer.looks.sizes()
     losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
     step_s = step_s_so_far(trainer, metrics)
     for name, n_tokens in reads.items():
         seconds = evaluation_s(trainer, n_tokens, step_s) if step_s else math.inf
         known = trainer.known(name) is not None
-        if not known and not is_taken(final, seconds, trainer.state.wall_s):
+        if not known and not is_taken(final, seconds, trainer.state.wall_s - (trainer.state.looks_s or 0.0)):
             takes = f"about {clock(seconds)}" if step_s else "no step says how long it would take"
             trainer.sinks.note(f"{name} is not taken ({takes}): `groundling evaluate` takes it")
             continue

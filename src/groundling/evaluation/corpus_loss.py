@@ -1,7 +1,7 @@
 """The losses that count: means over every prediction of a text.
 
 Invariant: a loss returned here covers each of the n_tokens - 1 predictions exactly once (at each
-offset), over the full vocabulary, in nats per token; no sampling, no skipped tail.
+offset), over the full vocabulary, in nats per token; no sampling (but `glance.py` sums what it chose), no skipped tail.
 """
 
 from __future__ import annotations
@@ -73,24 +73,23 @@ class Evaluator:
         The windows lie on the grid with this offset; the tokens before it form a short window of their
         own, so that nothing is left out.
         """
-        windows = grid(len(tokens), self.length, offset)
+        return self.sum_over(tokens, grid(len(tokens), self.length, offset)) / (len(tokens) - 1)
+
+    def sum_over(self, tokens: Tokens, windows: NDArray[np.int64]) -> float:
+        """Summed loss of every prediction in these windows (start, n)."""
         total = 0.0
         for first in range(0, len(windows), self.batch_size):
-            total += self.loss_sum_of(tokens, windows[first : first + self.batch_size])
-        return total / (len(tokens) - 1)
-
-    def loss_sum_of(self, tokens: Tokens, windows: NDArray[np.int64]) -> float:
-        """Summed loss of every prediction in these windows (start, n), `batch_size` at most."""
-        if self.runtime.compile:  # one shape for all
-            empty = np.zeros((self.batch_size - len(windows), 2), dtype=np.int64)
-            batch = gather(tokens, np.concatenate([windows, empty]), self.length)
-        else:
-            batch = gather(tokens, windows, int(windows[:, 1].max()))
-        batch = batch.to(self.runtime.device)
-        with torch.no_grad(), self.runtime.autocast():
-            loss_sum = float(self.loss_sum(batch.inputs, batch.targets))
-        self.on_windows(len(windows))
-        return loss_sum
+            chosen = windows[first : first + self.batch_size]
+            if self.runtime.compile:  # one shape for all
+                empty = np.zeros((self.batch_size - len(chosen), 2), dtype=np.int64)
+                batch = gather(tokens, np.concatenate([chosen, empty]), self.length)
+            else:
+                batch = gather(tokens, chosen, int(chosen[:, 1].max()))
+            batch = batch.to(self.runtime.device)
+            with torch.no_grad(), self.runtime.autocast():
+                total += float(self.loss_sum(batch.inputs, batch.targets))
+            self.on_windows(len(chosen))
+        return total
 
     def offset_losses(self, tokens: Tokens) -> dict[int, float]:
         """`loss` at each of the `loss_offsets`."""

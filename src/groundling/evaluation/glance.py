@@ -1,6 +1,6 @@
 """An estimate of a loss over a whole text from some of its windows, and how far off it may be.
 
-Invariant: it decides whether that loss is worth its price, and nothing else: it is never reported as one, and ends no
+Invariant: it decides whether and when that loss is taken, and nothing else: it is never reported as one, and ends no
 run.
 """
 
@@ -15,14 +15,17 @@ from groundling.corpus.shards import Tokens
 from groundling.corpus.windows import grid
 from groundling.evaluation.corpus_loss import Evaluator, loss_offsets
 
-N_BATCHES = 24
-"""Batches that a glance reads."""
+N_GROUPS = 24
+GROUP = 16
+"""A glance reads so many groups of so many windows. Each group goes over the whole text, and what lies between their
+means tells how far off the mean of all may be."""
 
-SHARE = 1 / 8
-"""At most this share of a look's windows: where that is less than `N_BATCHES`, there is no glance."""
+MOST = 1 / 8
+"""Share of a look's windows that a glance may read: where its own are more, there is none."""
 
-ERRORS = 3.0
-"""Standard errors by which a glance must be above the target: by chance it is in one of a thousand."""
+N_ERRORS = 3.5
+"""Standard errors by which a glance must be above the target. By chance it is in one of a thousand (Student's t with
+23 degrees of freedom)."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,28 @@ class Glance:
     n_windows: int
 
     def __str__(self) -> str:
-        return f"{self.loss:.3f} in {self.n_windows:,} of its windows, with a standard error of {self.error:.3f}"
+        return f"{self.loss:.3f} in a sample of {self.n_windows:,} windows, with a standard error of {self.error:.3f}"
 
     def is_above(self, target: float) -> bool:
         """Whether the loss over the whole text is above the target, too, but for a freak of chance."""
-        return self.loss - ERRORS * self.error > target
+        return self.loss - N_ERRORS * self.error > target
 
 
 def glance(evaluator: Evaluator, name: str, tokens: Tokens) -> Glance | None:
-    """A sample of the loss of this house name, its windows spread evenly over the text and over the loss's offsets.
+    """A sample of the loss of this house name over the training text, spread evenly over it and the loss's offsets.
 
     None where the text is so short that the loss itself costs little more.
     """
+    assert name in ("corpus/loss", "corpus/loss_offset"), f"{name} has other windows"
     offsets = loss_offsets(len(tokens), evaluator.length) if name == "corpus/loss_offset" else [0]
     windows = np.concatenate([grid(len(tokens), evaluator.length, offset) for offset in offsets])
-    n_windows = N_BATCHES * evaluator.batch_size
-    if n_windows > SHARE * len(windows):
+    n_windows = N_GROUPS * GROUP
+    if n_windows > MOST * len(windows):
         return None
-    chosen = windows[:: len(windows) // n_windows][:n_windows]
-    batches = chosen.reshape(N_BATCHES, evaluator.batch_size, 2)
-    means = np.array([evaluator.loss_sum_of(tokens, batch) / batch[:, 1].sum() for batch in batches])
+    chosen = windows[(2 * np.arange(n_windows) + 1) * len(windows) // (2 * n_windows)]
+    groups = [chosen[first::N_GROUPS] for first in range(N_GROUPS)]
+    sums = np.array([evaluator.sum_over(tokens, group) for group in groups])
+    sizes = np.array([group[:, 1].sum() for group in groups])
     with np.errstate(invalid="ignore"):  # of losses that are not finite nothing is certain
-        return Glance(float(means.mean()), float(means.std(ddof=1)) / math.sqrt(N_BATCHES), n_windows)
+        error = (sums / sizes).std(ddof=1) / math.sqrt(N_GROUPS)
+        return Glance(float(sums.sum() / sizes.sum()), float(error), n_windows)

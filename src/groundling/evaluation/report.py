@@ -156,8 +156,8 @@ def duration(seconds: float) -> str:
 
 def time_in_words(record: Mapping[str, Any], in_words: Callable[[float], str] = duration) -> str:
     """How long a recorded run took, and how long of that its looks at the loss over the text did, if it had any."""
-    took = in_words(record["wall_s"])
-    return f"{took}, {in_words(looks_s)} of it to look at the loss" if (looks_s := record.get("looks_s")) else took
+    took, looks_s = in_words(record["wall_s"]), record.get("looks_s") or 0.0
+    return f"{took}, {in_words(looks_s)} of it to look at the loss" if round(looks_s) else took
 
 
 def finite(value: float | None) -> float | None:

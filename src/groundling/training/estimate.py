@@ -17,7 +17,7 @@ from torch import Tensor
 
 from groundling import machine
 from groundling.corpus.windows import gather, grid
-from groundling.evaluation.corpus_loss import FORWARD_SHARE, n_tokens_read
+from groundling.evaluation.corpus_loss import FORWARD_SHARE
 from groundling.training.metrics import Metrics, Sink, read_lines
 from groundling.training.progress import clock
 from groundling.training.step import StepResult, network_share, step_flops, training_step
@@ -36,7 +36,8 @@ KEPT_VALUES = 20
 16,384 and of 8,192 tokens differs by 17 to 21 of them (benchmarks/results/train_step_sweep*.jsonl, bf16 and fp32)."""
 
 LOOKS = 2
-"""Looks of the stop rule that a run is assumed to take: seven of the runs on record took one, `penny-by-heart` two."""
+"""Looks of the stop rule that a run is assumed to take, the last of which ends it. Of the seven runs on record that
+ended so six took one, and one two."""
 
 QUICK_S = 120.0
 """`evaluation.final: auto` always takes losses that need less than this."""
@@ -191,11 +192,11 @@ def _evaluations_s(trainer: Trainer, final: str, train_s: float, n_steps: int, s
 
     `step_s` is that of `evaluation_s`.
     """
-    stopping, reads = trainer.recipe.stopping, final_reads(trainer)
+    stopping, reads = trainer.recipe.stopping, trainer.looks.sizes()
     total_s = 0.0
     looks = stopping.target and stopping.measure != "train/loss"
     if looks and (stopping.max_steps is None or stopping.max_steps >= trainer.total_steps):
-        total_s += LOOKS * evaluation_s(trainer, reads[stopping.measure], step_s)
+        total_s += LOOKS * evaluation_s(trainer, reads.pop(stopping.measure), step_s)
     total_s += _heldout_s(trainer, n_steps, step_s)
     for n_tokens in reads.values():
         seconds = evaluation_s(trainer, n_tokens, step_s)
@@ -207,7 +208,7 @@ def _heldout_s(trainer: Trainer, end: int, step_s: float) -> float:
     """Seconds for the losses over the held-out text that `stopping.patience` asks for until this step."""
     if not trainer.recipe.stopping.patience:
         return 0.0
-    n_tokens = final_reads(trainer)["heldout/loss"]
+    n_tokens = trainer.looks.sizes()["heldout/loss"]
     rule = trainer.stop_rule
     first = max(trainer.windows.first_whole, rule.n_growing) + 1
     begun = max(rule.state.heldout_at_step, first - rule.heldout_steps)
@@ -244,15 +245,6 @@ def evaluation_s(trainer: Trainer, n_tokens: int, step_s: float) -> float:
     windows = trainer.recipe.windows
     share = network_share(trainer.model.config, windows, trainer.recipe.optim)
     return FORWARD_SHARE * share * step_s * n_tokens / (windows.batch_size * windows.length)
-
-
-def final_reads(trainer: Trainer) -> dict[str, int]:
-    """The losses that are taken when a run ends, and how many tokens each reads."""
-    texts = {"corpus/loss": trainer.train_tokens, "corpus/loss_offset": trainer.train_tokens}
-    if trainer.heldout_tokens is not None:
-        texts["heldout/loss"] = trainer.heldout_tokens
-    length = trainer.recipe.windows.length
-    return {name: n_tokens_read(name, len(tokens), length) for name, tokens in texts.items()}
 
 
 def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:

@@ -1,4 +1,7 @@
-"""Losses over whole texts as a run takes them: by house name, with progress, and left at once when a signal comes."""
+"""What a run sees of its whole texts, and how it is read: with progress shown, and left at once when a signal comes.
+
+Invariant: what is read depends on texts and windows alone, not on how many windows are read at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from groundling.evaluation.glance import Glance, glance
 
 
 class Looks:
-    """What a run can see of its texts."""
+    """The losses of one model over the texts of its run."""
 
     def __init__(
         self,
@@ -25,6 +28,13 @@ class Looks:
         self.evaluator, self.train, self.heldout = evaluator, train, heldout
         self.check, self.progress = check, progress
 
+    def sizes(self) -> dict[str, int]:
+        """The losses that can be taken, by house name, and how many tokens each reads."""
+        texts = {"corpus/loss": self.train, "corpus/loss_offset": self.train}
+        if self.heldout is not None:
+            texts["heldout/loss"] = self.heldout
+        return {name: n_tokens_read(name, len(tokens), self.evaluator.length) for name, tokens in texts.items()}
+
     def take(self, name: str) -> float:
         """The loss of this house name over its whole text."""
         tokens = self.heldout if name == "heldout/loss" else self.train
@@ -36,11 +46,11 @@ class Looks:
             nonlocal n_read
             self.check()
             n_read += n_windows * self.evaluator.length
-            self.progress(name, min(1.0, n_read / n_tokens))
+            self.progress(f"{name} over the whole text", min(1.0, n_read / n_tokens))
 
         evaluator = replace(self.evaluator, on_windows=count)
         return evaluator.offset_loss(tokens) if name == "corpus/loss_offset" else evaluator.loss(tokens)
 
     def glance(self, name: str) -> Glance | None:
-        """A sample of the loss of this house name over the training text; None where the loss costs little more."""
+        """A sample of the loss of this house name; None where the loss itself costs little more."""
         return glance(replace(self.evaluator, on_windows=lambda _: self.check()), name, self.train)

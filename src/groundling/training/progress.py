@@ -96,10 +96,10 @@ class Terminal(Sink):
 
     def progress(self, what: str, share: float) -> None:
         if self.live:
-            self.live.update(self.task, description=f"{what} over the whole text: {share:.0%}")
+            self.live.update(self.task, description=f"{what}: {share:.0%}")
         elif time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
             self.printed_at = time.monotonic()
-            self.console.print(f"{what} over the whole text: {share:.0%}", markup=False)
+            self.console.print(f"{what}: {share:.0%}", markup=False)
 
     def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
         self.step_times.clear()

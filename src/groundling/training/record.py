@@ -66,8 +66,8 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a finished run, as JSON holds it; losses are nats per token, times are seconds.
 
-    `looks_s` are those of `wall_s` in which losses over whole texts were taken to decide whether the run ends;
-    `evaluation_s` came after it.
+    `looks_s` are those of `wall_s` in which losses over whole texts, or samples of them, were taken to decide whether
+    the run ends (None if it is not known of all of it); `evaluation_s` came after it.
 
     `loss` is what was trained on, in words; `goldfish_dropped` the share of the text's predictions that it leaves out.
     `matrix_ceiling_flops` and `mfu` are those of the steps: a ceiling measured since, on resuming, is not theirs.

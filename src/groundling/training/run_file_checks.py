@@ -33,8 +33,8 @@ RECORD: Kinds = {
     "compiled": (bool,),
 }
 """What a record holds, of all that is read again."""
-TIMED: Kinds = {"looks_s": NUMBER}
-"""And of a version that took this time by itself."""
+SINCE: Kinds = {"looks_s": (*NUMBER, NONE)}
+"""And what records of older versions do not."""
 GROWN: Kinds = dict.fromkeys(("blocks", "growing_blocks", "growing_steps"), WHOLE)
 """And of a run that did not begin with all blocks."""
 MACHINE: Kinds = {
@@ -67,8 +67,7 @@ SECTIONS: Mapping[str, Kinds] = {
 def check_record(record: Mapping[str, Any]) -> None:
     """Raises ValueError if this is no whole record of a run (see `record.make_record`)."""
     _check(record, RECORD)
-    if "looks_s" in record:
-        _check(record, TIMED)
+    _check(record, {name: kinds for name, kinds in SINCE.items() if name in record})
     if record.get("growing_steps"):
         _check(record, GROWN)
     _check(record["machine"], MACHINE, "machine.")

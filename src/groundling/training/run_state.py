@@ -18,8 +18,9 @@ class RunState:
     n_steps: int = 0
     tokens_seen: int = 0
     wall_s: float = 0.0
-    looks_s: float = 0.0
-    """Of these, for losses over whole texts that decide whether the run ends."""
+    looks_s: float | None = 0.0
+    """Of these, for losses over whole texts, or samples of them, that decide whether the run ends; None of a run that a
+    version began which did not count them."""
     n_bad: int = 0
     """Steps in a row, up to now, that were not finite."""
     n_returns: int = 0
@@ -38,4 +39,5 @@ class RunState:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunState:
         """What `asdict` gave, or an older version's, which had no loss scale, and all blocks in every step."""
-        return cls(**value | {"loss_scale": LossScale(**value.get("loss_scale", {}))})
+        looks_s = value.get("looks_s", None if value.get("wall_s") else 0.0)
+        return cls(**value | {"loss_scale": LossScale(**value.get("loss_scale", {})), "looks_s": looks_s})

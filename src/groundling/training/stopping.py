@@ -2,7 +2,7 @@
 
 Invariant: the decision is a function of the config and of `StopState`, which a checkpoint keeps, so that
 a resumed run stops where an uninterrupted one would. A run reaches its target on a loss over the whole
-text; the running mean of batch losses only decides when taking that loss is worth its price.
+text; the running mean of batch losses, and a sample of it, only decide when taking that loss is worth its price.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from groundling.errors import ConfigError
-from groundling.evaluation.glance import SHARE as GLANCE_SHARE
+from groundling.evaluation import glance
 from groundling.optim.schedule import MOST, ScheduleConfig
 
 EMA_BATCHES = 20
@@ -27,8 +27,8 @@ NEXT_LOOK = 0.95
 """After a look above the target, the running mean must fall at least to this share before the next ..."""
 
 TRAINED_BETWEEN = 0.5
-"""... and training since must have taken this share of the time of a look. The mean also falls where a shifted grid
-comes near one that it was on lately, which says little of other grids."""
+"""... and training since must have taken this share of the time of a look, or, after a glance, an eighth of that. The
+mean also falls where a shifted grid comes near one that it was on lately, which says little of other grids."""
 
 NEAR = 1.5
 """A loss of so many targets or more at the end of a schedule is too much for the rate that is left: from 1.67 of them,
@@ -52,7 +52,7 @@ class StoppingConfig:
     max_steps: int | None = None
     """Steps of the whole run, those before a resume included."""
     max_minutes: float | None = None
-    """Training time of the whole run, that before a resume included."""
+    """Time of the whole run, its looks and that before a resume included."""
     patience: int = 0
     """Evaluations of heldout/loss without improvement; 0 never stops on it."""
     heldout_every: float = 1.0
@@ -194,7 +194,7 @@ class StopRule:
 
     def look_due(self, n_steps: int) -> bool:
         """Whether a loss over the whole text should be taken after so many steps."""
-        config, look = self.config, self._look()
+        config, look = self.config, self._last_look()
         if config.measure == "train/loss" or not config.target or (look and look.whole and look.n_steps == n_steps):
             return False
         if n_steps == self.total_steps or n_steps >= self.last_step:  # beyond it, where a resume shortened the schedule
@@ -202,9 +202,9 @@ class StopRule:
         ema = self.state.loss_ema
         if ema is None or n_steps <= self.n_growing:
             return False
-        if look is None or look.loss_ema is None:
+        if look is None or look.loss_ema is None or (not look.whole and look.loss < config.target):  # of a lower target
             return ema < FIRST_LOOK * config.target
-        share = 1.0 if look.whole else GLANCE_SHARE
+        share = 1.0 if look.whole else glance.MOST
         trained = n_steps - look.n_steps >= TRAINED_BETWEEN * share * self.look_steps
         return trained and ema < look.loss_ema * min(NEXT_LOOK, config.target / look.loss)
 
@@ -212,8 +212,8 @@ class StopRule:
         """Take in the loss over the whole text that is measured."""
         self.state.look = Look(self.config.measure, n_steps, loss, self.state.loss_ema)
 
-    def glance_due(self, n_steps: int) -> bool:
-        """Whether a sample of the text may show that a look which is due is not worth its price yet."""
+    def may_glance(self, n_steps: int) -> bool:
+        """Whether a look that is due may be put off by a sample of the text."""
         return n_steps != self.total_steps and n_steps < self.last_step  # there the loss itself is wanted
 
     def glanced(self, n_steps: int, loss: float) -> None:
@@ -226,10 +226,10 @@ class StopRule:
             return False
         if self.config.measure == "train/loss":
             return self.state.last_batch is not None and self.state.last_batch < self.config.target
-        look = self._look()
+        look = self._last_look()
         return look is not None and look.whole and look.n_steps == n_steps and look.loss < self.config.target
 
-    def _look(self) -> Look | None:
+    def _last_look(self) -> Look | None:
         """The last look, if it was at the loss that is measured now."""
         look = self.state.look
         return look if look and look.measure == self.config.measure else None
@@ -272,7 +272,7 @@ class StopRule:
 
     def _out_of_reach(self) -> bool:
         """Whether the loss at the end of the schedule was too far above the target for the rate that is left."""
-        look = self._look()
+        look = self._last_look()
         if not self.ends_low or look is None or not look.whole or look.n_steps != self.total_steps:
             return False
         return look.loss >= NEAR * self.config.target

@@ -81,8 +81,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
-        self.looked = False
-        """Whether a loss over a whole text was taken that no checkpoint has yet."""
+        self.unsaved_look = False
+        """Whether a look or a glance at a whole text was taken that no checkpoint has yet."""
         self.ceiling_raised = False
         self.trained = True
         """Whether the last step updated the weights, as it should: a checkpoint is not made of one that could not."""
@@ -131,7 +131,7 @@ class Trainer:
             self.stop_rule = self._new_stop_rule()
             self.stop_rule.state = stop
             deal_turns(self.optimizer.param_groups, self.state.first_stride)
-            self.saved_step, self.looked = self.state.n_steps, False
+            self.saved_step, self.unsaved_look = self.state.n_steps, False
             self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
             if self.window_changed:
                 self.stop_rule.state.forget_losses()
@@ -147,7 +147,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this moment, unless this step already has one that knows as much."""
         again = self.saved_step == self.state.n_steps
-        if again and not self.window_changed and not self.looked:
+        if again and not self.window_changed and not self.unsaved_look:
             return
         self._count_wall()
         self.state.peak_memory_bytes = self.peak_memory_bytes() or 0
@@ -164,7 +164,7 @@ class Trainer:
             replace=again or self.window_changed,
         )
         self.saved_at, self.saved_step, self.window_changed = time.monotonic(), self.state.n_steps, False
-        self.looked = False
+        self.unsaved_look = False
 
     def peak_memory_bytes(self) -> int | None:
         """The largest memory that any part of the run had; None where the device keeps no such figure."""
@@ -210,23 +210,23 @@ class Trainer:
         rule, n_steps = self.stop_rule, self.state.n_steps
         if rule.look_due(n_steps):
             name = self.recipe.stopping.measure
-            if not rule.glance_due(n_steps) or not self._glance_is_above(name):
-                rule.looked(n_steps, self._look(name))
+            if not rule.may_glance(n_steps) or not self._glance_is_above(name):
+                rule.looked(n_steps, self._take_look(name))
             if n_steps == self.total_steps and not rule.reason(n_steps, self.state.wall_s):
                 more = rule.last_step - n_steps
                 self.sinks.note(
                     f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
         if n_steps > self.windows.first_whole and rule.heldout_due(n_steps):
-            rule.observe_heldout(n_steps, self._look("heldout/loss"))
+            rule.observe_heldout(n_steps, self._take_look("heldout/loss"))
         self._count_wall()
         return rule.reason(n_steps, self.state.wall_s)
 
-    def _look(self, name: str) -> float:
+    def _take_look(self, name: str) -> float:
         """The loss of this house name, on which it depends whether the run ends: timed, and written down."""
         with self._timed_look():
             loss = self.take(name)
-        self.looked = True
+        self.unsaved_look = True
         self.sinks.write(self.state.n_steps - 1, {name: loss})
         return loss
 
@@ -237,7 +237,8 @@ class Trainer:
         if sample is None or not sample.is_above(self.recipe.stopping.target):
             return False
         self.stop_rule.glanced(self.state.n_steps, sample.loss)
-        self.sinks.note(f"step {self.state.n_steps - 1}: {name} is not looked at yet: it is {sample}")
+        self.unsaved_look = True
+        self.sinks.note(f"step {self.state.n_steps - 1}: not yet looked at {name}: {sample}")
         return True
 
     @contextmanager
@@ -246,7 +247,8 @@ class Trainer:
         try:
             yield
         finally:
-            self.state.looks_s += time.monotonic() - began
+            if self.state.looks_s is not None:
+                self.state.looks_s += time.monotonic() - began
 
     def _take_step(self) -> None:
         """One step, counted and written down; or, if it was not finite, what follows from that."""
