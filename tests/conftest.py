@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,20 @@ def new_cache(folder: Path) -> Path:
     (folder / "cache").mkdir()
     (folder / "cache" / "kernels").symlink_to(kernels_here, target_is_directory=True)
     return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def unsynced() -> Iterator[None]:
+    """Files reach the disk when the system likes: each wait for that takes milliseconds, and no test pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which a wrong descriptor fails as well
+        yield
+
+
+@pytest.fixture
+def quick_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate measures as few steps as it may: for tests that ask what is measured, and not how long."""
+    monkeypatch.setattr("groundling.training.estimate.MEASURED_S", 0.0)
 
 
 @pytest.fixture(autouse=True)

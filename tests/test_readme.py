@@ -51,7 +51,7 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def workplace(unsynced: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The files that the commands name: a novel, a folder of texts, a finished run, a checkpoint of nanoGPT's kind."""
     path = tmp_path_factory.mktemp("readme")
     patch = pytest.MonkeyPatch()

@@ -12,6 +12,11 @@ from ..conftest import new_cache
 from .bottles import TEXT, train
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_wait_for_the_disk(unsynced: None) -> None:
+    pass
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty folder with a text in it, and a cache of its own."""

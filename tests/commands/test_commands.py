@@ -117,6 +117,7 @@ def test_sample_reads_a_checkpoint_that_lies_alone(run: Path, tmp_path: Path) ->
         alone.rename(run / "checkpoints" / "step-00000012")
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_but_cache(workplace)
     assert main(["estimate", "--corpus", "bottles.txt", *SMALL]) == 0
@@ -143,6 +144,7 @@ def test_doctor_names_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> N
         assert word in printed
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_a_text_too_short_for_its_schedule_is_told_what_would_learn_it(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_text_too_short_for_its_schedule_is_told_what_would_learn_it(
     assert "hardly be learned" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_a_token_file_too_short_for_its_schedule_keeps_its_tokenizer(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +264,7 @@ def test_output_of_another_encoding_is_no_reason_to_fail(run: Path) -> None:
         (["--initial-positions", "waves"], set()),
     ],
 )
+@pytest.mark.usefixtures("quick_measure")
 def test_settings_that_another_leaves_without_effect_are_named(
     workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], unused: set[str]
 ) -> None:
@@ -281,6 +285,7 @@ def test_evaluate_asks_whether_a_gpu_takes_so_many_tokens(
     assert "--batch-size 77 windows of" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_a_text_that_another_flag_replaces_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twice = ["--text.sources", "[bottles.txt]", "--corpus", "bottles.txt"]
     assert main(["estimate", *twice, *SMALL]) == 0

@@ -98,6 +98,7 @@ def test_a_run_from_before_there_was_a_choice_goes_on(workplace: Path) -> None:
     assert main(["train", "--resume", "--out", str(old), "--max-steps", "2"]) == 0
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_estimate_takes_the_loss(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *train("--loss", "goldfish")[1:]]) == 0
     printed = capsys.readouterr()

@@ -88,6 +88,7 @@ def test_a_text_that_has_all_ids_is_refused(run: Path, capsys: pytest.CaptureFix
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_estimate_takes_it(seen_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *GPT2_IDS, "--head-vocabulary", "seen"]) == 0
     printed = capsys.readouterr()

@@ -166,6 +166,7 @@ def test_its_blocks_do_not_wait(source: Path, workplace: Path, capsys: pytest.Ca
         assert "train/blocks" not in (out / "metrics.jsonl").read_text()
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_an_estimate_of_it(source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--init", str(source), "--model.n_layer", "2", *TUNE]) == 0
     printed = capsys.readouterr()

@@ -36,6 +36,11 @@ N_TEXT = 100
 MakeTrained = Callable[..., Trained]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_wait_for_the_disk(unsynced: None) -> None:
+    pass
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """One of 301 ids, an odd number."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from groundling.corpus.tokenizer import Tokenizer
+from groundling.corpus.tokenizer import BYTE_OF, END_OF_TEXT, Tokenizer
 from groundling.corpus.windows import WindowConfig
 from groundling.model.gpt2 import GPTConfig
 from groundling.optim.optimizer import OptimConfig
@@ -22,6 +22,9 @@ from groundling.training.metrics import Metrics, Sink, Sinks
 from groundling.training.recipe import Recipe
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
+
+BYTES = Tokenizer(BYTE_OF | {END_OF_TEXT: 256}, [], "bytes")
+"""Of so few ids that a checkpoint is written in no time."""
 
 
 class Memory(Sink):
@@ -48,6 +51,11 @@ class Memory(Sink):
 
     def losses(self) -> list[float]:
         return [line["train/loss"] for line in self.metrics if "train/loss" in line]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_wait_for_the_disk(unsynced: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def make_trainer(recipe: Recipe, tokens: NDArray[np.uint16], cpu: Runtime, tmp_p
             replace(recipe, **sections),
             tokens,
             heldout,
-            Tokenizer.gpt2(),
+            BYTES,
             runtime,
             tmp_path / name / "checkpoints",
             ceiling_flops=1e15,

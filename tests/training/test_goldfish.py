@@ -87,6 +87,7 @@ def test_a_resumed_goldfish_run_equals_an_uninterrupted_one(make_trainer: MakeTr
     assert plain.state.tokens_seen == whole.state.tokens_seen  # a dropped target was read all the same
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_a_goldfish_run_is_estimated_without_looks_at_its_text(make_trainer: MakeTrainer) -> None:
     schedule = ScheduleConfig(peak=1e-2, warmup_steps=4, total_steps=40, passes=None)
     stopping = StoppingConfig(expected_steps=7).without_target()

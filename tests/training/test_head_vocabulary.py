@@ -134,6 +134,7 @@ def test_a_checkpoint_is_of_the_full_model(make_trainer: MakeTrainer) -> None:
         assert checkpoint.damage(path) is None
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_what_is_counted_is_what_was_computed(make_trainer: MakeTrainer) -> None:
     trainer, memory = make_trainer()
     estimate = measure(trainer, "none")

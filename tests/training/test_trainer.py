@@ -5,10 +5,10 @@ import itertools
 import json
 import math
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from groundling.model.gpt2 import GPT2
 from groundling.optim.optimizer import OptimConfig
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
+from groundling.training import trainer as trainer_module
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import LOOKS, Estimate, FirstSteps, evaluation_s, is_taken, measure, remaining
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
@@ -394,7 +395,8 @@ def test_glances_and_looks_of_a_resumed_run_are_those_of_a_whole_one(
 def test_looks_are_timed_apart_from_training(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the target and of patience, in all parts of a run, interrupted ones, too; not losses after its end."""
     readings = itertools.count()
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(readings)))  # each look is the time between two readings
+    counter = SimpleNamespace(monotonic=lambda: float(next(readings)))  # each look is the time between two readings
+    monkeypatch.setattr(trainer_module, "time", counter)  # not that of servers in other threads
     heldout = np.arange(40, dtype=np.uint16) % 31
     sections = {"heldout": heldout, "schedule": ScheduleConfig(total_steps=20, passes=None)}
     stopping = StoppingConfig(target=0.01, overtime=0, patience=9)
@@ -444,6 +446,7 @@ def test_the_time_of_looks_is_unknown_of_a_run_that_an_older_version_began(make_
 
 
 @pytest.mark.parametrize(("max_steps", "looks"), [(None, True), (40, True), (39, False)])
+@pytest.mark.usefixtures("quick_measure")
 def test_looks_are_estimated_where_the_schedule_comes_to_its_end(
     make_trainer: MakeTrainer, max_steps: int | None, looks: bool
 ) -> None:
@@ -643,6 +646,7 @@ def test_no_share_of_the_matrix_ceiling_is_above_one(make_trainer: MakeTrainer) 
     assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_measuring_changes_nothing(make_trainer: MakeTrainer) -> None:
     plain, plain_memory = make_trainer("plain")
     plain.train()
@@ -670,6 +674,7 @@ def test_a_large_batch_is_updated_once(make_trainer: MakeTrainer, monkeypatch: p
 
 
 @pytest.mark.parametrize(("kind", "least", "most"), [("adamw", 12.0, 12.1), ("muon", 8.0, 11.0)])
+@pytest.mark.usefixtures("quick_measure")
 def test_what_the_optimizer_keeps_is_not_multiplied(
     kind: str, least: float, most: float, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import glob
 import math
 import re
@@ -187,6 +188,7 @@ def parse_run(parser: Parser, arguments: Sequence[str]) -> RunConfig:
     return RunConfig(**{field.name: parsed[field.name] for field in fields(RunConfig)})
 
 
+@functools.cache
 def load_preset(name: str) -> RunConfig:
     """The configuration of a preset, with nothing added."""
     return parse_run(run_parser("train", "", "", preset_path(name)), [])

@@ -91,6 +91,7 @@ def _intact(path: Path) -> bool:
         return False
 
 
+@functools.cache
 def _version(compiler: str) -> str:
     return _run([compiler, "--version"])
 
