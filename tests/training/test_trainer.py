@@ -356,12 +356,21 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def counted_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second between any two times that the trainer takes, as at the beginning and the end of a look."""
+    readings = itertools.count()
+    counter = SimpleNamespace(monotonic=lambda: float(next(readings)))
+    monkeypatch.setattr(trainer_module, "time", counter)  # and not that of other tests' servers, which wait by it
+
+
 def seen(*memories: Any) -> list[str]:
     """What was looked at, and what was put off, in order."""
     notes = [note for memory in memories for note in memory.notes if "not yet looked at" in note]
     return notes + [str(line) for memory in memories for line in memory.metrics if "corpus/loss" in line]
 
 
+@pytest.mark.usefixtures("counted_time")
 def test_a_look_that_would_be_in_vain_is_not_taken(make_trainer: MakeTrainer, sampled: dict[str, Any]) -> None:
     trainer, memory = make_trainer(**sampled)
     assert trainer.train() == "target"
@@ -371,7 +380,9 @@ def test_a_look_that_would_be_in_vain_is_not_taken(make_trainer: MakeTrainer, sa
     )
     put_off = {note.split(":")[0] for note in memory.notes if "not yet looked at corpus/loss" in note}
     assert put_off
-    assert put_off.isdisjoint(f"step {line['step']}" for line in memory.metrics if "corpus/loss" in line)
+    looks = [f"step {line['step']}" for line in memory.metrics if "corpus/loss" in line]
+    assert put_off.isdisjoint(looks)
+    assert trainer.state.looks_s == len(put_off) + 2 * len(looks), "a glance, or a glance and a look"
 
 
 def test_glances_and_looks_of_a_resumed_run_are_those_of_a_whole_one(
@@ -392,11 +403,9 @@ def test_glances_and_looks_of_a_resumed_run_are_those_of_a_whole_one(
         assert resumed.stop_rule.state == whole.stop_rule.state
 
 
+@pytest.mark.usefixtures("counted_time")
 def test_looks_are_timed_apart_from_training(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the target and of patience, in all parts of a run, interrupted ones, too; not losses after its end."""
-    readings = itertools.count()
-    counter = SimpleNamespace(monotonic=lambda: float(next(readings)))  # each look is the time between two readings
-    monkeypatch.setattr(trainer_module, "time", counter)  # not that of servers in other threads
     heldout = np.arange(40, dtype=np.uint16) % 31
     sections = {"heldout": heldout, "schedule": ScheduleConfig(total_steps=20, passes=None)}
     stopping = StoppingConfig(target=0.01, overtime=0, patience=9)
@@ -424,7 +433,7 @@ def test_a_run_that_goes_back_keeps_the_time_of_its_looks(make_trainer: MakeTrai
     trainer, _ = make_trainer(checkpoint=CheckpointConfig("4", keep=2))
 
     def look() -> None:
-        if trainer.state.n_steps == 5:  # after the checkpoint that it goes back to
+        if trainer.state.n_steps == 5 and not trainer.state.n_returns:  # after the checkpoint that it goes back to
             trainer.state.looks_s = 7.0
 
     trainer.loss_sum = BeforeLoss(trainer, look)

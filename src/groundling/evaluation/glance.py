@@ -23,9 +23,9 @@ means tells how far off the mean of all may be."""
 MOST = 1 / 8
 """Share of a look's windows that a glance may read: where its own are more, there is none."""
 
-N_ERRORS = 3.5
-"""Standard errors by which a glance must be above the target. By chance it is in one of a thousand (Student's t with
-23 degrees of freedom)."""
+N_ERRORS = 1.0
+"""Standard errors by which a glance must be above the target to put a look off. More would be surer, and waste looks:
+one that is put off in error costs a few steps and another glance, and one in vain costs a reading of the whole text."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Glance:
         return f"{self.loss:.3f} in a sample of {self.n_windows:,} windows, with a standard error of {self.error:.3f}"
 
     def is_above(self, target: float) -> bool:
-        """Whether the loss over the whole text is above the target, too, but for a freak of chance."""
+        """Whether the loss over the whole text is likely to be above the target, too."""
         return self.loss - N_ERRORS * self.error > target
 
 
