@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from steps import Task
 
-from groundling.training.step import flops_per_token
+from groundling.training.flops import flops_per_token
 
 BYTES_PER_PARAMETER = 40
 """Least traffic of a step in fp32: AdamW reads and writes weight and two moments (24) and reads the gradient (4); the

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from groundling import allocator, machine, runtime
 from groundling.kernels import build, products
 from groundling.model.gpt2 import SIZES
-from groundling.training.step import flops_per_token
+from groundling.training.flops import flops_per_token
 from groundling.training.trainer import Trainer
 
 PRODUCTS = (

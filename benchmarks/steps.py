@@ -133,8 +133,8 @@ def our_trainer(task: Task, words: str = "") -> Iterator[tuple[Trainer, Path]]:
 
 def ours(task: Task, words: str = "") -> Turn:
     """`groundling train`'s own step; `words` are further options of it."""
+    from groundling.training.flops import flops_per_token
     from groundling.training.metrics import read_lines
-    from groundling.training.step import flops_per_token
 
     turn = Turn(version=machine.versions()["groundling"])
     with our_trainer(task, words) as (trainer, metrics):

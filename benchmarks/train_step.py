@@ -41,7 +41,7 @@ from steps import CONTESTANTS, CPU, Task, Turn
 from groundling import allocator, machine, runtime
 from groundling.model.gpt2 import SIZES
 from groundling.runtime import RuntimeConfig
-from groundling.training.step import flops_per_token
+from groundling.training.flops import flops_per_token
 
 SWEEP_WINDOWS = (128, 256, 512, 1024)
 SWEEP_TOKENS = (1024, 2048, 4096, 8192, 16384)

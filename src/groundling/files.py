@@ -35,6 +35,16 @@ PARTIAL = ".partial"
 """Ends the name of what is not whole yet."""
 
 
+def regular_file(path: Path) -> Path:
+    """The path itself. Raises `CheckpointError` if it is not a regular file, or a link to one."""
+    if not path.is_file():  # false for FIFOs and devices, which opening could wait for or fill the memory from
+        there = path.exists() or path.is_symlink()
+        raise CheckpointError(
+            f"{path} is {'no regular file' if there else 'not there'}: restore it, or give another path"
+        )
+    return path
+
+
 def home_expanded(name: str) -> Path:
     """The path that a user wrote, with `~` as a shell reads it: left alone where nobody is called so."""
     return Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib's refuses a file whose name begins with ~

@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from groundling.errors import CheckpointError
+from groundling.files import regular_file
 
 MAX_CONFIG_BYTES = 1 << 20
 """The config.json that transformers writes of GPT-2 takes under a thousand bytes."""
-
-
-def regular_file(path: Path) -> Path:
-    """The path itself. Raises `CheckpointError` if it is not a regular file, or a link to one."""
-    if not path.is_file():  # false for FIFOs and devices, which opening could wait for or fill the memory from
-        there = path.exists() or path.is_symlink()
-        raise CheckpointError(
-            f"{path} is {'no regular file' if there else 'not there'}: restore it, or give another path"
-        )
-    return path
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:

@@ -117,6 +117,22 @@ def test_sample_reads_a_checkpoint_that_lies_alone(run: Path, tmp_path: Path) ->
         alone.rename(run / "checkpoints" / "step-00000012")
 
 
+def test_weights_that_are_not_of_a_runs_end_are_said_to_be(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a run that had ended goes on: its record stays until there is another."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    for record, said in (("", False), ("0" * 64, True), (None, True)):
+        path = tmp_path / "run" / "record.json"
+        if record is None:
+            path.unlink()
+        elif record:
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": record}))
+        assert main(["sample", str(tmp_path / "run"), "--max-tokens", "3"]) == 0
+        note = "note: these are the run's weights after 12 steps, and not those of its end"
+        assert (note in capsys.readouterr().err) == said
+
+
 @pytest.mark.usefixtures("quick_measure")
 def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_but_cache(workplace)

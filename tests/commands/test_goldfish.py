@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from groundling.cli import main
-from groundling.commands.session import objective_lines
+from groundling.commands.advice import objective_lines
 from groundling.config import RunConfig
 from groundling.corpus.goldfish import ObjectiveConfig
 from groundling.training.run_folder import RunFolder

@@ -18,8 +18,9 @@ import yaml
 from groundling import runtime
 from groundling.cli import main
 from groundling.commands import session
-from groundling.commands.arguments import load_preset
+from groundling.commands.arguments import load_preset, parse_run, run_parser
 from groundling.commands.session import newest_run
+from groundling.commands.train import checkpoint_bytes
 from groundling.errors import Interrupted
 from groundling.files import write_json
 from groundling.training.checkpoint import load_model, load_state
@@ -37,6 +38,9 @@ def test_a_finished_run_goes_on_for_more_steps(workplace: Path, kind: str) -> No
     assert [line["train/loss"] for line in steps(parts)] == [line["train/loss"] for line in steps(whole)]
     record = json.loads((parts / "record.json").read_text())
     assert record["weights_sha256"] == json.loads((whole / "record.json").read_text())["weights_sha256"]
+    config = parse_run(run_parser("train", "", "", whole / "config.yaml"), [])
+    taken = sum(file.stat().st_size for file in find_checkpoint(whole).glob("*.safetensors"))
+    assert 0 < taken - checkpoint_bytes(config) < 16_000  # what is asked of the disk leaves out names and shapes
 
 
 LONG = ("--schedule.total_steps", "100000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -112,6 +113,19 @@ def test_wrong_input_gets_one_sentence(
     assert message.startswith("groundling: ")
     assert words in message
     assert not any(leak in message for leak in ("Traceback", "Errno", "Union", "Parser key", "typing."))
+    assert files_but_cache(workplace) == before
+
+
+def test_a_sink_whose_package_is_missing_is_said_before_a_run_is_begun(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    before = files_but_cache(workplace)
+    assert main(train("--logging.tensorboard", "true", "--out", "runs/unwatched")) == 2
+    said = capsys.readouterr().err
+    assert "pip install 'groundling[tensorboard]'" in said
+    assert "text: " not in said
     assert files_but_cache(workplace) == before
 
 

@@ -1,10 +1,12 @@
 """Writing tokens: the whole equals the parts, and an interruption leaves no trace but the time it took."""
 
+import errno
 import json
 import multiprocessing
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
@@ -108,6 +110,30 @@ def test_what_was_done_before_an_interruption_is_not_done_again(tmp_path, small_
     assert path.read_bytes() == whole
     assert tokenizer.n_chars == n_chars
     assert sorted(file.name for file in tmp_path.iterdir()) == ["t.bin", "whole.bin"]
+
+
+def test_a_disk_that_fails_while_the_text_is_read_costs_nothing_that_was_done(tmp_path, small_batches, monkeypatch):
+    """Unlike a text that is not what it was, which no other try could read better."""
+    text = tmp_path / "novel.txt"
+    text.write_text(LONG, encoding="utf-8")
+    document, blocks = Document.from_file(text), Document.blocks_as_summed
+    n_left = [len(list(document.blocks())) // 2]
+
+    def failing(self: Document) -> Iterator[str]:
+        for block in blocks(self):
+            n_left[0] -= 1
+            if n_left[0] < 0:
+                raise CorpusError("novel.txt cannot be read") from OSError(errno.EIO, "Input/output error")
+            yield block
+
+    tokenizer, path = CountingTokenizer.gpt2(), tmp_path / "t.bin"
+    with monkeypatch.context() as patch, pytest.raises(CorpusError, match="cannot be read"):
+        patch.setattr(Document, "blocks_as_summed", failing)
+        write_tokens([document], tokenizer, path)
+    before = tokenizer.n_chars
+    assert before > 0
+    assert write_tokens([document], tokenizer, path).tokens.tolist() == GPT2.encode(LONG)
+    assert tokenizer.n_chars - before < len(LONG)
 
 
 def test_a_kill_loses_only_what_came_after_the_journals_last_entry(tmp_path):

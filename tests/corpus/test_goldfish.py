@@ -132,7 +132,7 @@ def test_the_first_h_are_counted(dtype: Any) -> None:
 
 def test_one_in_k_targets_of_tiny_shakespeare_are_dropped(tmp_path: Path) -> None:
     """The spread of 338,024 independent drops would be 0.0009 at most; passages that recur add to it."""
-    tokens = load_corpus(CorpusConfig(), tmp_path, heldout=False).train.tokens
+    tokens = load_corpus(CorpusConfig(), tmp_path, own_heldout=False).train.tokens
     for k in (2, 3, 4, 8):
         assert dropped_share(tokens, ObjectiveConfig("goldfish", drop_every=k)) == pytest.approx(1 / k, abs=0.004)
     config = ObjectiveConfig("goldfish")

@@ -60,12 +60,15 @@ def test_a_folder_gives_its_texts_in_order(folder, read):
 
 
 def test_what_runs_have_written_is_no_text_of_a_folder(folder, read):
-    for name in ("identity.json", "samples.txt", "deep/more.txt"):
+    Path("books/letters").mkdir()
+    Path("books/letters/identity.json").write_text("{}")  # which others may have, too
+    Path("books/letters/one.txt").write_text("L")
+    for name in ("identity.json", "samples.txt", "deep/more.txt", "checkpoints/state.json"):
         path = Path("books/runs/gpt2", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     Path("books/runs/notes.txt").write_text("N")
-    assert read("books") == ["A", "B", "C", "N"]
+    assert read("books") == ["A", "B", "C", "L", "N"]
 
 
 def test_a_file_is_read_whatever_its_suffix(folder, read):

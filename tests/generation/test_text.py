@@ -13,11 +13,13 @@ TOKENIZER = Tokenizer.gpt2()
 def pieces(tokens: list[int], *stops: str) -> list[str]:
     writer = Writer(TOKENIZER, stops)
     written = []
-    for token in tokens:
-        written.append(writer.feed(token))
-        if writer.stopped:
-            return written
-    return [*written, writer.end()]
+    for n_left, token in reversed(list(enumerate(reversed(tokens)))):
+        text, reason = writer.take(token, None if n_left else "length")
+        written.append(text)
+        if reason:
+            assert writer.stopped == (reason == "stop")
+            break
+    return written
 
 
 def test_pieces_are_whole_characters() -> None:
@@ -67,4 +69,4 @@ def test_stop_strings_span_tokens(stops: list[str], expected: str) -> None:
 
 def test_what_may_begin_a_stop_string_waits() -> None:
     tokens = [byte_token(byte) for byte in b"a\n\nb\n"]
-    assert pieces(tokens, "\n\n\n") == ["a", "", "", "\n\nb", "", "\n"]
+    assert pieces(tokens, "\n\n\n") == ["a", "", "", "\n\nb", "\n"]

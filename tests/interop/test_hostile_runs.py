@@ -18,6 +18,7 @@ import torch
 from groundling.cli import main
 from groundling.corpus.shards import make_header
 from groundling.errors import CheckpointError, UserError
+from groundling.interop.sources import is_run
 from groundling.interop.tensor_files import safetensors_weights
 
 from .conftest import MakeTrained
@@ -295,6 +296,14 @@ def test_nothing_that_is_quoted_steers_a_terminal(name: str, folder: Path, capsy
     sentence = str(UserError(f"{name} is wrong: {name}"))
     assert sentence.isprintable()
     assert len(sentence) < 700
+
+
+def test_a_folder_is_a_run_by_what_is_in_it(tmp_path: Path) -> None:
+    """Others' models may have a folder of that name, too."""
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    assert not is_run(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    assert is_run(tmp_path)
 
 
 def test_an_unreadable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

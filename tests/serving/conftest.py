@@ -151,9 +151,8 @@ def serve(network: GPT2, tokenizer: Tokenizer) -> Serve:
         running = Running(url, engine, httpx.Client(base_url=url, timeout=30, headers=key))
         served = Served(engine, tokenizer, "bottles", N_CTX, int(time.time()), timeout_s)
 
-        def page(app: FastAPI, access_log: AccessLog) -> None:
-            if subject:
-                add_page(app, access_log, served, subject, config.api_key)
+        def page(app: FastAPI, access_log: AccessLog) -> Callable[[], None]:
+            return add_page(app, access_log, served, subject, config.api_key) if subject else lambda: None
 
         server = make_server(make_app(served, config, running.log.append, page), config)
         thread = threading.Thread(target=server.run, args=([listener],))

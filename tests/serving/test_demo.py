@@ -361,8 +361,10 @@ def test_nothing_takes_uploads_or_calls_past_the_queue(demo: Running, path: str)
     assert demo.client.post(f"/gradio_api/{path}", json={"data": []}).status_code in (404, 405)
 
 
-def test_pages_of_other_sites_are_not_let_in(demo: Running) -> None:
-    foreign = {"Origin": "https://evil.example", "Host": "models.example", "Sec-Fetch-Site": "cross-site"}
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_pages_of_other_sites_are_not_let_in(demo: Running, site: str) -> None:
+    """Of sister sites, as other.models.example, neither."""
+    foreign = {"Origin": "https://evil.example", "Host": "models.example", "Sec-Fetch-Site": site}
     ask = {"Access-Control-Request-Method": "POST", **foreign}
     answers = [demo.client.get(path, headers=foreign) for path in ("/", "/config", "/gradio_api/info")]
     assert {answer.status_code for answer in answers} == {200}

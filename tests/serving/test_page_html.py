@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from groundling.corpus.places import Place, Places
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.evaluation.suffix_array import SuffixArray
-from groundling.serving.copy_meter import CopyMeter, Measured, Passage, percent
-from groundling.serving.page_html import escape, texts, whole
+from groundling.serving.copy_meter import CopyMeter, Measured, Passage, whole_percent
+from groundling.serving.page_html import escape, following, texts, whole
+from groundling.serving.page_html import tokens as tokens_html
 from groundling.serving.page_routes import is_of_the_page
-from groundling.serving.visitors import Written
+from groundling.serving.visitors import Looked, Written
 
 
 @given(st.text())
@@ -106,8 +107,18 @@ def test_how_often_a_passage_stands_elsewhere() -> None:
 
 
 def test_a_share_is_whole_only_if_it_is() -> None:
-    shares = [percent(share).replace("\N{NO-BREAK SPACE}", " ") for share in (0, 0.0001, 0.5, 0.9999, 1)]
+    shares = [whole_percent(share).replace("\N{NO-BREAK SPACE}", " ") for share in (0, 0.0001, 0.5, 0.9999, 1)]
     assert shares == ["0 %", "1 %", "50 %", "99 %", "100 %"]
+
+
+def test_the_beginning_of_a_text_is_no_token_to_read(tokenizer: Tokenizer) -> None:
+    """Where a prompt is empty, the model has read an `<|endoftext|>`, which nobody wrote."""
+    end, ten = tokenizer.end_of_text_id, tokenizer.encode("ten")
+    assert "<h3>At the beginning of a text</h3>" in following(Looked([end], [], ((ten[0], -0.1),)), tokenizer)
+    shown = following(Looked([end, *ten], [], ((end, -0.1),)), tokenizer)
+    assert "<h3>After <q>ten</q></h3>" in shown
+    assert "(end of text)" in shown
+    assert "endoftext" not in shown + tokens_html(Looked([end, *ten], [], ()), tokenizer, n_prompt=1)
 
 
 def test_without_a_training_text_a_sentence_says_so(tokenizer: Tokenizer) -> None:

@@ -43,7 +43,7 @@ class Memory(Sink):
     def progress(self, what: str, share: float) -> None:
         assert 0 <= share <= 1
 
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+    def rewind(self, n_steps: int, losses_hold: bool = True) -> None:
         self.metrics = [line for line in self.metrics if line["step"] < n_steps]
 
     def close(self) -> None:

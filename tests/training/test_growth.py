@@ -22,12 +22,12 @@ from groundling.optim.optimizer import OptimConfig, deal_turns, make_optimizer
 from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import KEPT_VALUES, Estimate, FirstSteps, evaluation_s, remaining
+from groundling.training.estimate import KEPT_VALUES, Estimate, FirstSteps, remaining, seconds_to_read
+from groundling.training.flops import network_flops, step_flops, update_flops
 from groundling.training.growth import Growth, GrowthConfig, in_use, let_wait
 from groundling.training.progress import clock
 from groundling.training.record import median_of
 from groundling.training.run_state import RunState
-from groundling.training.step import step_flops
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
 
@@ -94,7 +94,13 @@ def test_what_steps_cost(turns: int) -> None:
     """What a network of the blocks in use costs, and their part of the update, of which turns may have fewer."""
     optim = OptimConfig(kind="muon", turns=turns)
     planned = Growth(3, 10, FOUR, WINDOWS, optim)
-    network, update = zip(*(step_flops(replace(FOUR, n_layer=n), WINDOWS, optim, 16) for n in (2, 4)), strict=True)
+    network, update = (
+        [cost(replace(FOUR, n_layer=n)) for n in (2, 4)]
+        for cost in (
+            lambda model: network_flops(model, WINDOWS, 16),
+            lambda model: update_flops(model, optim),
+        )
+    )
     assert planned.cost(2) == pytest.approx((network[0] + update[1] / 2) / (network[1] + update[1]))
     assert planned.cost(4) == 1
     costs = [planned.cost(2)] * 10 + [1.0] * 30
@@ -168,11 +174,11 @@ def test_a_run_goes_through_every_second_block_at_first(make_trainer: MakeTraine
 
 def test_shares_of_the_ceiling_are_of_the_blocks_in_use(make_trainer: MakeTrainer) -> None:
     trainer, memory = make_trainer(model=FOUR, growth=GROWTH)
-    trainer.ceiling_flops = 1e18
+    trainer.ceiling.flops = 1e18
     trainer.train()
     flops = [line["train/mfu"] / line["train/tokens_per_s"] for line in memory.metrics]
     alone, memory = make_trainer("alone", model=replace(FOUR, n_layer=2))
-    alone.ceiling_flops = 1e18
+    alone.ceiling.flops = 1e18
     alone.train()
     of_two = [line["train/mfu"] / line["train/tokens_per_s"] for line in memory.metrics]
     assert flops[:5] == pytest.approx(of_two[:5])
@@ -290,7 +296,7 @@ def test_patience_waits_for_all_blocks(make_trainer: MakeTrainer, tokens: NDArra
     taken = [line["step"] + 1 for line in memory.metrics if "heldout/loss" in line]
     assert taken == [6, 7, 8, 9, 10]
     steps_s = 3600 * trainer.growth.whole_steps(0, 10)
-    assert left.startswith(f"left: {clock(steps_s + 5 * evaluation_s(trainer, len(tokens), 3600.0))} of training")
+    assert left.startswith(f"left: {clock(steps_s + 5 * seconds_to_read(trainer, len(tokens), 3600.0))} of training")
 
 
 def test_trained_blocks_cannot_be_made_to_wait(make_trainer: MakeTrainer) -> None:
@@ -379,7 +385,7 @@ def test_an_estimate_from_first_steps_is_of_the_whole_run(make_trainer: MakeTrai
     assert told[0].step_s == pytest.approx(told[0].train_s / 10)
     assert told[0].tokens_per_s == pytest.approx(64 * 10 / told[0].train_s)
     assert told[0].achieved_flops == pytest.approx(
-        sum(step_flops(FOUR, trainer.recipe.windows, trainer.recipe.optim, 16)) / whole_s
+        step_flops(FOUR, trainer.recipe.windows, trainer.recipe.optim, 16) / whole_s
     )
     trainer.state.n_steps = 9
     assert remaining(trainer, 3600.0).startswith("left: 1:00:00 of training to step 10, at 3.6e+03 s a step")

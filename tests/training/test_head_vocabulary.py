@@ -20,8 +20,8 @@ from groundling.model.gpt2 import GPT2
 from groundling.training import checkpoint
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import measure
+from groundling.training.flops import flops_per_token
 from groundling.training.recipe import Recipe
-from groundling.training.step import flops_per_token
 from groundling.training.stopping import StoppingConfig
 from groundling.training.trainer import Trainer
 

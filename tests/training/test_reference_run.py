@@ -57,7 +57,7 @@ def make_trainer(tmp_path: Path, batch_size: int) -> Trainer:
     config = load_preset("reference")
     assert config.windows.batch_size == config.windows.micro == 32
     windows = replace(config.windows, batch_size=batch_size)
-    corpus = load_corpus(config.text, tmp_path / "cache", heldout=False)
+    corpus = load_corpus(config.text, tmp_path / "cache", own_heldout=False)
     return Trainer(
         replace(config.recipe, windows=windows),
         corpus.train.tokens,

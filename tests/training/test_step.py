@@ -17,7 +17,8 @@ from groundling.model.gpt2 import GPT2
 from groundling.optim.muon import orthogonal_flops
 from groundling.optim.optimizer import OptimConfig, make_optimizer
 from groundling.runtime import Runtime
-from groundling.training.step import training_step, update_flops
+from groundling.training.flops import update_flops
+from groundling.training.step import training_step
 
 CONFIG = OptimConfig(weight_decay=0.1, eps=1e-4)
 """eps is above the rounding of gradients that should be zero, those of the keys' biases: else it became updates."""

@@ -16,7 +16,9 @@ def rule(
     total_steps: int = 100, look_steps: float = 1.0, schedule: ScheduleConfig = FALLING, **settings: object
 ) -> StopRule:
     config = StoppingConfig(**settings)  # type: ignore[arg-type]
-    return StopRule(config, schedule, total_steps, 10, has_heldout=True, look_steps=look_steps)
+    return StopRule(
+        config, schedule, total_steps, 10, has_heldout=True, look_steps=look_steps, n_growing=0, first_whole=0
+    )
 
 
 def test_a_batch_below_the_target_is_noted_and_stops_nothing() -> None:
@@ -197,9 +199,9 @@ def test_every_reason_is_said_in_words() -> None:
 
 
 def test_the_expected_end() -> None:
-    assert StoppingConfig().steps(100) == 100
-    assert StoppingConfig(expected_steps=40).steps(100) == 40
-    assert StoppingConfig(expected_steps=40, max_steps=3).steps(100) == 3
+    assert StoppingConfig().expected(100) == 100
+    assert StoppingConfig(expected_steps=40).expected(100) == 40
+    assert StoppingConfig(expected_steps=40, max_steps=3).expected(100) == 3
 
 
 def test_a_target_of_zero_is_never_looked_for() -> None:
@@ -220,7 +222,9 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 
 def test_patience_needs_heldout_text() -> None:
     with pytest.raises(ConfigError, match="heldout"):
-        StopRule(StoppingConfig(patience=1), FALLING, 10, 10, has_heldout=False, look_steps=1)
+        StopRule(
+            StoppingConfig(patience=1), FALLING, 10, 10, has_heldout=False, look_steps=1, n_growing=0, first_whole=0
+        )
 
 
 def test_without_a_target_a_run_ends_with_its_schedule() -> None:

@@ -25,11 +25,12 @@ from groundling.optim.schedule import ScheduleConfig
 from groundling.training import checkpoint
 from groundling.training import trainer as trainer_module
 from groundling.training.checkpoint import CheckpointConfig
-from groundling.training.estimate import LOOKS, Estimate, FirstSteps, evaluation_s, is_taken, measure, remaining
+from groundling.training.estimate import LOOKS, Estimate, FirstSteps, is_taken, measure, remaining, seconds_to_read
+from groundling.training.flops import flops_per_token, update_flops
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
 from groundling.training.progress import clock
 from groundling.training.run_state import RunState
-from groundling.training.step import StepResult, flops_per_token, training_step, update_flops
+from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StoppingConfig, StopRule
 from groundling.training.trainer import BAD_STEPS, Trainer
 
@@ -222,6 +223,26 @@ def test_a_signal_at_a_step_that_is_not_finite_saves_weights_that_are(
     with pytest.raises(Interrupted, match="SIGINT"):
         trainer.train()
     assert [path.name for path in checkpoint.complete(trainer.checkpoints)] == [f"step-{kept:08}"]
+
+
+def test_a_run_that_ends_at_a_step_that_is_not_finite_keeps_weights_that_are(make_trainer: MakeTrainer) -> None:
+    """Ruined weights displace no good ones at the end either; and a step without an update is a run's end like any."""
+    for name, ruined in (("ruined", True), ("sound", False)):
+        trainer, _ = make_trainer(name, checkpoint=CheckpointConfig("3", keep=1), stopping=StoppingConfig(max_steps=5))
+
+        def ruin(trainer: Trainer = trainer, ruined: bool = ruined) -> None:
+            if trainer.state.n_steps == 4 and ruined:
+                trainer.model.head_weight.data.mul_(torch.nan)
+
+        trainer.loss_sum = BeforeLoss(trainer, ruin)
+        trainer.loss_sum = Poison(trainer, {4})
+        if ruined:
+            with pytest.raises(RunFailed, match="the weights after 5 steps give no finite loss, so they are not kept"):
+                trainer.train()
+        else:
+            assert trainer.train() == "max_steps"
+        [kept] = checkpoint.complete(trainer.checkpoints)
+        assert kept.name == ("step-00000003" if ruined else "step-00000005")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_trainer: MakeTrainer) -> None:
@@ -502,7 +523,7 @@ def test_patience_waits_for_whole_windows(
     taken = [line["step"] + 1 for line in memory.metrics if "heldout/loss" in line]
     assert taken[0] == first_whole + 1
     assert len(taken) == 1 + (40 - taken[0]) // trainer.stop_rule.heldout_steps
-    of_network = clock(40 * 3600 + len(taken) * evaluation_s(trainer, len(tokens), 3600.0))
+    of_network = clock(40 * 3600 + len(taken) * seconds_to_read(trainer, len(tokens), 3600.0))
     assert remaining_s.startswith(f"left: {of_network} of training")
 
 
@@ -570,16 +591,19 @@ def test_after_two_returns_the_run_has_failed(make_trainer: MakeTrainer) -> None
     assert memory.notes.count("continuing after 4 steps") == 2
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_checkpoint_of_ruined_weights_is_set_aside(make_trainer: MakeTrainer, keep: int) -> None:
-    """An update can ruin weights after a good loss, and a checkpoint is written before the next loss says so."""
+@pytest.mark.parametrize(("keep", "n_bad"), [(1, 0), (2, 0), (2, 1)])
+def test_a_checkpoint_of_ruined_weights_is_set_aside(make_trainer: MakeTrainer, keep: int, n_bad: int) -> None:
+    """An update can ruin weights after a good loss, and a checkpoint is written before the next loss says so.
+
+    However many bad steps came before it: no return is spent on it.
+    """
     clean, clean_memory = make_trainer("clean")
     clean.train()
     first, _ = make_trainer("ruined", checkpoint=CheckpointConfig("2", keep), stopping=StoppingConfig(max_steps=4))
     first.train()
     with torch.no_grad():
         first.model.head_weight.fill_(torch.inf)
-    first.state.n_steps = 5
+    first.state.n_steps, first.state.n_bad = 5, n_bad
     first.save()
     trainer, memory = make_trainer("ruined")
     trainer.resume()
@@ -588,6 +612,7 @@ def test_a_checkpoint_of_ruined_weights_is_set_aside(make_trainer: MakeTrainer, 
             trainer.train()
         return
     assert trainer.train() == "max_steps"
+    assert trainer.state.n_returns == 1
     assert memory.losses() == clean_memory.losses()[4:]
     assert any("step-00000005 give no finite loss" in note for note in memory.notes)
     assert (trainer.checkpoints / "damaged-step-00000005").exists()
@@ -625,14 +650,15 @@ def test_operations_are_counted_by_the_windows_that_were_read(make_trainer: Make
     for line in memory.metrics:
         window = 4 if line["step"] % 2 else 16
         flops = line["train/tokens_per_s"] * flops_per_token(trainer.model.config, window)
-        assert line["train/mfu"] == pytest.approx(flops / trainer.ceiling_flops)
+        assert line["train/mfu"] == pytest.approx(flops / trainer.ceiling.flops)
 
 
 def test_the_running_mean_is_of_whole_windows(make_trainer: MakeTrainer) -> None:
     """Losses of pieces are higher, so that a mean with them would ask for no look at a text that is known."""
     trainer, memory = make_trainer(windows=WindowConfig(16, 4, pieces=16), stopping=StoppingConfig(max_steps=6))
     trainer.train()
-    rule = StopRule(trainer.recipe.stopping, trainer.recipe.schedule, 40, 10, has_heldout=False, look_steps=1)
+    stopping, schedule = trainer.recipe.stopping, trainer.recipe.schedule
+    rule = StopRule(stopping, schedule, 40, 10, has_heldout=False, look_steps=1, n_growing=0, first_whole=0)
     for step, loss in enumerate(memory.losses()):
         if step % 2 == 0:
             rule.observe(step, loss)
@@ -642,14 +668,14 @@ def test_the_running_mean_is_of_whole_windows(make_trainer: MakeTrainer) -> None
 def test_no_share_of_the_matrix_ceiling_is_above_one(make_trainer: MakeTrainer) -> None:
     """Also where the ceiling was measured on a busy machine: it is measured again, and raised to what was reached."""
     trainer, memory = make_trainer()
-    trainer.ceiling_flops = 1.0
+    trainer.ceiling.flops = 1.0
     trainer.train()
     shares = [line["train/mfu"] for line in memory.metrics if "train/mfu" in line]
     assert len(shares) == 10
     assert max(shares) <= 1
     assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
-    trainer.ceiling_flops = 1e3
-    trainer.ceiling_raised = True
+    trainer.ceiling.flops = 1e3
+    trainer.ceiling.measured_again = True
     trainer._write(10, StepResult(1.0, 1.0, 1e-9), 0.1, trainer.windows.batch(10))
     assert memory.metrics[-1]["train/mfu"] == 1
     assert sum("beyond the matrix ceiling" in note for note in memory.notes) == 1
@@ -749,8 +775,8 @@ def test_the_look_that_ends_a_run_is_estimated_once(make_trainer: MakeTrainer, t
         for step in range(4):
             sink.write(step, {"train/step_s": 0.5})
     looks_s, all_s = (estimate.evaluation_s for estimate in told)
-    assert looks_s == pytest.approx(LOOKS * evaluation_s(trainer, len(tokens), 0.5))
-    assert all_s - looks_s == pytest.approx(evaluation_s(trainer, 8 * len(tokens) + 50, 0.5))
+    assert looks_s == pytest.approx(LOOKS * seconds_to_read(trainer, len(tokens), 0.5))
+    assert all_s - looks_s == pytest.approx(seconds_to_read(trainer, 8 * len(tokens) + 50, 0.5))
 
 
 def test_losses_are_estimated_without_the_products_of_an_update(make_trainer: MakeTrainer) -> None:
@@ -760,7 +786,7 @@ def test_losses_are_estimated_without_the_products_of_an_update(make_trainer: Ma
     of_network = 64 * flops_per_token(muon.model.config, 16)
     share = of_network / (of_network + update_flops(muon.model.config, muon.recipe.optim))
     assert 0.1 < share < 0.9
-    assert evaluation_s(muon, 1000, 5.0) == pytest.approx(share * evaluation_s(adamw, 1000, 5.0))
+    assert seconds_to_read(muon, 1000, 5.0) == pytest.approx(share * seconds_to_read(adamw, 1000, 5.0))
 
 
 def test_a_run_that_goes_on_has_no_first_steps(make_trainer: MakeTrainer) -> None:

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 from groundling import runtime
 from groundling.commands.arguments import load_preset
-from groundling.commands.session import planned_steps, with_vocabulary
+from groundling.commands.session import with_vocabulary
 from groundling.config import RunConfig, preset_names
 from groundling.corpus.load import load_corpus
 from groundling.corpus.shards import Tokens, occurring_ids
 from groundling.errors import CorpusError
 from groundling.training.estimate import Estimate
+from groundling.training.flops import step_flops
 from groundling.training.progress import clock
-from groundling.training.step import step_flops
 
 LONG_RUN_S = 3 * 3600
 """Estimates above this say what would finish sooner."""
@@ -53,11 +53,7 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 
 def run_flops(config: RunConfig, n_tokens: int) -> float:
     """Matrix FLOP that a run is expected to spend on a text of so many tokens."""
-    total_steps = planned_steps(config, n_tokens)
+    total_steps = config.recipe.total_steps(n_tokens)
     growth = config.recipe.planned_growth(config.model, total_steps)
-    return growth.whole_steps(0, config.stopping.steps(total_steps)) * sum(_flops_of_a_step(config))
-
-
-def _flops_of_a_step(config: RunConfig) -> tuple[float, float]:
-    """Of a step through all blocks."""
-    return step_flops(config.model, config.windows, config.optim, config.windows.mean_length)
+    of_step = step_flops(config.model, config.windows, config.optim, config.windows.mean_length)
+    return growth.whole_steps(0, config.stopping.expected(total_steps)) * of_step

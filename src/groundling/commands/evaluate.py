@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from groundling.commands.model_options import model_parser, resolve_runtime
-from groundling.commands.session import check_gpu_memory, say
+from groundling.commands.saying import say
+from groundling.commands.session import check_gpu_memory
 from groundling.corpus.config import CorpusConfig
 from groundling.corpus.load import load_corpus
+from groundling.corpus.shards import Tokens
 from groundling.errors import CheckpointError, ConfigError, CorpusError
 from groundling.evaluation.corpus_loss import Evaluator, n_tokens_read
 from groundling.evaluation.report import finite
 from groundling.model.formats import WEIGHT_FORMATS, WeightFormat, round_weights
-from groundling.runtime import DTYPES, cache_dir
+from groundling.model.gpt2 import GPT2
+from groundling.runtime import DTYPES, Runtime, cache_dir
 from groundling.training.checkpoint import load_model, load_state, weights_sum
 from groundling.training.metrics import read_lines
-from groundling.training.progress import progress_bar
+from groundling.training.progress import progress_bar, progress_of
 from groundling.training.run_folder import RunFolder, find_checkpoint, folder_of
 
 EXAMPLES = """examples:
@@ -26,6 +30,9 @@ EXAMPLES = """examples:
   groundling evaluate runs/gpt2 --corpus page.txt    over another text, also for imported models
   groundling evaluate runs/gpt2 --weights int8    beside them the losses of the weights rounded to int8
 """
+
+Losses = dict[str, float | None]
+"""By house name, nats per token; None for one that there is not."""
 
 ANOTHER_TEXT = {
     "corpus/loss": "the whole text, on the grid",
@@ -81,7 +88,7 @@ def _digits(loss: float | None) -> str:
     return "none" if loss is None else f"{loss:.6f}"
 
 
-def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
+def _losses(run: Path, options: Any) -> tuple[Losses, Losses]:
     """The run's losses; and those over the whole text with its weights in another format, if one is asked for."""
     checkpoint = find_checkpoint(run)
     folder = folder_of(run, checkpoint)
@@ -96,35 +103,51 @@ def _losses(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str,
     if train is None:
         raise CheckpointError(f"{folder.path} lacks train.bin, the tokens of its text: give the folder of the run")
     say(f"text: {_name_of(folder)}, {train.n_tokens:,} tokens, {heldout.n_tokens if heldout else 0:,} held out")
-    n_readings = 1 if options.weights == "fp32" else 2
-    n_tokens = _n_tokens_of_text(train.n_tokens, window) + (heldout.n_tokens if heldout else 0)
-    with progress_bar("reading the text", n_readings * n_tokens / window) as advance:
+    last = _last_batch_loss(folder.metrics, n_steps)
+
+    def keep(losses: Losses) -> None:
+        if folder.exists():  # a checkpoint that lies alone has no folder to keep them in
+            _keep(folder, weights_sha256, losses)
+
+    whole, rounded = _whole_texts(
+        model, window, runtime, options, train.tokens, heldout.tokens if heldout else None, keep
+    )
+    return {"train/loss": last} | whole, rounded
+
+
+def _whole_texts(
+    model: GPT2,
+    window: int,
+    runtime: Runtime,
+    options: Any,
+    train: Tokens,
+    heldout: Tokens | None,
+    keep: Callable[[Losses], None],
+) -> tuple[Losses, Losses]:
+    """The losses over whole texts, and those with the weights in another format, if one is asked for.
+
+    `keep` is given the first as soon as they are there.
+    """
+    forms: list[WeightFormat] = ["fp32"] if options.weights == "fp32" else ["fp32", options.weights]
+    n_tokens = sum(n_tokens_read(loss, len(train), window) for loss in ("corpus/loss", "corpus/loss_offset"))
+    n_tokens += 0 if heldout is None else len(heldout)
+    taken: list[Losses] = []
+    with progress_bar("reading the text", len(forms) * n_tokens / window) as advance:
         evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
-
-        def whole_text() -> dict[str, float | None]:
-            return {
-                "corpus/loss": finite(evaluator.loss(train.tokens)),
-                "corpus/loss_offset": finite(evaluator.offset_loss(train.tokens)),
-                "heldout/loss": finite(evaluator.loss(heldout.tokens)) if heldout else None,
+        for form in forms:
+            round_weights(model, form)
+            losses = {
+                "corpus/loss": finite(evaluator.loss(train)),
+                "corpus/loss_offset": finite(evaluator.offset_loss(train)),
+                "heldout/loss": None if heldout is None else finite(evaluator.loss(heldout)),
             }
-
-        last = _last_batch_loss(folder.metrics, n_steps)
-        whole = whole_text()
-        if folder.exists():  # for `groundling report`; a checkpoint that lies alone has no folder to keep them in
-            _keep(folder, weights_sha256, whole)
-        losses = {"train/loss": last} | whole
-        if options.weights == "fp32":
-            return losses, {}
-        round_weights(model, options.weights)
-        return losses, whole_text()
+            taken.append(losses)
+            if form == "fp32":
+                keep(losses)
+    return taken[0], taken[1] if len(taken) > 1 else {}
 
 
-def _n_tokens_of_text(n_tokens: int, window: int) -> int:
-    """What both losses over a text read of it."""
-    return sum(n_tokens_read(loss, n_tokens, window) for loss in ("corpus/loss", "corpus/loss_offset"))
-
-
-def _keep(folder: RunFolder, weights_sha256: str, losses: dict[str, float | None]) -> None:
+def _keep(folder: RunFolder, weights_sha256: str, losses: Losses) -> None:
     """Keep them for `groundling report`; where nothing can be written they are printed all the same."""
     try:
         folder.keep_losses(weights_sha256, losses)
@@ -132,26 +155,19 @@ def _keep(folder: RunFolder, weights_sha256: str, losses: dict[str, float | None
         say(f"warning: these losses are not kept for `groundling report` ({folder.path}: {error.strerror})")
 
 
-def _losses_of_another(run: Path, options: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
+def _losses_of_another(run: Path, options: Any) -> tuple[Losses, Losses]:
     """The same over a text that the options name, in the run's tokens; it is not kept."""
     checkpoint = find_checkpoint(run)
     runtime = resolve_runtime(options, options.dtype, "auto")
     model, tokenizer, window = load_model(checkpoint, runtime.device)
     check_gpu_memory(options.batch_size, window, runtime, "--batch-size")
     sources = CorpusConfig(sources=tuple(options.corpus))
-    with progress_bar("encoding the text") as advance:
-        corpus = load_corpus(sources, cache_dir(), advance, tokenizer=tokenizer, heldout=False)
-    tokens = corpus.train.tokens
-    say(f"text: {corpus.name}, {len(tokens):,} tokens, in windows of {window:,}")
-    forms: list[WeightFormat] = ["fp32"] if options.weights == "fp32" else ["fp32", options.weights]
-    taken: list[dict[str, float | None]] = []
-    with progress_bar("reading the text", len(forms) * _n_tokens_of_text(len(tokens), window) / window) as advance:
-        evaluator = Evaluator(model.loss_sum, window, runtime, options.batch_size, advance)
-        for form in forms:
-            round_weights(model, form)
-            loss, offset_loss = evaluator.loss(tokens), evaluator.offset_loss(tokens)
-            taken.append({"corpus/loss": finite(loss), "corpus/loss_offset": finite(offset_loss)})
-    return taken[0], taken[1] if len(taken) > 1 else {}
+    with progress_of("encoding the text") as advance:
+        corpus = load_corpus(sources, cache_dir(), advance, tokenizer=tokenizer, own_heldout=False)
+    say(f"text: {corpus.name}, {corpus.train.n_tokens:,} tokens, in windows of {window:,}")
+    of_another = _whole_texts(model, window, runtime, options, corpus.train.tokens, None, lambda losses: None)
+    whole, rounded = ({name: losses[name] for name in ANOTHER_TEXT if losses} for losses in of_another)
+    return whole, rounded
 
 
 def _name_of(folder: RunFolder) -> str:

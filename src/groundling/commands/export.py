@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from safetensors import SafetensorError
 
 from groundling.commands.arguments import Parser
-from groundling.commands.session import say, say_changes
+from groundling.commands.saying import say, say_changes
 from groundling.errors import CheckpointError, ConfigError, RunFailed
 from groundling.files import atomic_path, home_expanded
 from groundling.interop.hub_folder import CONFIG, TRAINING, WINDOW

@@ -8,7 +8,7 @@ from typing import Any
 from groundling import __version__
 from groundling.commands.arguments import Parser
 from groundling.commands.export import check_parent
-from groundling.commands.session import say, say_changes
+from groundling.commands.saying import say, say_changes
 from groundling.errors import ConfigError
 from groundling.files import atomic_path, home_expanded, sha256_of, write_json
 from groundling.interop.sources import is_run, open_foreign

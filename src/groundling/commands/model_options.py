@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from groundling import kernels, runtime
 from groundling.commands.arguments import Parser
-from groundling.commands.session import say, say_changes
+from groundling.commands.saying import say, say_changes
 from groundling.commands.tracing import Tracer
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, CorpusError
@@ -63,13 +63,13 @@ def add_decoding_options(parser: Parser) -> None:
 def resolve_runtime(
     options: argparse.Namespace,
     dtype: DtypeName,
-    network: Literal["auto", "reference"] = "reference",
+    network_kernels: Literal["auto", "reference"] = "reference",
 ) -> Runtime:
     """The runtime these options mean, uncompiled: a single use does not repay compilation.
 
-    `network` are the kernels of the network itself, which decoding on a CPU does without.
+    `network_kernels` are those of the network itself, which decoding on a CPU does without.
     """
-    config = RuntimeConfig(options.device, dtype, options.threads, network, compile="off")
+    config = RuntimeConfig(options.device, dtype, options.threads, network_kernels, compile="off")
     resolved = kernels.select_for(runtime.resolve(config))
     for warning in resolved.warnings:
         say(f"warning: {warning}")
@@ -121,6 +121,14 @@ class OpenRun:
             return False
 
 
+def _ended(folder: RunFolder, checkpoint: Path) -> bool:
+    """Whether the run came to its end with these weights: a record that can be read is of them."""
+    try:
+        return bool(folder.kept_record(checkpoint))
+    except (OSError, CheckpointError):
+        return False
+
+
 def open_model(options: Any) -> OpenRun:
     """As `open_run`, for whatever `groundling import` reads too: a folder or a name on the hub, without an import."""
     path = Path(options.run)
@@ -139,7 +147,7 @@ def open_run(options: Any) -> OpenRun:
     resolved = resolve_runtime(options, "fp32")
     model, tokenizer, window = load_model(checkpoint, resolved.device)
     folder = folder_of(path, checkpoint)
-    if folder.exists() and not folder.record.exists():
+    if folder.exists() and not _ended(folder, checkpoint):
         n_steps = load_state(checkpoint)["n_steps"]
-        say(f"note: this run has not come to its end; these are its weights after {n_steps:,} steps")
+        say(f"note: these are the run's weights after {n_steps:,} steps, and not those of its end")
     return OpenRun(path, checkpoint, folder, model, tokenizer, window, resolved, options.weights, options.drafts)

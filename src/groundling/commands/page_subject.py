@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groundling.commands.model_options import OpenRun
-from groundling.commands.session import say
+from groundling.commands.saying import say
 from groundling.corpus.plays import play_names, play_title
 from groundling.corpus.sources import packaged_names
 from groundling.errors import CheckpointError, CorpusError

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from groundling.commands.arguments import Parser
 from groundling.commands.export import FORMATS, Writer, disk_watched
-from groundling.commands.session import say, say_changes
+from groundling.commands.saying import say, say_changes
 from groundling.errors import ConfigError, Interrupted, RunFailed
 from groundling.interop import space
 from groundling.interop.hub import Hub, Place, check_repo, stays

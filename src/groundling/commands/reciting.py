@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from groundling.commands.model_options import MAX_SLOTS, OpenRun
-from groundling.commands.session import say
+from groundling.commands.saying import say
 from groundling.commands.tracing import Trace, Tracer, band_bounds, summary_line
 from groundling.corpus.goldfish import ObjectiveConfig
 from groundling.corpus.shards import Tokens

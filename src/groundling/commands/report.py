@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from groundling import __version__
 from groundling.commands.arguments import Parser
 from groundling.commands.model_options import OpenRun, model_parser, open_run
 from groundling.commands.reciting import band_labels, predictions_of, recited_anywhere, samples_of
-from groundling.commands.session import say
+from groundling.commands.saying import say
 from groundling.commands.tracing import Tracer
 from groundling.corpus.goldfish import PLAIN, ObjectiveConfig
 from groundling.errors import CheckpointError, ConfigError, CorpusError
@@ -28,6 +29,8 @@ from groundling.evaluation.report import (
     blocks_in_words,
     extractability_facts,
     finite,
+    known_losses,
+    machine_in_words,
     prediction_facts,
     render,
     time_in_words,
@@ -60,8 +63,8 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--positions is {options.positions}: give a positive number")
     checkpoint = find_checkpoint(Path(options.run))
     out = _out(options, checkpoint)
-    options.run, options.weights, options.drafts = str(checkpoint.absolute()), "fp32", "none"
-    run = open_run(options)
+    as_measured = {"run": str(checkpoint.absolute()), "weights": "fp32", "drafts": "none"}
+    run = open_run(Namespace(**vars(options) | as_measured))
     report = Report(run, out, shlex.join(["groundling", "report", *arguments]), options.quick, options.positions)
     write_text(out, report.page())
     write_json(out.with_suffix(".json"), report.facts)
@@ -127,7 +130,7 @@ class Report:
     def __init__(self, run: OpenRun, out: Path, command: str, quick: bool, n_positions: int) -> None:
         self.run, self.folder = run, run.folder
         self.missing: list[str] = []
-        self.checkpoint = run.path
+        self.checkpoint = run.checkpoint
         self.n_steps = int(load_state(self.checkpoint)["n_steps"])
         # Read now: a run at work may have removed the checkpoint by the end.
         self.evaluated = self.folder.kept_losses(weights_sum(self.checkpoint))
@@ -290,12 +293,8 @@ class Report:
 
     def _losses(self) -> dict[str, float | None]:
         """The losses of these weights: of the record, of the metrics at their step, or as `evaluate` took them."""
-        losses: dict[str, float | None] = {}
-        for name in LOSSES:
-            written = [line[name] for line in self.lines if name in line and line["step"] == self.n_steps - 1]
-            recorded = self.record.get(name.replace("/", "_"))
-            known = (recorded, *written[-1:], self.evaluated.get(name))
-            losses[name] = next((finite(loss) for loss in known if loss is not None), None)
+        last_lines = [line for line in self.lines if line["step"] == self.n_steps - 1]
+        losses = known_losses(self.record, last_lines, self.evaluated)
         if losses["corpus/loss"] is None and self.predictions and self.predictions[0].whole:
             losses["corpus/loss"] = prediction_facts(self.predictions[0])["loss"]
         if losses["corpus/loss_offset"] is None:
@@ -347,11 +346,9 @@ class Report:
         origin: dict[str, str] = {"checkpoint": self.checkpoint.name}
         if record := self.record:
             machine = record["machine"]
-            memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine.get("memory_bytes") else ""
-            flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
             origin |= {
                 "command": record["command"],
-                "machine": f"{machine.get('gpu') or machine['cpu']}{flags}, {machine['threads']} threads{memory}",
+                "machine": machine_in_words(machine),
                 "system": machine["system"],
                 "computed in": f"{record['dtype']} on {record['device']}{', compiled' if record['compiled'] else ''}",
                 "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

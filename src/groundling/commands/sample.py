@@ -13,7 +13,7 @@ from docstring_parser import parse_from_object
 
 from groundling.commands.arguments import Parser
 from groundling.commands.model_options import MAX_SLOTS, OpenRun, add_decoding_options, model_parser, open_run
-from groundling.commands.session import say
+from groundling.commands.saying import say
 from groundling.commands.tracing import Trace, standard_output
 from groundling.errors import ConfigError
 from groundling.generation.decode import FinishReason, Stats

@@ -12,7 +12,7 @@ from typing import Any
 from groundling import runtime
 from groundling.commands.model_options import OpenRun, add_decoding_options, model_parser, open_model
 from groundling.commands.page_subject import subject_of
-from groundling.commands.session import say
+from groundling.commands.saying import say
 from groundling.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -78,11 +78,11 @@ def main(arguments: list[str]) -> int:
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
         if key is None and not alone:
             say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
-        groundling.serving.server.serve(served, config, listener, add_page or (lambda app, access_log: None))
+        groundling.serving.server.serve(served, config, listener, add_page or (lambda app, access_log: lambda: None))
     return 0
 
 
-def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any, Any], None] | None:
+def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any, Any], Callable[[], None]] | None:
     """What puts the page on the application; None, and a line, if it cannot be there."""
     try:
         from groundling.serving import demo
@@ -120,7 +120,7 @@ def _config(options: Any, key: str | None, alone: bool) -> Any:
     for name, given in zip(allowed, options.allowed_host, strict=True):
         if not bare_ip6(name) and host_of(f"//{name}") != name:
             raise ConfigError(f"--allowed-host is {given!r}: give a name alone, as example.org, without scheme or port")
-    hosts = frozenset([options.host.lower(), *allowed])
+    hosts = frozenset([bare_ip6(options.host) or options.host.lower(), *allowed])
     per_address = options.max_connections_per_address
     if per_address is None:
         per_address = 0 if alone else MAX_PER_ADDRESS

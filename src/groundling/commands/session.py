@@ -5,9 +5,6 @@ Invariant: everything that can be wrong with the input is found before a run fol
 
 from __future__ import annotations
 
-import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,23 +14,22 @@ from typing import Any
 import torch
 
 from groundling import kernels, machine, runtime
-from groundling.commands.arguments import LISTS, SHORTCUTS, load_preset
-from groundling.commands.initial import FROM_INIT, open_initial, tokenizer_of, with_initial
+from groundling.commands.advice import head_line, objective_lines, short_text_lines, unused_lines
+from groundling.commands.arguments import load_preset
+from groundling.commands.initial import open_initial, tokenizer_of, with_initial
+from groundling.commands.saying import say, say_changes
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig
 from groundling.corpus.beginnings import line_beginnings
-from groundling.corpus.goldfish import PLAIN, dropped_share
-from groundling.corpus.load import Corpus, is_token_file, load_corpus
+from groundling.corpus.load import Corpus, load_corpus
 from groundling.corpus.sources import packaged_names
 from groundling.corpus.tokenizer import Tokenizer
-from groundling.corpus.windows import steps_per_pass
 from groundling.errors import CheckpointError, ConfigError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
-from groundling.optim.schedule import warmup
 from groundling.runtime import Runtime
-from groundling.training.progress import progress_bar
+from groundling.training.metrics import check_logging
+from groundling.training.progress import progress_of
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, INITIAL_POSITIONS, OPTIMIZER, RunFolder
-from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
 RUNS = Path("runs")
@@ -41,14 +37,6 @@ RUNS = Path("runs")
 MPS_TOKENS = 16_384
 """Logits of 21,000 tokens are more than the 4 GB at which PyTorch ends the process (pytorch#143477); of more than
 32,768, gradients were wrong (pytorch#177116)."""
-
-FEW_STEPS = 30
-"""Of a schedule; a page was learned in 38 (docs/training.md), and no text in fewer than these."""
-SHORT_PASSES, SHORT_STEPS = 60, 100
-"""Schedule advised for short texts: so many passes, and so many steps at least. Texts of 320 and 560 tokens were known
-on the grid after 57 and 38 steps of preset penny with such schedules (LOG.md)."""
-SHORT_TOKENIZER = "train:320"
-"""257 ids are bytes and `<|endoftext|>`, so this asks for 63 merges, which a paragraph gives."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +84,6 @@ class Prepared:
         return trainer
 
 
-def say(message: str) -> None:
-    """Print a line for the user; standard output is kept for results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def say_changes(changes: Sequence[str]) -> None:
-    """Say what was assumed, left out or converted of a foreign model."""
-    for change in changes:
-        say(f"changed: {change}")
-
-
 def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence[str] = ()) -> Prepared:
     """Resolve device and text, and measure the machine's matrix ceiling, saying what was chosen and why.
 
@@ -120,6 +97,7 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
         config = with_initial(config, initial, typed)
     config.check_window()
     check_prompts(config)
+    check_logging(config.logging)
     check_gpu_memory(config.windows.micro, config.windows.length, resolved, "--windows.micro_batch_size")
     tokenizer = tokenizer_of(config, None if resumed else initial, resumed)
     corpus = _text(config, resumed, tokenizer)  # before anything is printed: what is wrong with the input comes first
@@ -147,9 +125,8 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
         say(line)
     ceiling = _ceiling_flops(resolved)
     say(f"matrix ceiling: {ceiling / 1e12:.3f} TFLOP/s in {resolved.dtype_name}, measured")
-    network, weights_sum = (initial.model, initial.sha256) if initial else (None, None)
-    if resumed:  # its weights are in its checkpoints
-        network, weights_sum = None, weights_sum if initial else resumed.initial_sum()
+    network = initial.model if initial and not resumed else None  # a resumed run's weights are in its checkpoints
+    weights_sum = initial.sha256 if initial else resumed.initial_sum() if resumed else None
     return Prepared(config, corpus, resolved, ceiling, network, weights_sum)
 
 
@@ -185,7 +162,7 @@ def _text(config: RunConfig, resumed: RunFolder | None, tokenizer: Tokenizer | N
     """Raises `CheckpointError` if a resumed run is given another text than its own."""
     if resumed and config.as_dict()["text"] == resumed.settings()["text"]:
         return resumed.text()
-    with progress_bar("encoding the text") as progress:
+    with progress_of("encoding the text") as progress:
         check_text = resumed.refuse_another_text if resumed else None
         return load_corpus(config.text, runtime.cache_dir(), progress, check_text, tokenizer)
 
@@ -205,27 +182,6 @@ def with_prompts(config: RunConfig, corpus: Corpus) -> RunConfig:
     return replace(config, prompts=own)
 
 
-def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
-    """A warning if the schedule has fewer steps than any run on record needed: it was made for a longer text."""
-    n_steps = planned_steps(config, n_tokens)
-    if n_steps >= FEW_STEPS:
-        return []
-    windows = load_preset("penny").windows
-    passes = max(SHORT_PASSES, math.ceil(SHORT_STEPS * windows.batch_size * windows.length / n_tokens))
-    # The tokens of a token file are those of its tokenizer.
-    tokenizer = config.text.tokenizer if any(map(is_token_file, config.text.sources)) else SHORT_TOKENIZER
-    advice = (
-        f"a small model with more passes would: groundling train --preset penny --corpus"
-        f" {shlex.join(config.text.sources)} --tokenizer {shlex.quote(tokenizer)} --schedule.passes {passes}"
-    )
-    if tokenizer == FROM_INIT:  # which no other model has
-        advice = "give more passes (--schedule.passes)"
-    return [
-        f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, and in fewer than {FEW_STEPS}"
-        f" it will hardly be learned; {advice}"
-    ]
-
-
 def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     """The configuration with as many ids as the text's tokenizer has."""
     return replace(config, model=replace(config.model, n_vocab=corpus.tokenizer.n_vocab))
@@ -236,71 +192,6 @@ def with_end(config: RunConfig) -> RunConfig:
     if config.objective.loss == "plain":
         return config
     return replace(config, stopping=config.stopping.without_target())
-
-
-def objective_lines(config: RunConfig, corpus: Corpus) -> list[str]:
-    """What goldfish loss leaves out of this text, and which settings do nothing with the loss that was chosen."""
-    objective, stopping = config.objective, config.stopping
-    if objective.loss == "plain":
-        if objective == PLAIN:
-            return []
-        return ["warning: objective.drop_every and objective.context are not used: give --loss goldfish"]
-    share = dropped_share(corpus.train.tokens, objective)
-    target = f"; stopping.target {stopping.target} is not used" if stopping.target else ""
-    return [f"loss: {objective}: {100 * share:.1f} % dropped; the run ends with its schedule, at any loss{target}"]
-
-
-def unused_lines(config: RunConfig, typed: Sequence[str], n_tokens: int) -> list[str]:
-    """A warning for each setting that was typed and that another setting leaves without effect."""
-    schedule, stopping = config.schedule, config.stopping
-    n_steps = planned_steps(config, n_tokens)
-    endless = not stopping.target and "without a target a run ends with its schedule"
-    level = schedule.decay == "constant" and "schedule.decay is constant, so the rate stays at its peak"
-    growth, whole = config.growth, config.init and f"{config.init} begins with all its blocks"
-    idle = {
-        "schedule.passes": schedule.total_steps is not None
-        and f"schedule.total_steps is {schedule.total_steps:,} (null counts passes)",
-        "optim.momentum": config.optim.kind == "adamw" and "optim.kind is adamw, which has beta1 and beta2",
-        "optim.last_block_share": config.optim.kind == "adamw" and "optim.kind is adamw, of one rate for all blocks",
-        "optim.turns": config.optim.kind == "adamw" and "optim.kind is adamw, which moves all blocks in each step",
-        "schedule.hold_fraction": level,
-        "schedule.floor_fraction": level,
-        "stopping.measure": endless,
-        "stopping.overtime": endless or (schedule.ends_at_zero and "the rate is zero at the end of the schedule"),
-        "stopping.expected_steps": endless,
-        "stopping.heldout_every": not stopping.patience and "heldout/loss is taken during a run for stopping.patience",
-        "initial_positions": config.init and f"the position table is that of {config.init}",
-        "growth.every": whole or (not growth.fraction and "growth.fraction is 0, so all blocks take part at once"),
-        "growth.fraction": whole or (growth.every == 1 and "growth.every is 1, so all blocks take part at once"),
-    }
-    flags = [word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--")]
-    settings = [SHORTCUTS.get(flag, flag) for flag in flags]
-    lines = [f"warning: {name} is not used: {why}" for name, why in idle.items() if why and name in settings]
-    lines += [
-        f"warning: {name} was given {n} times, and the last counts: name all texts after one flag"
-        for name in LISTS
-        if (n := settings.count(name)) > 1
-    ]
-    if "schedule.warmup_steps" in settings and (n_warmup := warmup(schedule, n_steps)) < schedule.warmup_steps:
-        lines.append(
-            f"warning: schedule.warmup_steps {schedule.warmup_steps:,} is cut to {n_warmup:,}, a quarter of the"
-            f" schedule's {n_steps:,} steps"
-        )
-    return lines
-
-
-def head_line(model: CompactGPT2, config: RunConfig) -> str:
-    """What a head over the seen ids is over, and what it saves, in a sentence."""
-    return (
-        f"head: {model.n_seen:,} ids occur in the text, the other {model.n_unseen:,} share one row:"
-        f" {100 * _saved_share(model.config, config):.0f} % fewer FLOP a token in matrix products, losses over all ids"
-    )
-
-
-def _saved_share(computed: GPTConfig, config: RunConfig) -> float:
-    """The share of a token's FLOP that a network of another size saves."""
-    window = config.windows.mean_length
-    return 1 - flops_per_token(computed, window) / flops_per_token(config.model, window)
 
 
 def new_run_path(config: RunConfig, corpus_name: str) -> Path:
@@ -334,29 +225,3 @@ def newest_run(preset: str | None) -> Path:
         of_preset = f" of preset {preset}" if preset else ""
         raise ConfigError(f"there is no run{of_preset} under {RUNS}/ to resume: leave out --resume, or give --out RUN")
     return max(found)[1]
-
-
-def changes_lines(folder: RunFolder, prepared: Prepared) -> list[str]:
-    """A warning for each setting with which the losses of a resumed run can leave those of an uninterrupted one."""
-    before, now = folder.settings(), prepared.config.as_dict()
-    defaults = RunConfig().as_dict()  # which an older version had for settings that it did not know
-    lines = [
-        f"warning: {section}.{name} was {was} and is {value} now"
-        for section in ("windows", "optim", "schedule", "growth")
-        for name, value in now[section].items()
-        if (was := before.get(section, {}).get(name, defaults[section][name])) != value
-    ]
-    if any(" growth." in line for line in lines):
-        lines.append("warning: blocks that have joined stay, and no others wait than did so at first")
-    if (was := before.get("seed", defaults["seed"])) != now["seed"]:
-        lines.append(f"warning: seed was {was} and is {now['seed']} now")
-    facts = prepared.runtime.facts()
-    for what, choice in folder.runtime().items():
-        if facts.get(what, choice) != choice:
-            lines.append(f"warning: {what} was {choice} and is {facts[what]} now")
-    return lines
-
-
-def planned_steps(config: RunConfig, n_tokens: int) -> int:
-    """Length of the schedule in steps, for a text of so many tokens."""
-    return config.schedule.steps(steps_per_pass(n_tokens, config.windows))

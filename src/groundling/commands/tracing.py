@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from groundling import runtime
-from groundling.commands.session import say
+from groundling.commands.saying import say
 from groundling.corpus.places import Places
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from groundling import kernels, machine, runtime
+from groundling.commands.advice import changes_lines
 from groundling.commands.arguments import before_parsing, naming_flags, parse_run, run_parser
 from groundling.commands.costs import estimate_lines
 from groundling.commands.initial import check_begun
-from groundling.commands.session import Prepared, changes_lines, new_run_path, newest_run, prepare, say
+from groundling.commands.saying import say
+from groundling.commands.session import Prepared, new_run_path, newest_run, prepare
 from groundling.config import DEFAULT_PRESET, RunConfig, preset_path
 from groundling.errors import CheckpointError, ConfigError, Interrupted
 from groundling.evaluation.report import blocks_in_words, finite, time_in_words
@@ -28,9 +30,9 @@ from groundling.training.curve import draw_curve
 from groundling.training.estimate import (
     Estimate,
     FirstSteps,
-    evaluation_s,
     is_taken,
     remaining,
+    seconds_to_read,
     step_s_so_far,
 )
 from groundling.training.growth import in_use
@@ -54,9 +56,6 @@ EXAMPLES = """examples:
   groundling train --resume --out runs/novel              continue an interrupted run, on a CPU bit for bit
   groundling train --schedule.peak 3e-4 --windows.length 512 --max-minutes 30
 """
-
-BYTES_PER_PARAMETER = 12
-"""fp32 weights and AdamW's two moments, in a checkpoint."""
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +84,7 @@ def _train(arguments: list[str]) -> int:
     with trainer.signals, folder.open(prepared.identity(), prepared.config.as_yaml(), early.resume):
         if resumed:
             check_begun(resumed)
-            for line in changes_lines(resumed, prepared):
+            for line in changes_lines(resumed, prepared.config, prepared.runtime):
                 say(line)
         else:
             folder.keep_text(prepared.corpus, prepared.runtime.facts(), prepared.identity())
@@ -93,7 +92,10 @@ def _train(arguments: list[str]) -> int:
             _carry_out(trainer, folder, prepared, early.resume)
         except Interrupted as interrupt:
             again = f"groundling train --resume --out {shlex.quote(str(folder.path))}"
-            raise Interrupted(f"{interrupt}: all saved, go on with `{again}`") from None
+            kept = "all saved"
+            if trainer.saved_step not in (None, trainer.state.n_steps):
+                kept = f"saved is what was after {trainer.saved_step} of them, for the weights give no finite loss now"
+            raise Interrupted(f"{interrupt}: {kept}, go on with `{again}`") from None
     return 0
 
 
@@ -150,13 +152,20 @@ def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
 
 
 def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
-    needed = n_checkpoints * BYTES_PER_PARAMETER * prepared.config.model.n_parameters()
+    needed = n_checkpoints * checkpoint_bytes(prepared.config)
     free = machine.free_disk_bytes(path)
     if free < needed:
         advice = "free some" if n_checkpoints == 1 else "give an --out on a larger disk, or a lower --keep"
         raise ConfigError(
             f"{path} has {free / 2**20:,.0f} MiB of free disk, but checkpoints need {needed / 2**20:,.0f}: {advice}"
         )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Weights and moments in fp32: AdamW has two of each weight, Muon one of those in the matrices that it moves."""
+    model = config.model
+    n_moved_by_muon = 12 * model.n_layer * model.n_embd**2 if config.optim.kind == "muon" else 0
+    return 4 * (3 * model.n_parameters() - n_moved_by_muon)
 
 
 def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:
@@ -231,7 +240,7 @@ def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, floa
     losses: dict[str, float | None] = dict.fromkeys((*reads, "heldout/loss"))
     step_s = step_s_so_far(trainer, metrics)
     for name, n_tokens in reads.items():
-        seconds = evaluation_s(trainer, n_tokens, step_s) if step_s else math.inf
+        seconds = seconds_to_read(trainer, n_tokens, step_s) if step_s else math.inf
         known = trainer.known(name) is not None
         if not known and not is_taken(final, seconds, trainer.state.wall_s - (trainer.state.looks_s or 0.0)):
             takes = f"about {clock(seconds)}" if step_s else "no step says how long it would take"

@@ -34,7 +34,7 @@ around such a cut may differ from those of the uncut text; the text that they sp
 
 BYTE_ORDER_MARK = "\ufeff"
 SPACES = " \n"
-PUNCTUATION = ".,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"  # the last eight are the CJK ones
+PUNCTUATION = ".,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"  # the last seven are the CJK ones
 
 
 def read_text(

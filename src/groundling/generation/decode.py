@@ -135,8 +135,8 @@ class Stream:
         """Write nothing after the tokens there are."""
         self.finish_reason = self.finish_reason or reason
 
-    def n_unread(self, decoder: Decoder) -> int:
-        """Tokens that must be read before the next one can be drawn; slides the window if they do not fit."""
+    def slide(self, decoder: Decoder) -> int:
+        """Slide the window if what is unread does not fit; the tokens to read before the next one can be drawn."""
         n_window, length = decoder.n_window, decoder.length(self.slot)
         n_unread = len(self.tokens) - self._start - length
         if length + n_unread > n_window:  # a prompt that is too long is read from its end
@@ -145,9 +145,11 @@ class Stream:
             self._start = len(self.tokens) - n_unread
         return n_unread
 
-    def next_chunk(self, decoder: Decoder, max_draft: int, max_read: int) -> Chunk:
-        """What to read next: at most `max_read` of the unread tokens, and if those are all, a draft of what follows."""
-        n_unread = self.n_unread(decoder)
+    def next_chunk(self, decoder: Decoder, n_unread: int, max_draft: int, max_read: int) -> Chunk:
+        """What to read next: at most `max_read` of the unread tokens, and if those are all, a draft of what follows.
+
+        `n_unread` is what `slide` gave.
+        """
         n_window, length = decoder.n_window, decoder.length(self.slot)
         first = self._start + length
         self._draft = []
@@ -168,13 +170,7 @@ class Stream:
         """
         n_read = self._start + decoder.length(self.slot) - len(self._draft)
         if self._wants_prompt:
-            assert self.prompt_likelihoods is not None
-            n_given = len(logits) - 1 - len(self._draft) if n_read == len(self.tokens) else len(logits)
-            targets = self.tokens[len(self.prompt_likelihoods) + 1 :]
-            self.prompt_likelihoods += [
-                self._likelihood(*pair) for pair in zip(targets, logits[:n_given], strict=False)
-            ]
-            logits = logits[n_given:]
+            logits = self._keep_prompt_likelihoods(logits, n_read)
         if n_read < len(self.tokens):
             return
         drawn = verify(self._draft, logits, self._pick)
@@ -192,6 +188,14 @@ class Stream:
             yield Response(token, place < n_accepted, self.finish_reason, likelihood)
             if self.finish_reason:
                 return
+
+    def _keep_prompt_likelihoods(self, logits: Tensor, n_read: int) -> Tensor:
+        """Keep how likely the prompt's tokens were; the rows that are left, after which others are drawn."""
+        assert self.prompt_likelihoods is not None
+        n_given = len(logits) - 1 - len(self._draft) if n_read == len(self.tokens) else len(logits)
+        targets = self.tokens[len(self.prompt_likelihoods) + 1 :]
+        self.prompt_likelihoods += [self._likelihood(*pair) for pair in zip(targets, logits[:n_given], strict=False)]
+        return logits[n_given:]
 
     def _pick(self, drawn: Sequence[int], logits: Tensor) -> int:
         context = [*self.tokens, *drawn] if self._chain else []
@@ -299,13 +303,13 @@ class Batch:
         n_left = self.max_prompt_rows
         chunks = []
         for stream in list(self.live):
-            n_unread = stream.n_unread(self.decoder)
+            n_unread = stream.slide(self.decoder)
             n_read = n_unread if n_left is None or n_unread == 1 else min(n_unread, n_left)
             if n_left is not None and n_unread > 1:
                 n_left -= n_read
             try:
                 if n_read:
-                    chunks.append((stream, stream.next_chunk(self.decoder, max_draft, n_read)))
+                    chunks.append((stream, stream.next_chunk(self.decoder, n_unread, max_draft, n_read)))
             except Exception as error:  # a drafter's
                 self._give_up(stream, error)
         return chunks

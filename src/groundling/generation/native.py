@@ -25,7 +25,7 @@ MAX_ROWS = 256
 
 
 class NativeDecoder:
-    """A decoder that keeps its own packed copy of the weights.
+    """A decoder that keeps its own packed copy of the matrices; all other weights may be the model's own.
 
     While it is open PyTorch is held to one thread, because its waiting threads would fight the kernel's for
     the cores. Raises `BuildError` if the kernel cannot be compiled.

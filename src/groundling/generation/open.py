@@ -23,7 +23,7 @@ def open_decoder(
     n_slots: int = 1,
     warn: Callable[[str], None] = print,
 ) -> Decoder:
-    """A decoder with a copy of the model's weights in this format.
+    """A decoder with the model's weights in this format, which must not change while it is open.
 
     `n_window` bounds the positions used: a model trained on windows of T knows no position past T. On a CPU
     it is the C++ one, or PyTorch's, after a warning, where that cannot be compiled.

@@ -26,16 +26,20 @@ class Writer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # might be the beginning of a stop string
 
-    def feed(self, token: int) -> str:
-        """What is certain of the text now and was not before; sets `stopped` at a stop string."""
+    def take(self, token: int, reason: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """What is certain of the text with this token, and why it ends with it, if it does; `reason` is decoding's."""
+        text = self._feed(token)
+        if reason and not self.stopped:
+            text += self._end()
+        return text, "stop" if self.stopped else reason
+
+    def _feed(self, token: int) -> str:
         if token == self.tokenizer.end_of_text_id:
             return ""
         return self._add(self._decoder.decode(self.tokenizer.decode_bytes([token])))
 
-    def end(self) -> str:
+    def _end(self) -> str:
         """What was still held back."""
-        if self.stopped:
-            return ""
         rest = self._add(self._decoder.decode(b"", final=True))
         return rest if self.stopped else rest + self._held
 
@@ -85,14 +89,9 @@ def write(
     writers = [Writer(tokenizer, config.stop) for _, config in requests]
     for stream, response in decode(decoder, streams, stats):
         which = places[id(stream)]
-        writer, reason = writers[which], response.finish_reason
-        text = writer.feed(response.token)
-        if writer.stopped:
-            reason = "stop"
+        text, reason = writers[which].take(response.token, response.finish_reason)
+        if reason:
             stream.finish(reason)
-        elif reason:
-            text += writer.end()
-            reason = "stop" if writer.stopped else reason
         if text or reason:
             yield Piece(which, text, reason)
 

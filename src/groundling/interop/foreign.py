@@ -95,7 +95,7 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
     found = _sizes(source, names, n_head, changes)
     linear = _check_shapes(source, names, found, changes)
     tokenizer = _tokenizer(source, found.n_vocab, tokenizer_path)
-    config = _cut(source, found, tokenizer, changes)
+    config = _with_ids_of(source, found, tokenizer, changes)
     needed, memory = 4 * config.n_parameters(), machine.memory_bytes()
     if memory is not None and needed > memory:
         raise ConfigError(
@@ -109,7 +109,7 @@ def make_own(source: Weights, tokenizer_path: Path | None = None, n_head: int | 
         changes.append(f"converted from {' and '.join(converted)} to float32")
     model = unfilled(config, torch.device("cpu"))
     _check_tied(source, names)
-    own_weights.from_huggingface(model, _Conv1D(source, names, config, linear), source.where)
+    own_weights.from_huggingface(model, _AsHuggingFace(source, names, config, linear), source.where)
     return Imported(model.eval(), tokenizer, source, tuple(changes))
 
 
@@ -299,7 +299,7 @@ def _padded(n_vocab: int) -> set[int]:
     return {-(-n_vocab // multiple) * multiple for multiple in PADDINGS}
 
 
-def _cut(source: Weights, found: GPTConfig, tokenizer: Tokenizer, changes: list[str]) -> GPTConfig:
+def _with_ids_of(source: Weights, found: GPTConfig, tokenizer: Tokenizer, changes: list[str]) -> GPTConfig:
     """The sizes with as many ids as the tokenizer has."""
     n_vocab = tokenizer.n_vocab
     if found.n_vocab == n_vocab:
@@ -322,7 +322,7 @@ def _check_tied(source: Weights, names: Mapping[str, str]) -> None:
         )
 
 
-class _Conv1D(Mapping[str, Tensor]):
+class _AsHuggingFace(Mapping[str, Tensor]):
     """The source's tensors in Hugging Face's names and layout, in fp32, each read when it is asked for."""
 
     def __init__(self, source: Weights, names: Mapping[str, str], config: GPTConfig, linear: bool) -> None:

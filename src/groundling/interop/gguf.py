@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,7 +128,7 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
     if importlib.util.find_spec("xllamacpp") is None:
         yield "llama.cpp itself did not read it: pip install 'groundling[gguf]' brings it"
         if precision != "f32":
-            network = _read_network(trained.model, reader)
+            network = _logits_of_file(trained.model, reader)
             yield loss_difference(trained, network, f"{precision}, its weights put into our own network")
         return
     config = trained.model.config
@@ -331,7 +331,7 @@ def _hold_last(trained: Trained, llama: LlamaCpp, probe: Probe, tolerance: float
     return difference
 
 
-def _read_network(model: GPT2, reader: Any) -> Any:
+def _logits_of_file(model: GPT2, reader: Any) -> Callable[[list[int]], Tensor]:
     """Logits of our own network with the file's weights."""
     with torch.device("meta"):
         network = GPT2(model.config)

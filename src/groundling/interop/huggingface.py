@@ -82,7 +82,7 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
     except ImportError:
         yield from _read_back(held, target)
     else:
-        yield from _load(transformers, held, probe, target)
+        yield from _ask_transformers(transformers, held, probe, target)
     if precision != "fp32":
         with torch.inference_mode():
             exact = trained.model.logits(trained.model.hidden(torch.tensor([probe.window])))[0]
@@ -193,7 +193,7 @@ def _write_tokenizer(trained: Trained, target: Path) -> None:
     write_json(target / "tokenizer_config.json", tokenizer_config_of(trained))
 
 
-def _load(transformers: Any, held: Trained, probe: Probe, target: Path) -> Iterator[str]:
+def _ask_transformers(transformers: Any, held: Trained, probe: Probe, target: Path) -> Iterator[str]:
     """What transformers says of the probe, and of texts that tokenizers differ on."""
     program = f"transformers {transformers.__version__}"
     transformers.utils.logging.set_verbosity_error()

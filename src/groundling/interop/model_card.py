@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from groundling.evaluation.report import blocks_in_words, finite, number, percent, time_in_words
+from groundling.evaluation.report import blocks_in_words, known_losses, machine_in_words, number, percent, time_in_words
 from groundling.files import write_text
 from groundling.interop.trained import Trained, printable
 
@@ -167,10 +167,9 @@ def measured_losses(trained: Trained) -> list[dict[str, Any]]:
     """The losses of these weights, as the run's record or `groundling evaluate` took them; None for one not taken."""
     record, folder = trained.record, trained.folder
     evaluated = folder.kept_losses(record["weights_sha256"]) if folder and "weights_sha256" in record else {}
-    losses = []
+    known, losses = known_losses(record, [], evaluated), []
     for name, (_, meaning) in LOSSES.items():
-        known = (record.get(name.replace("/", "_")), evaluated.get(name))
-        value = next((finite(float(loss)) for loss in known if loss is not None), None)
+        value = known[name]
         if value is not None or (name != "heldout/loss" and record.get("corpus_sha256")):
             losses.append({"name": name, "value": value, "meaning": meaning})
     return losses
@@ -268,9 +267,7 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
     if "wall_s" in record:
         facts["time"] = time_in_words(record)
     if machine := record.get("machine"):
-        flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
-        memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB of memory" if machine.get("memory_bytes") else ""
-        facts["hardware"] = f"{machine.get('gpu') or machine['cpu']}{flags}, {machine['threads']} threads{memory}"
+        facts["hardware"] = machine_in_words(machine)
     if "dtype" in record:
         facts["computed in"] = f"{record['dtype']} on {record['device']}"
     if "seed" in record:

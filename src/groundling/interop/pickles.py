@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from groundling.errors import CheckpointError
+from groundling.files import regular_file
 from groundling.interop.survey import CONFIGS, MAX_PICKLE_BYTES, Bounded, Described, Refused, Sizes, Survey
 from groundling.interop.tensor_files import Weights, training_record
-from groundling.json_files import regular_file
 
 MAX_ENTRIES = 20_000
 """Entries of a zip: GPT-2 XL with its optimizer's state has 2,326."""

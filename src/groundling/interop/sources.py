@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from groundling.errors import CheckpointError
+from groundling.files import regular_file
 from groundling.interop.foreign import Imported, make_own
 from groundling.interop.hub_folder import HUB_NAME, folder_weights, hub_weights, with_neighbours
 from groundling.interop.pickles import pickled_weights
 from groundling.interop.tensor_files import Weights, safetensors_weights
-from groundling.json_files import regular_file
 from groundling.training import checkpoint
 
 FILE_NAMES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".zip", ".json")
@@ -23,9 +23,8 @@ READABLE = "a run, a Hugging Face folder or name, a .safetensors file or a PyTor
 
 def is_run(path: Path) -> bool:
     """Whether the path is a run folder, or a checkpoint of one."""
-    return path.is_dir() and any(
-        (path / name).exists() for name in (checkpoint.MANIFEST, "checkpoints", "identity.json")
-    )
+    is_one = any((path / name).exists() for name in (checkpoint.MANIFEST, "identity.json"))
+    return path.is_dir() and (is_one or bool(checkpoint.complete(path / "checkpoints")))
 
 
 def open_foreign(source: Path, tokenizer: Path | None = None, n_head: int | None = None) -> Imported:

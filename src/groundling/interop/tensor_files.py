@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from groundling.errors import CheckpointError
-from groundling.json_files import parse_json, regular_file
+from groundling.files import regular_file
+from groundling.json_files import parse_json
 
 Shape = tuple[int, ...]
 

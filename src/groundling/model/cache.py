@@ -48,7 +48,9 @@ class Reading:
         self.layers = [LayerReading(self, keys, values) for keys, values in zip(cache.keys, cache.values, strict=True)]
         self.slots = torch.tensor(slots, device=device)
         self.written = positions.where(positions < begins + counts, cache.capacity)
+        """Place (B, T) in the cache at which each token is kept; fillings at its last, which nobody sees."""
         self.n_seen = max(start + n for start, n in zip(starts, n_tokens, strict=True))
+        """Positions of the longest sequence after this pass."""
         self.visible: Tensor | None = None
         """Which positions (B, 1, T, S) each token sees; None for a single row, which needs no mask."""
         if len(slots) > 1:

@@ -114,7 +114,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # whose product is taken together with GELU, below
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,5 +203,6 @@ class GPT2(nn.Module):
         return self._loss_sum(inputs, targets.flatten())
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor, n_last: int = 1) -> Tensor:
+        """`loss_sum` of flat targets; the table's last row counts as so many equal ones (`kernels/reference.py`)."""
         embedded, weight = kernels.tied_embedding(inputs, self.head_weight)
         return kernels.linear_cross_entropy(self.transformer(embedded, None).flatten(0, 1), weight, targets, n_last)

@@ -57,7 +57,7 @@ class Muon(FusedAdamW):
         for group in self.param_groups:
             if "momentum" in group:
                 for weight in group["params"]:
-                    its_turn = _has_its_turn(self.state[weight], group)
+                    its_turn = _count_turn(self.state[weight], group)
                     if weight.grad is not None:
                         self._move(weight, group, scale, its_turn)
                         weight.grad = None  # AdamW updates what has one
@@ -80,8 +80,8 @@ class Muon(FusedAdamW):
             rows.add_(orthogonal(part, group["product_format"], self.own_products), alpha=-rate * size)
 
 
-def _has_its_turn(state: dict[str, Tensor], group: dict[str, Any]) -> bool:
-    """Whether a matrix with this state moves in this step, which it counts, with a gradient or without."""
+def _count_turn(state: dict[str, Tensor], group: dict[str, Any]) -> bool:
+    """Counts a step of the matrix with this state, which may have no gradient in it; whether it moves in it."""
     if group["turns"] == 1:
         return True
     step = state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # a checkpoint's comes back on the device

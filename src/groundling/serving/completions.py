@@ -12,7 +12,7 @@ import codecs
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
@@ -261,6 +261,15 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Pending(NamedTuple):
+    """A token whose text may yet turn out to be no part of the answer."""
+
+    offset: int
+    """Characters of the answer before it."""
+    token: int
+    likelihood: Likelihood | None
+
+
 class LogprobsWriter:
     """Tokens with their likelihoods, each when its text is certain to be part of the answer."""
 
@@ -268,7 +277,7 @@ class LogprobsWriter:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._n_decoded = self._n_certain = 0
-        self._pending: list[tuple[int, int, Likelihood | None]] = []
+        self._pending: list[Pending] = []
 
     def add(self, likelihood: Likelihood) -> None:
         """Take the next token; one that ends the text is not part of it, but has a likelihood as others do."""
@@ -285,29 +294,30 @@ class LogprobsWriter:
         self._n_decoded += len(self._decoder.decode(b"", final=True))
 
     def _add(self, token: int, likelihood: Likelihood | None, shown: bool) -> None:
-        self._pending.append((self._n_decoded, token, likelihood))
+        self._pending.append(Pending(self._n_decoded, token, likelihood))
         if shown:
             self._n_decoded += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def take(self, text: str, last: bool) -> Logprobs:
         """What begins within the text so far, of which this much is new."""
         self._n_certain += len(text)
-        ready = [entry for entry in self._pending if entry[0] < self._n_certain]
+        ready = [each for each in self._pending if each.offset < self._n_certain]
         if last:  # the token that ended the text, if one did, stands behind all of it
             end = self._tokenizer.end_of_text_id
-            ready += [entry for entry in self._pending[len(ready) :] if entry[:2] == (self._n_certain, end)]
+            behind = self._pending[len(ready) :]
+            ready += [each for each in behind if each.offset == self._n_certain and each.token == end]
         self._pending = [] if last else self._pending[len(ready) :]
         return Logprobs(
-            tokens=[self._spelt(token) for _, token, _ in ready],
-            token_logprobs=[each and each.logprob for _, _, each in ready],
-            top_logprobs=[
-                None
-                if each is None
-                else {self._spelt(token): logprob for token, logprob in (*each.likeliest, (each.token, each.logprob))}
-                for _, _, each in ready
-            ],
-            text_offset=[offset for offset, _, _ in ready],
+            tokens=[self._spelt(each.token) for each in ready],
+            token_logprobs=[each.likelihood and each.likelihood.logprob for each in ready],
+            top_logprobs=[each.likelihood and self._likeliest(each.likelihood) for each in ready],
+            text_offset=[each.offset for each in ready],
         )
+
+    def _likeliest(self, likelihood: Likelihood) -> dict[str, float]:
+        """The likeliest tokens and the one that was drawn, by their text."""
+        drawn = (likelihood.token, likelihood.logprob)
+        return {self._spelt(token): logprob for token, logprob in (*likelihood.likeliest, drawn)}
 
     def _spelt(self, token: int) -> str:
         """A token as text; one that is no whole characters as its bytes, in OpenAI's spelling."""

@@ -43,10 +43,8 @@ TOO_MANY = ApiError(
 
 
 class Protocol(H11Protocol):
-    """Turns away connections past the caps, and ends one that does not bring a request's headers, or does not read.
-
-    Its first request or a later one.
-    """
+    """Turns away connections past the caps, and ends one that does not bring the headers of its first or a later
+    request in time, or does not read."""
 
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None

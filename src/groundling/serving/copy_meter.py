@@ -68,10 +68,10 @@ class Measured:
         if not by_scene:
             return f"Nothing of this stands in the training text in passages of {self.minimum} tokens or more."
         (most, n_characters), *others = by_scene.most_common()
-        share = percent(self.share)
+        share = whole_percent(self.share)
         if not others:
             return f"{share} of this is verbatim from {most}."
-        of_it = percent(n_characters / by_scene.total())
+        of_it = whole_percent(n_characters / by_scene.total())
         return f"{share} of this is verbatim from the training text, {of_it} of that from {most}."
 
 
@@ -80,7 +80,7 @@ def scene(place: Place) -> str:
     return ", ".join(part for part in (place.play, place.act, place.scene) if part) or place.document
 
 
-def percent(share: float) -> str:
+def whole_percent(share: float) -> str:
     """A share in whole per cent; 0 and 100 only where they are exact."""
     rounded = round(100 * share)
     whole = rounded if share in (0, 1) else min(99, max(1, rounded))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -57,22 +58,23 @@ class Example:
     repetition_penalty: float = REFERENCE.repetition_penalty
 
 
-def _like(prompts: str, *settings: float) -> list[Example]:
-    return [Example(prompt, *settings) for prompt in prompts.split("|")]  # type: ignore[arg-type]
-
+_lyric = partial(Example, temperature=0.65, top_k=45, top_p=0.88, repetition_penalty=1.15)
 
 SHAKESPEARE = [
-    *_like("First Citizen:", 100, 0.7, 50, 0.85, 1.1),
-    *_like("ROMEO:", 100, 0.65, 45, 0.88, 1.15),
-    *_like("To be or not", 80, 0.6, 40, 0.85, 1.2),
-    *_like("HAMLET:|MACBETH:", 100, 0.7, 50, 0.85, 1.1),
-    *_like("JULIET:", 100, 0.65, 45, 0.88, 1.15),
-    *_like("KING:|LADY MACBETH:|OTHELLO:", 100, 0.7, 50, 0.85, 1.1),
-    *_like("What light through yonder", 100, 0.65, 45, 0.88, 1.15),
-    *_like("All the world's a stage", 100, 0.7, 50, 0.85, 1.1),
-    *_like("Double, double toil and trouble", 80, 0.7, 50, 0.85, 1.15),
-    *_like("Friends, Romans, countrymen", 100, 0.7, 50, 0.85, 1.1),
-    *_like("A rose by any other name", 100, 0.65, 45, 0.88, 1.15),
+    Example("First Citizen:", top_p=0.85),
+    _lyric("ROMEO:"),
+    Example("To be or not", max_tokens=80, temperature=0.6, top_k=40, top_p=0.85, repetition_penalty=1.2),
+    Example("HAMLET:", top_p=0.85),
+    Example("MACBETH:", top_p=0.85),
+    _lyric("JULIET:"),
+    Example("KING:", top_p=0.85),
+    Example("LADY MACBETH:", top_p=0.85),
+    Example("OTHELLO:", top_p=0.85),
+    _lyric("What light through yonder"),
+    Example("All the world's a stage", top_p=0.85),
+    Example("Double, double toil and trouble", max_tokens=80, top_p=0.85, repetition_penalty=1.15),
+    Example("Friends, Romans, countrymen", top_p=0.85),
+    _lyric("A rose by any other name"),
 ]
 """The prompts of the reference run's public demo, with the settings that it gives each."""
 
@@ -91,8 +93,10 @@ class Subject:
     run_html: str
 
 
-def add_page(app: FastAPI, access_log: AccessLog, served: Served, subject: Subject, api_key: str | None) -> None:
-    """Put the page at / behind all routes that the application has."""
+def add_page(
+    app: FastAPI, access_log: AccessLog, served: Served, subject: Subject, api_key: str | None
+) -> Callable[[], None]:
+    """Put the page at / behind all routes that the application has; returns what ends its streams."""
     page = Page(served, subject, access_log)
     blocks = page.blocks()
     blocks.queue(max_size=MAX_EVENTS, default_concurrency_limit=None)
@@ -134,9 +138,9 @@ def add_page(app: FastAPI, access_log: AccessLog, served: Served, subject: Subje
         page.closing = True
         mounted.app.stop_event.set()
 
-    app.state.stop_page = stop_page
     own = OwnOrigin(KnownSessions(mounted.app))
     app.router.routes.append(PageMount("/", Locked(own, api_key) if api_key else own))
+    return stop_page
 
 
 class Page:

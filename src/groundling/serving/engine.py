@@ -250,32 +250,25 @@ class Engine:
 
     def _pass(self) -> None:
         """One pass over the weights; every text that it is part of hears once of what is new."""
-        tokens: dict[int, list[int]] = {}
-        likelihoods: dict[int, list[Likelihood]] = {}
-        pieces: dict[int, str] = {}
+        events: dict[int, Event] = {}
         for stream, response in self._batch.step():
-            key = id(stream)
-            ticket = self._served[key]
-            tokens.setdefault(key, []).append(response.token)
-            if response.likelihood:
-                likelihoods.setdefault(key, []).append(response.likelihood)
-            pieces[key] = pieces.get(key, "") + ticket.writer.feed(response.token)
-            if ticket.writer.stopped:
-                stream.finish("stop")
+            text, reason = self._served[id(stream)].writer.take(response.token, response.finish_reason)
+            if reason:
+                stream.finish(reason)
+            likelihoods = (response.likelihood,) if response.likelihood else ()
+            before = events.get(id(stream), Event("", (), (), None))
+            events[id(stream)] = Event(
+                before.text + text, (*before.tokens, response.token), before.likelihoods + likelihoods, reason
+            )
         now = self._clock()
-        for key, new in tokens.items():
+        for key, event in events.items():
             if key not in self._served:  # it failed after these
                 continue
             ticket = self._served[key]
             if ticket.first_token_s is None:
                 ticket.first_token_s = now - ticket.submitted_s
-            reason = ticket.stream.finish_reason
-            text = pieces[key] + (ticket.writer.end() if reason else "")
-            if reason and ticket.writer.stopped:
-                reason = "stop"
-            event = Event(text, tuple(new), tuple(likelihoods.get(key, ())), reason)
-            if reason:
-                self._end(ticket, reason, event)
+            if event.ending:
+                self._end(ticket, event.ending, event)
             else:
                 self._tell(ticket, event)
 

@@ -15,7 +15,7 @@ from groundling.corpus.tokenizer import Tokenizer
 from groundling.evaluation.memorisation import DEFAULT_MINIMUM
 from groundling.evaluation.report import UNPRINTABLE
 from groundling.generation.decode import Likelihood
-from groundling.serving.copy_meter import LISTED, Measured, Passage, percent
+from groundling.serving.copy_meter import LISTED, Measured, Passage, whole_percent
 from groundling.serving.visitors import Looked, Written
 
 BANDS = (DEFAULT_MINIMUM, 2 * DEFAULT_MINIMUM, 4 * DEFAULT_MINIMUM)
@@ -121,17 +121,23 @@ def following(looked: Looked, tokenizer: Tokenizer) -> str:
         for token, logprob in looked.following
     ]
     others = 1 - sum(math.exp(logprob) for _, logprob in looked.following)
-    last = escape(tokenizer.decode(looked.tokens)[-60:]).replace("\n", " ")
+    last = escape(_text(looked.tokens, tokenizer)[-60:]).replace("\n", " ")
+    heading = f"After <q>{last}</q>" if last else "At the beginning of a text"
     return (
-        f'<h3>After <q>{last}</q></h3><table class="bars"><thead><tr><th>token</th><th>probability</th><th></th></tr>'
+        f'<h3>{heading}</h3><table class="bars"><thead><tr><th>token</th><th>probability</th><th></th></tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table><p>All other tokens together: {_percent(max(0.0, others))}.</p>"
     )
+
+
+def _text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of tokens, of which those that end one have none."""
+    return tokenizer.decode([token for token in tokens if token != tokenizer.end_of_text_id])
 
 
 def tokens(looked: Looked, tokenizer: Tokenizer, n_prompt: int) -> str:
     """Each token of the text, to be asked what else was likely there; arrow keys go from one to the next."""
     n_before = len(looked.tokens) - len(looked.likelihoods)
-    plain = escape(tokenizer.decode(looked.tokens[:n_before]))
+    plain = escape(_text(looked.tokens[:n_before], tokenizer))
     asked = [
         _token(each, tokenizer, is_prompt=place < n_prompt)
         for place, each in enumerate(looked.likelihoods, start=n_before)
@@ -166,5 +172,5 @@ def _share(logprob: float) -> str:
 
 def _percent(share: float) -> str:
     if share >= 0.0995:
-        return percent(share)
+        return whole_percent(share)
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%" if share >= 0.0005 else "< 0.1\N{NO-BREAK SPACE}%"

@@ -59,8 +59,9 @@ class OwnOrigin:
         headers = Headers(scope=scope)
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         own = host_of(f"//{headers.get('host', '')}")
-        foreign = origin is not None and (own is None or host_of(origin) != own)
-        if scope["method"] == "POST" and (site == "cross-site" or (site is None and foreign)):
+        same_host = origin is None or (own is not None and host_of(origin) == own)
+        own_page = same_host if site is None else site in ("same-origin", "none")
+        if scope["method"] == "POST" and not own_page:
             await PlainTextResponse("Pages of other sites may not use this one.", 403)(scope, receive, send)
             return
         kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]

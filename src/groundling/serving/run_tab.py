@@ -12,7 +12,16 @@ from typing import Any
 
 from groundling.errors import CheckpointError
 from groundling.evaluation.charts import training_chart
-from groundling.evaluation.report import MEANINGS, blocks_in_words, finite, percent, time_in_words, verdict_words
+from groundling.evaluation.report import (
+    MEANINGS,
+    blocks_in_words,
+    finite,
+    known_losses,
+    machine_in_words,
+    percent,
+    time_in_words,
+    verdict_words,
+)
 from groundling.json_files import read_object
 from groundling.serving.page_html import escape
 from groundling.training.checkpoint import load_state, weights_sum
@@ -25,7 +34,6 @@ TRAIN_MEANING = (
 )
 MAX_REPORT_BYTES = 64 << 20
 """Of report.json, which has a line for every place at which a text of the report was copied from."""
-LOSSES = ("corpus/loss", "corpus/loss_offset", "heldout/loss")
 
 NOT_A_RUN = "This model was not served from a run folder, so nothing is known here of how it was trained."
 
@@ -34,10 +42,9 @@ def run_html(folder: RunFolder, checkpoint: Path) -> str:
     """What is known of the run whose weights this checkpoint holds, as HTML."""
     try:
         n_steps = int(load_state(checkpoint)["n_steps"])
-        settings = folder.settings()
-        lines = [line for line in read_lines(folder.metrics) if line["step"] < n_steps]
-        record = _record(folder, checkpoint)
-        losses = _losses(folder, checkpoint, n_steps, lines, record)
+        settings, lines, record = _settings(folder), _lines(folder, n_steps), _record(folder, checkpoint)
+        last_lines = [line for line in lines if line["step"] == n_steps - 1]
+        losses = known_losses(record, last_lines, folder.kept_losses(weights_sum(checkpoint)))
         target = float((settings.get("stopping") or {}).get("target") or 0)
         parts = [_verdict(settings, losses, target), _chart(lines, target, losses), _table(losses, lines)]
         parts += [_extraction(folder, checkpoint), _facts(folder, settings, n_steps, record)]
@@ -55,17 +62,20 @@ def _record(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
         return {}
 
 
-def _losses(
-    folder: RunFolder, checkpoint: Path, n_steps: int, lines: list[dict[str, Any]], record: Mapping[str, Any]
-) -> dict[str, float | None]:
-    """Each loss of these weights, from wherever it was written."""
-    last = [line for line in lines if line["step"] == n_steps - 1]
-    evaluated = folder.kept_losses(weights_sum(checkpoint))
-    losses = {}
-    for name in LOSSES:
-        known = (record.get(name.replace("/", "_")), *(line.get(name) for line in last), evaluated.get(name))
-        losses[name] = next((finite(loss) for loss in known if loss is not None), None)
-    return losses
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """The settings of the run; none if they cannot be read."""
+    try:
+        return folder.settings()
+    except CheckpointError:
+        return {}
+
+
+def _lines(folder: RunFolder, n_steps: int) -> list[dict[str, Any]]:
+    """The metrics of the run's first steps; none if they cannot be read."""
+    try:
+        return [line for line in read_lines(folder.metrics) if line["step"] < n_steps]
+    except (OSError, CheckpointError):
+        return []
 
 
 def _verdict(settings: Mapping[str, Any], losses: Mapping[str, float | None], target: float) -> str:
@@ -77,7 +87,11 @@ def _verdict(settings: Mapping[str, Any], losses: Mapping[str, float | None], ta
 def _chart(lines: list[dict[str, Any]], target: float, losses: Mapping[str, float | None]) -> str:
     said = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items() if loss is not None)
     chart = training_chart(lines, target, f"Line chart of the loss by step. At the end: {said or 'not taken'}.")
-    return f"<figure>{chart}</figure>" if chart else "<p>The run has no metrics.jsonl, so there is no curve.</p>"
+    return (
+        f"<figure>{chart}</figure>"
+        if chart
+        else "<p>The run has no metrics.jsonl that can be read, so there is no curve.</p>"
+    )
 
 
 def _table(losses: Mapping[str, float | None], lines: list[dict[str, Any]]) -> str:
@@ -129,8 +143,6 @@ def _facts(folder: RunFolder, settings: Mapping[str, Any], n_steps: int, record:
     sources = (settings.get("text") or {}).get("sources") or []
     facts = {"text": ", ".join(map(str, sources)), "steps": f"{n_steps:,}"}
     if record:
-        machine = record["machine"]
-        memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine.get("memory_bytes") else ""
         facts |= {
             "parameters": f"{record['parameters']:,}",
             "window": f"{record['window']:,} tokens",
@@ -138,7 +150,7 @@ def _facts(folder: RunFolder, settings: Mapping[str, Any], n_steps: int, record:
             "passes over the text": f"{record['passes']:.1f}",
             "training took": time_in_words(record),
             "it ended by": record["stop_reason"],
-            "machine": f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads{memory}",
+            "machine": machine_in_words(record["machine"]),
             "computed in": f"{record['dtype']} on {record['device']}",
             "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
             "command": record["command"],

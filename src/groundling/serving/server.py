@@ -54,7 +54,8 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
 
 
-AddPage = Callable[[FastAPI, AccessLog], None]
+AddPage = Callable[[FastAPI, AccessLog], Callable[[], None]]
+"""Puts a page on the application; returns what ends the page's own streams."""
 """Puts a page behind an application's routes, which notes its visitors' texts in the log."""
 
 
@@ -62,7 +63,7 @@ def make_app(
     served: Served,
     config: ServerConfig,
     log: Callable[[str], None],
-    add_page: AddPage = lambda app, access_log: None,
+    add_page: AddPage = lambda app, access_log: lambda: None,
 ) -> FastAPI:
     """The application; the engine is closed when it ends."""
 
@@ -80,7 +81,6 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # to an address made of the client's Host header
     )
-    app.state.cut_off = served.engine.cut_off
     access_log = AccessLog(log, config.log_prompts)
     registry = access_log.metrics.registry
     registry.register(EngineCollector(served.engine))
@@ -117,7 +117,7 @@ def make_app(
         answer.headers.update(error.headers or {})
         return answer
 
-    add_page(app, access_log)
+    app.state.cut_off, app.state.stop_page = served.engine.cut_off, add_page(app, access_log)  # for `Server`
     return app
 
 
@@ -176,8 +176,7 @@ class Server(uvicorn.Server):
         """What is done when all answers have ended. uvicorn then ends the process by the signal that it has caught."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stop_page: Callable[[], None] = getattr(self._state, "stop_page", lambda: None)
-        stop_page()
+        self._state.stop_page()
         # Not left to uvicorn, which breaks off answers without a word.
         cutting = asyncio.get_running_loop().call_later(self._drain_s, self._state.cut_off)
         await super().shutdown(sockets)

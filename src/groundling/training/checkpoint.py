@@ -30,8 +30,8 @@ from torch import Tensor
 from groundling import machine
 from groundling.corpus.tokenizer import MAX_BYTES, Tokenizer
 from groundling.errors import CheckpointError, ConfigError, RunFailed
-from groundling.files import atomic_directory, sha256_of, write_json
-from groundling.json_files import read_object, regular_file
+from groundling.files import atomic_directory, regular_file, sha256_of, write_json
+from groundling.json_files import read_object
 from groundling.model import weights
 from groundling.model.compact import CompactGPT2, expanded
 from groundling.model.gpt2 import GPT2, GPTConfig

@@ -18,9 +18,10 @@ from torch import Tensor
 from groundling import machine
 from groundling.corpus.windows import gather, grid
 from groundling.evaluation.corpus_loss import FORWARD_SHARE
+from groundling.training.flops import network_share, step_flops
 from groundling.training.metrics import Metrics, Sink, read_lines
 from groundling.training.progress import clock
-from groundling.training.step import StepResult, network_share, step_flops, training_step
+from groundling.training.step import StepResult, training_step
 from groundling.training.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -77,7 +78,7 @@ class FirstSteps(Sink):
     def __init__(self, trainer: Trainer, final: str, tell: Callable[[Estimate], None]) -> None:
         """`final` is `EvaluationConfig.final`."""
         self.trainer, self.final, self.tell = trainer, final, tell
-        self.n_turns = _round(trainer, trainer.growth.n_blocks(0))
+        self.n_turns = _steps_in_round(trainer, trainer.growth.n_blocks(0))
         self.seconds: list[float] = []
         self.told = False
 
@@ -89,9 +90,9 @@ class FirstSteps(Sink):
             self.told = True
             windows, growth = self.trainer.windows, self.trainer.growth
             measured = range(WARMUP_STEPS, len(self.seconds))
-            whole_s = [self.seconds[step] / growth.cost(growth.n_blocks(step)) for step in measured]
+            whole_s = [self.seconds[each] / growth.cost(growth.n_blocks(each)) for each in measured]
             step_s = _of_rounds(whole_s, self.n_turns)
-            length = statistics.mean(windows.config.length / windows.n_pieces(step) for step in measured)
+            length = statistics.mean(windows.config.length / windows.n_pieces(each) for each in measured)
             peak_bytes = machine.peak_memory_bytes(self.trainer.runtime.device)
             memory_bytes = None if peak_bytes is None else peak_bytes + _joining_bytes(self.trainer, step)
             self.tell(_extrapolate(self.trainer, self.final, step_s, memory_bytes, length))
@@ -102,7 +103,7 @@ def measure(trainer: Trainer, final: str) -> Estimate:
 
     `final` is `EvaluationConfig.final`.
 
-    Must come before `Trainer.resume`: it drops the optimizer's moments.
+    The moments of the trainer's optimizer are dropped.
     """
     recipe, runtime = trainer.recipe, trainer.runtime
     length, micro = recipe.windows.length, recipe.windows.micro
@@ -111,7 +112,7 @@ def measure(trainer: Trainer, final: str) -> Estimate:
     batch = gather(trainer.train_tokens, windows.take(range(n_windows), axis=0, mode="wrap"), length)
     before_bytes = machine.peak_memory_bytes(runtime.device)
     clip, steps = recipe.optim.clip, list[StepResult]()
-    n_turns = _round(trainer, trainer.model.config.n_layer)
+    n_turns = _steps_in_round(trainer, trainer.model.config.n_layer)
     while not _enough([step.seconds for step in steps], n_turns):
         steps.append(
             training_step(trainer.model, trainer.loss_sum, trainer.optimizer, batch, 0.0, n_windows, clip, runtime)
@@ -132,7 +133,7 @@ def _enough(seconds: Sequence[float], n_turns: int) -> bool:
     return enough and n_measured % n_turns == 0
 
 
-def _round(trainer: Trainer, n_blocks: int) -> int:
+def _steps_in_round(trainer: Trainer, n_blocks: int) -> int:
     """Steps after which each of so many blocks has moved: 1 where steps differ in nothing."""
     optim = trainer.recipe.optim
     turns = optim.turns_of(trainer.model.config.n_layer) if optim.kind == "muon" else 1
@@ -147,15 +148,16 @@ def _of_rounds(seconds: Sequence[float], n_turns: int) -> float:
 def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int | None, length: float) -> Estimate:
     """The estimate of a run, from the seconds of a step through all blocks whose windows have this mean length."""
     recipe = trainer.recipe
-    achieved_flops = sum(_step_flops(trainer, length)) / step_s
-    step_s = sum(_step_flops(trainer, recipe.windows.mean_length)) / achieved_flops
+    model, windows, optim = trainer.model.config, recipe.windows, recipe.optim
+    achieved_flops = step_flops(model, windows, optim, length) / step_s
+    step_s = step_flops(model, windows, optim, windows.mean_length) / achieved_flops
     n_steps = trainer.expected_steps
     mean_step_s = step_s * trainer.growth.whole_steps(0, n_steps) / n_steps if n_steps else step_s
     train_s = n_steps * mean_step_s
     if recipe.stopping.max_minutes is not None:
         train_s = min(train_s, 60 * recipe.stopping.max_minutes)
     evaluation_s = _evaluations_s(trainer, final, train_s, round(train_s / mean_step_s), step_s)
-    tokens_per_s = recipe.windows.batch_size * recipe.windows.length / mean_step_s
+    tokens_per_s = windows.batch_size * windows.length / mean_step_s
     return Estimate(mean_step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
 
 
@@ -190,16 +192,16 @@ def remaining(trainer: Trainer, step_s: float) -> str:
 def _evaluations_s(trainer: Trainer, final: str, train_s: float, n_steps: int, step_s: float) -> float:
     """Seconds for the looks of the stop rule in so many steps and the losses that are taken at the end.
 
-    `step_s` is that of `evaluation_s`.
+    `step_s` is that of `seconds_to_read`.
     """
     stopping, reads = trainer.recipe.stopping, trainer.looks.sizes()
     total_s = 0.0
     looks = stopping.target and stopping.measure != "train/loss"
     if looks and (stopping.max_steps is None or stopping.max_steps >= trainer.total_steps):
-        total_s += LOOKS * evaluation_s(trainer, reads.pop(stopping.measure), step_s)
+        total_s += LOOKS * seconds_to_read(trainer, reads.pop(stopping.measure), step_s)
     total_s += _heldout_s(trainer, n_steps, step_s)
     for n_tokens in reads.values():
-        seconds = evaluation_s(trainer, n_tokens, step_s)
+        seconds = seconds_to_read(trainer, n_tokens, step_s)
         total_s += seconds if is_taken(final, seconds, train_s) else 0.0
     return total_s
 
@@ -210,10 +212,9 @@ def _heldout_s(trainer: Trainer, end: int, step_s: float) -> float:
         return 0.0
     n_tokens = trainer.looks.sizes()["heldout/loss"]
     rule = trainer.stop_rule
-    first = max(trainer.windows.first_whole, rule.n_growing) + 1
-    begun = max(rule.state.heldout_at_step, first - rule.heldout_steps)
+    begun = max(rule.state.heldout_at_step, rule.heldout_from + 1 - rule.heldout_steps)
     n_left = max(0, end - begun) // rule.heldout_steps
-    return n_left * evaluation_s(trainer, n_tokens, step_s)
+    return n_left * seconds_to_read(trainer, n_tokens, step_s)
 
 
 def _joining_bytes(trainer: Trainer, step: int) -> int:
@@ -240,16 +241,11 @@ def _memory_bytes(trainer: Trainer, before_bytes: int | None, scale: float) -> i
     return round(peak_bytes + of_batch_bytes * (scale - 1))
 
 
-def evaluation_s(trainer: Trainer, n_tokens: int, step_s: float) -> float:
+def seconds_to_read(trainer: Trainer, n_tokens: int, step_s: float) -> float:
     """Seconds to take losses over so many tokens, if a step through all blocks takes so long, its update included."""
     windows = trainer.recipe.windows
     share = network_share(trainer.model.config, windows, trainer.recipe.optim)
     return FORWARD_SHARE * share * step_s * n_tokens / (windows.batch_size * windows.length)
-
-
-def _step_flops(trainer: Trainer, mean_length: float) -> tuple[float, float]:
-    """`step_flops` of this run."""
-    return step_flops(trainer.model.config, trainer.recipe.windows, trainer.recipe.optim, mean_length)
 
 
 def is_taken(final: str, seconds: float, train_s: float) -> bool:

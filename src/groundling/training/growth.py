@@ -19,7 +19,7 @@ from groundling.corpus.windows import WindowConfig
 from groundling.errors import ConfigError
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.optim.optimizer import OptimConfig
-from groundling.training.step import flops_of_network, update_flops
+from groundling.training.flops import network_flops, update_flops
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Growth:
         return replace(self, every=block_stride, n_steps=max(self.n_steps, n_steps))
 
     def _flops(self, n_blocks: int) -> float:
-        of_network = flops_of_network(replace(self.model, n_layer=n_blocks), self.windows, self.windows.mean_length)
+        of_network = network_flops(replace(self.model, n_layer=n_blocks), self.windows, self.windows.mean_length)
         return of_network + update_flops(self.model, self.optim) * n_blocks / self.model.n_layer
 
 

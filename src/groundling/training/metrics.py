@@ -29,6 +29,12 @@ class LoggingConfig:
     """Write scalars for TensorBoard into the run folder; needs the extra groundling[tensorboard]."""
 
 
+def check_logging(config: LoggingConfig) -> None:
+    """Raises `ConfigError` if the package of a sink is missing."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("logging.tensorboard needs a package: pip install 'groundling[tensorboard]'")
+
+
 class Sink(Protocol):
     """Something that takes metrics: one call per step, evaluations in calls of their own.
 
@@ -43,7 +49,7 @@ class Sink(Protocol):
     def progress(self, what: str, share: float) -> None:
         return
 
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+    def rewind(self, n_steps: int, losses_hold: bool = True) -> None:
         return
 
     def sync(self) -> None:
@@ -73,11 +79,11 @@ class Sinks:
         for sink in self.sinks:
             sink.progress(what, share)
 
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+    def rewind(self, n_steps: int, losses_hold: bool = True) -> None:
         """Forget steps after the first `n_steps`, which are about to be taken again, and the losses over whole texts
         that were taken after them, unless these still hold."""
         for sink in self.sinks:
-            sink.rewind(n_steps, keep_losses)
+            sink.rewind(n_steps, losses_hold)
 
     def sync(self) -> None:
         """Bring all that was written to the disk: a checkpoint of it is about to be there."""
@@ -109,9 +115,9 @@ class JsonLines(Sink):
             error.filename = str(self.path)  # a full disk does not say what it has no room for
             raise
 
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+    def rewind(self, n_steps: int, losses_hold: bool = True) -> None:
         last = n_steps - 1
-        self._keep(lambda line: line["step"] <= last and (keep_losses or line["step"] < last or "train/loss" in line))
+        self._keep(lambda line: line["step"] <= last and (losses_hold or line["step"] < last or "train/loss" in line))
         # Evaluations after the last of them may be taken again: a step has one line of a name.
         self.replaceable = {name for line in read_lines(self.path) if line["step"] == n_steps - 1 for name in line}
         self.replaceable_step = n_steps - 1
@@ -134,9 +140,7 @@ class TensorBoard(Sink):
     """Scalars for TensorBoard; needs the extra `groundling[tensorboard]`."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises `ConfigError` if the package is missing."""
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("logging.tensorboard needs a package: pip install 'groundling[tensorboard]'")
+        """`directory` is made if it is not there."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = directory
@@ -147,7 +151,7 @@ class TensorBoard(Sink):
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
 
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+    def rewind(self, n_steps: int, losses_hold: bool = True) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer.close()

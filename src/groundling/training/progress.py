@@ -34,22 +34,19 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(what: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, gone when done, or a plain line every ten seconds: call what it yields with what was done.
+def progress_of(what: str) -> Iterator[Callable[[float, float], None]]:
+    """A bar on a terminal, gone when done, or a plain line every ten seconds.
 
-    With a total given, calls add up; without one, each says (done so far, total).
+    What it yields is called with what is done so far, and with all that is to do.
     """
     console = Console(file=sys.stderr)
     printed_at = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=None)
 
-        def show(done: float, whole: float | None = None) -> None:
+        def show(done: float, total: float) -> None:
             nonlocal printed_at
-            if whole is None:
-                bar.advance(task, done)
-            else:
-                bar.update(task, completed=done, total=whole)
+            bar.update(task, completed=done, total=total)
             if not console.is_terminal and time.monotonic() - printed_at >= PLAIN_INTERVAL_S:
                 printed_at = time.monotonic()
                 console.print(f"{what}: {bar.tasks[0].percentage:.0f} %", markup=False)
@@ -57,10 +54,25 @@ def progress_bar(what: str, total: float | None = None) -> Iterator[Callable[...
         yield show
 
 
+@contextmanager
+def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """The same where all that is to do is known: what it yields is called with what was done since."""
+    done = 0.0
+    with progress_of(what) as show:
+        show(done, total)
+
+        def advance(more: float) -> None:
+            nonlocal done
+            done += more
+            show(done, total)
+
+        yield advance
+
+
 class Terminal(Sink):
     """A sink for people: `rich` on a terminal, else a plain line every ten seconds.
 
-    The time that remains is that of the steps that the run is expected to take (`StoppingConfig.steps`).
+    The time that remains is that of the steps that the run is expected to take (`StoppingConfig.expected`).
     """
 
     def __init__(self, expected_steps: int, whole_steps: Callable[[int, int], float] | None = None) -> None:
@@ -101,7 +113,7 @@ class Terminal(Sink):
             self.printed_at = time.monotonic()
             self.console.print(f"{what}: {share:.0%}", markup=False)
 
-    def rewind(self, n_steps: int, keep_losses: bool = True) -> None:
+    def rewind(self, n_steps: int, losses_hold: bool = True) -> None:
         self.step_times.clear()
 
     def close(self) -> None:

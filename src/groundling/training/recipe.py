@@ -35,9 +35,9 @@ class Recipe:
     initial_positions: InitialPositions = "random"
     growth: GrowthConfig = field(default_factory=GrowthConfig)
 
-    def total_steps(self, train: Tokens) -> int:
-        """Length of the schedule over this text."""
-        return self.schedule.steps(steps_per_pass(len(train), self.windows))
+    def total_steps(self, n_tokens: int) -> int:
+        """Length of the schedule in steps, over a text of so many tokens."""
+        return self.schedule.steps(steps_per_pass(n_tokens, self.windows))
 
     def planned_growth(self, size: GPTConfig, total_steps: int) -> Growth:
         """Which blocks of a network of this size, as it is computed, its steps are to go through."""
@@ -51,7 +51,7 @@ def new_model(recipe: Recipe, train: Tokens) -> GPT2:
     full = GPT2(recipe.model)
     if recipe.initial_positions == "waves":
         make_waves(full)
-    if recipe.growth.n_steps(recipe.total_steps(train), recipe.model.n_layer):
+    if recipe.growth.n_steps(recipe.total_steps(len(train)), recipe.model.n_layer):
         let_wait(full, recipe.growth.every)
     if recipe.head_vocabulary == "full":
         return full

@@ -19,10 +19,10 @@ from groundling.corpus.goldfish import dropped_share
 from groundling.files import sha256_of
 from groundling.model.compact import CompactGPT2
 from groundling.training import checkpoint
+from groundling.training.flops import flops_per_token
 from groundling.training.growth import in_use
 from groundling.training.metrics import read_lines
 from groundling.training.run_folder import INITIAL
-from groundling.training.step import flops_per_token
 from groundling.training.trainer import Trainer
 
 
@@ -89,7 +89,7 @@ def make_record(
         "window": trainer.recipe.windows.length,
         "steps": state.n_steps,
         "blocks": n_blocks,
-        "growing_blocks": int(min(line.get("train/blocks", n_blocks) for line in [{}, *read_lines(metrics)])),
+        "growing_blocks": min((line.get("train/blocks", n_blocks) for line in read_lines(metrics)), default=n_blocks),
         "growing_steps": state.n_growing,
         "loss": str(objective),
         "goldfish_dropped": dropped_share(trainer.train_tokens, objective) if objective.loss == "goldfish" else None,
@@ -104,7 +104,7 @@ def make_record(
         "first_batch_below_target": trainer.stop_rule.state.first_batch_below_target,
         "stop_reason": stop_reason,
         "tokens_per_s": tokens_per_s,
-        "matrix_ceiling_flops": _ceiling_flops(trainer, metrics) or trainer.ceiling_flops,
+        "matrix_ceiling_flops": _ceiling_flops(trainer, metrics) or trainer.ceiling.flops,
         "mfu": median_of(metrics, "train/mfu"),
         "peak_memory_bytes": trainer.peak_memory_bytes(),
         "device": str(runtime.device),

@@ -278,7 +278,7 @@ class RunFolder:
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
-    def kept_record(self, kept: Path) -> dict[str, Any]:
+    def kept_record(self, checkpoint_path: Path) -> dict[str, Any]:
         """record.json, if it is of this checkpoint's weights; empty if it is of others, or if there is none.
 
         Raises `CheckpointError` if it cannot be read, or is not what a run writes.
@@ -290,7 +290,7 @@ class RunFolder:
             check_record(record)
         except ValueError as error:
             raise CheckpointError(f"{self.record} is no record of a run ({error}): remove it to do without") from None
-        return record if record["weights_sha256"] == checkpoint.weights_sum(kept) else {}
+        return record if record["weights_sha256"] == checkpoint.weights_sum(checkpoint_path) else {}
 
     def runtime(self) -> dict[str, str]:
         """What the run began to compute on (`Runtime.facts`); raises `CheckpointError` if they are lost."""
@@ -318,15 +318,15 @@ class RunFolder:
         return file
 
 
-def folder_of(path: Path, kept: Path) -> RunFolder:
+def folder_of(path: Path, checkpoint_path: Path) -> RunFolder:
     """The run folder of a checkpoint that a user named by `path`, itself or by its run; alone, it is its own folder."""
-    if path != kept:
+    if path != checkpoint_path:
         return RunFolder(path)
-    named, parent = kept.absolute().parent, kept.resolve().parent  # either may be reached by a link
+    named, parent = checkpoint_path.absolute().parent, checkpoint_path.resolve().parent  # either may be behind a link
     folder = RunFolder(named.parent)
     if named.name == "checkpoints" and (folder.exists() or folder.imported.exists()):
         return folder
-    return RunFolder(parent.parent if parent.name == "checkpoints" else kept)
+    return RunFolder(parent.parent if parent.name == "checkpoints" else checkpoint_path)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from groundling.corpus.windows import Batch, WindowConfig
+from groundling.corpus.windows import Batch
 from groundling.evaluation.corpus_loss import LossSum
-from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.gpt2 import GPT2
 from groundling.optim.fused import FusedAdamW
-from groundling.optim.muon import orthogonal_flops
-from groundling.optim.optimizer import OptimConfig
 from groundling.runtime import Runtime
 
 CLIP_EPS = 1e-6
@@ -78,37 +76,3 @@ def training_step(
     runtime.synchronize()
     end = time.perf_counter()
     return StepResult(loss_value, norm, end - start, end - update_start)
-
-
-def flops_per_token(config: GPTConfig, window: float) -> float:
-    """Matrix FLOP that training spends on a token: 6 for each parameter in a product, and causal attention.
-
-    Source: Kaplan et al. 2020, table 1, for 2 + 4 FLOP a parameter; attention reads T/2 keys on average.
-    """
-    in_products = config.n_parameters() - config.n_ctx * config.n_embd  # the position table is only looked up
-    return 6.0 * in_products + 6.0 * config.n_layer * config.n_embd * window
-
-
-def step_flops(config: GPTConfig, windows: WindowConfig, optim: OptimConfig, mean_length: float) -> tuple[float, float]:
-    """Matrix FLOP of a step: those of the network in windows of this mean length, and those of its update."""
-    return flops_of_network(config, windows, mean_length), update_flops(config, optim)
-
-
-def flops_of_network(config: GPTConfig, windows: WindowConfig, mean_length: float) -> float:
-    """Matrix FLOP of a step in windows of this mean length, without its update."""
-    return windows.batch_size * windows.length * flops_per_token(config, mean_length)
-
-
-def network_share(config: GPTConfig, windows: WindowConfig, optim: OptimConfig) -> float:
-    """Share of a step's matrix FLOP that is no update: what a loss over the whole text has in common with steps."""
-    of_network, of_update = step_flops(config, windows, optim, windows.mean_length)
-    return of_network / (of_network + of_update)
-
-
-def update_flops(config: GPTConfig, optim: OptimConfig) -> float:
-    """Matrix FLOP of a step's update, whatever its batch: none of AdamW, of Muon those for the blocks that move."""
-    if optim.kind != "muon":
-        return 0
-    n_embd = config.n_embd
-    a_block = 4 * orthogonal_flops(n_embd, n_embd) + 2 * orthogonal_flops(4 * n_embd, n_embd)
-    return config.n_layer / optim.turns_of(config.n_layer) * a_block

@@ -80,7 +80,7 @@ class StoppingConfig:
         """The same limits for a run that ends with its schedule, whatever its loss is by then."""
         return replace(self, target=0.0, overtime=0.0, expected_steps=None)
 
-    def steps(self, total_steps: int) -> int:
+    def expected(self, total_steps: int) -> int:
         """Steps that a run with this schedule is expected to take."""
         expected = self.expected_steps if self.target else None
         return min(expected or total_steps, sys.maxsize if self.max_steps is None else self.max_steps)
@@ -164,10 +164,11 @@ class StopRule:
         steps_per_pass: float,
         has_heldout: bool,
         look_steps: float,
-        n_growing: int = 0,
+        n_growing: int,
+        first_whole: int,
     ) -> None:
-        """`schedule` has `total_steps`; `look_steps` take as long as a loss over the whole text; in the first
-        `n_growing` not all blocks take part.
+        """`schedule` is one of `total_steps`; `look_steps` take as long as a loss over the whole text; in the first
+        `n_growing` not all blocks take part, in the first `first_whole` no windows are whole.
 
         Raises `ConfigError` if patience is asked for and there is no held-out text.
         """
@@ -180,6 +181,8 @@ class StopRule:
         self.last_step = total_steps + math.ceil(overtime * total_steps)
         self.heldout_steps = max(1, round(config.heldout_every * steps_per_pass))
         self.look_steps, self.ends_low, self.n_growing = look_steps, schedule.ends_low, n_growing
+        self.heldout_from = max(n_growing, first_whole)
+        """Steps before which held-out text has nothing to say of patience."""
         self.state = StopState()
 
     def observe(self, step: int, loss: float) -> None:
@@ -237,7 +240,7 @@ class StopRule:
     def heldout_due(self, n_steps: int) -> bool:
         """Whether heldout/loss should be taken after so many steps."""
         waited = n_steps - self.state.heldout_at_step
-        return bool(self.config.patience) and n_steps > self.n_growing and waited >= self.heldout_steps
+        return bool(self.config.patience) and n_steps > self.heldout_from and waited >= self.heldout_steps
 
     def observe_heldout(self, n_steps: int, loss: float) -> None:
         """Take in a heldout/loss."""

@@ -26,14 +26,16 @@ from groundling.optim.optimizer import deal_turns, make_optimizer
 from groundling.optim.schedule import learning_rate
 from groundling.runtime import Runtime
 from groundling.training import checkpoint
+from groundling.training.ceiling import Ceiling
 from groundling.training.compiled import CompiledLoss
+from groundling.training.flops import flops_per_token, network_share
 from groundling.training.growth import in_use
 from groundling.training.looks import Looks
 from groundling.training.metrics import Sinks
 from groundling.training.recipe import Recipe, new_model
 from groundling.training.run_state import RunState
 from groundling.training.signals import StopSignals
-from groundling.training.step import StepResult, flops_per_token, network_share, training_step
+from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StopRule, StopState
 
 BAD_STEPS = 3
@@ -59,10 +61,10 @@ class Trainer:
         """`initial` is the network to go on with; without it, one is drawn by the recipe's seed."""
         self.recipe, self.tokenizer, self.runtime = recipe, tokenizer, runtime
         self.train_tokens, self.heldout_tokens = train, heldout
-        self.checkpoints, self.ceiling_flops = checkpoints, ceiling_flops
+        self.checkpoints, self.ceiling = checkpoints, Ceiling(ceiling_flops, runtime)
         self.sinks = Sinks()
         """Where metrics go; a caller that wants any sets it."""
-        self.total_steps = recipe.total_steps(train)
+        self.total_steps = recipe.total_steps(len(train))
         self.windows = Windows(train, recipe.windows, recipe.seed, recipe.objective, self.total_steps)
         assert initial is None or initial.config == recipe.model, "the recipe is of another network"
         assert initial is None or recipe.head_vocabulary == "full", "its rows would be lost"
@@ -79,11 +81,12 @@ class Trainer:
         assert initial is None or not self.growth.n_steps, "its trained blocks would be skipped"
         self.state, self.stop_rule = self._new_state(), self._new_stop_rule()
         self.saved_step: int | None = None
+        self.updated_step = 0
+        """Steps after the last of which that updated the weights, or was restored, nothing has moved."""
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
         self.unsaved_look = False
         """Whether a look or a glance at a whole text was taken that no checkpoint has yet."""
-        self.ceiling_raised = False
         self.trained = True
         """Whether the last step updated the weights, as it should: a checkpoint is not made of one that could not."""
 
@@ -96,13 +99,18 @@ class Trainer:
         self.clock = self.saved_at = time.monotonic()
         with self.signals:
             try:
-                while (reason := self._stop_reason()) is None:
+                while (reason := self._look_and_judge()) is None:
                     self._save_if_due()  # with the losses that were just taken
                     self._take_step()
             except Interrupted as interrupt:
-                if self.saved_step is None or not (self.state.n_bad and self._ruined(self.state.n_steps)):
+                if self.saved_step is None or not self._ruined_now():
                     self.save()  # ruined weights displace no good ones
                 raise Interrupted(f"{interrupt} after {self.state.n_steps} steps") from None
+            if self._ruined_now():
+                raise RunFailed(
+                    f"the weights after {self.state.n_steps} steps give no finite loss, so they are not kept:"
+                    " lower schedule.peak or optim.clip, then --resume"
+                )
             self.save()
         return reason
 
@@ -135,8 +143,9 @@ class Trainer:
             self.window_changed = checkpoint.window_of(path) != self.recipe.windows.length
             if self.window_changed:
                 self.stop_rule.state.forget_losses()
+        self.updated_step = self.state.n_steps
         self._use_blocks(self.state.block_stride)
-        self.sinks.rewind(self.state.n_steps, keep_losses=not self.window_changed)
+        self.sinks.rewind(self.state.n_steps, losses_hold=not self.window_changed)
         self.sinks.note(f"continuing after {self.state.n_steps} steps" if path else "no checkpoint: beginning anew")
 
     def keep_beginning(self) -> None:
@@ -187,7 +196,7 @@ class Trainer:
     @property
     def expected_steps(self) -> int:
         """Steps that the run is expected to take."""
-        return self.recipe.stopping.steps(self.total_steps)
+        return self.recipe.stopping.expected(self.total_steps)
 
     @property
     def compiled(self) -> bool:
@@ -204,20 +213,20 @@ class Trainer:
         """How often compiled code did not fit and was compiled anew; shapes are known from the start, so never."""
         return self.loss_sum.n_recompilations if isinstance(self.loss_sum, CompiledLoss) else 0
 
-    def _stop_reason(self) -> str | None:
-        """Evaluates what is due, then asks the stop rule."""
+    def _look_and_judge(self) -> str | None:
+        """Takes the losses that are due, then asks the stop rule for a reason to end."""
         self.signals.check()
         rule, n_steps = self.stop_rule, self.state.n_steps
         if rule.look_due(n_steps):
             name = self.recipe.stopping.measure
-            if not rule.may_glance(n_steps) or not self._glance_is_above(name):
+            if not rule.may_glance(n_steps) or not self._put_off_by_glance(name):
                 rule.looked(n_steps, self._take_look(name))
             if n_steps == self.total_steps and not rule.reason(n_steps, self.state.wall_s):
                 more = rule.last_step - n_steps
                 self.sinks.note(
                     f"the schedule has ended above the target: going on at the rate it ends with, {more} steps at most"
                 )
-        if n_steps > self.windows.first_whole and rule.heldout_due(n_steps):
+        if rule.heldout_due(n_steps):
             rule.observe_heldout(n_steps, self._take_look("heldout/loss"))
         self._count_wall()
         return rule.reason(n_steps, self.state.wall_s)
@@ -230,8 +239,8 @@ class Trainer:
         self.sinks.write(self.state.n_steps - 1, {name: loss})
         return loss
 
-    def _glance_is_above(self, name: str) -> bool:
-        """Whether a sample of the text shows that this loss is above the target, so that a look would be in vain."""
+    def _put_off_by_glance(self, name: str) -> bool:
+        """Reads a sample of the text; whether it shows that a look at this loss would be in vain, which is told."""
         with self._timed_look():
             sample = self.looks.glance(name)
         if sample is None or not sample.is_above(self.recipe.stopping.target):
@@ -294,8 +303,6 @@ class Trainer:
         tokens_per_s = batch.n_read / result.seconds
         network = in_use(self.model.config, self.state.block_stride)
         reached_flops = tokens_per_s * flops_per_token(network, batch.inputs.size(1))
-        if reached_flops > self.ceiling_flops:
-            self._raise_ceiling(reached_flops)
         metrics = {
             "train/loss": result.loss,
             "train/loss_ema": self.stop_rule.state.loss_ema,
@@ -303,7 +310,7 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "train/tokens_seen": self.state.tokens_seen,
             "train/tokens_per_s": tokens_per_s,
-            "train/mfu": reached_flops / self.ceiling_flops,
+            "train/mfu": self.ceiling.share(reached_flops, self.sinks.note),
             "train/step_s": result.seconds,
         }
         if self.state.n_growing:
@@ -311,20 +318,6 @@ class Trainer:
         if self.scales_loss:
             metrics["train/loss_scale"] = self.state.loss_scale.value
         self.sinks.write(step, metrics if result.finite else metrics | {"train/update_skipped": 1})
-
-    def _raise_ceiling(self, reached_flops: float) -> None:
-        """Measures the matrix ceiling again, once; whatever comes of it, the ceiling is at least what was reached."""
-        runtime, before = self.runtime, self.ceiling_flops
-        self.ceiling_flops = reached_flops
-        if self.ceiling_raised:
-            return
-        self.ceiling_raised = True
-        measured = machine.matrix_ceiling_flops(runtime.device, runtime.dtype, runtime.synchronize)
-        self.ceiling_flops = max(reached_flops, measured)
-        self.sinks.note(
-            f"a step went beyond the matrix ceiling of {before / 1e12:.3f} TFLOP/s, so the machine was busy when it was"
-            f" measured: shares are of {self.ceiling_flops / 1e12:.3f} from here on"
-        )
 
     def _guard(self, step: int, result: StepResult) -> None:
         """Goes back to the last checkpoint after `BAD_STEPS` steps in a row that were not finite.
@@ -343,7 +336,7 @@ class Trainer:
                 )
                 return
         if result.finite:
-            state.n_bad = 0
+            state.n_bad, self.updated_step = 0, state.n_steps
             return
         state.n_bad += 1
         self.sinks.note(
@@ -351,7 +344,7 @@ class Trainer:
         )
         if state.n_bad < BAD_STEPS:
             return
-        if self.saved_step == state.n_steps - BAD_STEPS and self._ruined(step):
+        if self.saved_step is not None and self.saved_step >= self.updated_step and self._ruined(step):
             newest, aside = checkpoint.give_up_newest(self.checkpoints)
             self.sinks.note(f"warning: the weights of {newest} give no finite loss: kept as {aside.name}")
         if state.n_returns == MAX_RETURNS:
@@ -363,6 +356,10 @@ class Trainer:
         # The time was spent, and the return is counted, whatever came of them.
         self.state.wall_s, self.state.looks_s = state.wall_s, state.looks_s
         self.state.n_returns, self.state.n_bad = state.n_returns + 1, 0
+
+    def _ruined_now(self) -> bool:
+        """Whether the last steps were not finite because of the weights."""
+        return self.state.n_bad > 0 and self._ruined(self.state.n_steps)
 
     def _ruined(self, step: int) -> bool:
         """Whether the weights give no finite loss of this step's batch in fp32, which is no matter of the format."""
@@ -391,5 +388,13 @@ class Trainer:
         n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
         share = FORWARD_SHARE * network_share(self.model.config, windows, self.recipe.optim)
         look_steps = share * n_read / (windows.batch_size * windows.length)
-        schedule, per_pass, n_growing = self.recipe.schedule, self.windows.steps_per_pass(), self.growth.n_steps
-        return StopRule(stopping, schedule, self.total_steps, per_pass, has_heldout, look_steps, n_growing)
+        return StopRule(
+            stopping,
+            self.recipe.schedule,
+            self.total_steps,
+            self.windows.steps_per_pass(),
+            has_heldout,
+            look_steps,
+            n_growing=self.growth.n_steps,
+            first_whole=self.windows.first_whole,
+        )
