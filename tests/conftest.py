@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,24 @@ def unsynced() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which a wrong descriptor fails as well
         yield
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
+    """What was synced, and what took a name, in order: ("sync", inode, "") and ("rename", inode, new name)."""
+    events: list[tuple[str, int, str]] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(("sync", os.fstat(descriptor).st_ino, "")))
+
+    def recorded(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(path: Path, target: Path) -> Path:
+            events.append(("rename", path.stat().st_ino, Path(target).name))
+            return rename(path, target)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, recorded(getattr(Path, name)))
+    return events
 
 
 @pytest.fixture

@@ -58,6 +58,17 @@ def test_nothing_waits_for_what_is_not_used(trained: tuple[Path, list[str]]) -> 
         assert not imported & {"torch._dynamo", "torch._inductor", "sympy", "matplotlib.pyplot", "transformers"}
 
 
+@pytest.fixture
+def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The settings with which a process begins again."""
+    begun: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: begun.append(environment[allocator.VARIABLE]))
+    monkeypatch.setattr(sys, "argv", ["/somewhere/groundling", "train"])
+    for name in (allocator.VARIABLE, allocator.SWITCH, "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    return begun
+
+
 @unset
 @pytest.mark.parametrize(
     ("settings", "in_use"),
@@ -67,20 +78,29 @@ def test_nothing_waits_for_what_is_not_used(trained: tuple[Path, list[str]]) -> 
         ({"LD_PRELOAD": "libjemalloc-that-is-not-there.so"}, None),
     ],
 )
-def test_what_the_user_has_set_stays(tmp_path: Path, settings: dict[str, str], in_use: str | None) -> None:
-    done = groundling(tmp_path, *TRAIN, *SMALL, "--out", "run", **settings)
-    assert done.returncode == 0, done.stderr
-    assert "allocator:" not in done.stderr
-    assert json.loads((tmp_path / "run" / "record.json").read_text())["allocator"] == in_use
+def test_what_the_user_has_set_stays(
+    settings: dict[str, str],
+    in_use: str | None,
+    restarts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    allocator.restart(["train"])
+    assert restarts == []
+    assert capsys.readouterr().err == ""
+    assert allocator.in_use() == in_use
 
 
 @unset
-def test_other_settings_of_glibc_stay_beside_ours(tmp_path: Path) -> None:
-    other = "glibc.pthread.rseq=1"
-    done = groundling(tmp_path, *TRAIN, *SMALL, "--out", "run", **{allocator.VARIABLE: other})
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["allocator"] == f"{other}:{allocator.SETTINGS}"
+def test_other_settings_of_glibc_stay_beside_ours(restarts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(allocator.VARIABLE, "glibc.pthread.rseq=1")
+    allocator.restart(["train"])
+    assert restarts == [f"glibc.pthread.rseq=1:{allocator.SETTINGS}"]
+    monkeypatch.setenv(allocator.VARIABLE, restarts[0])
+    allocator.restart(["train"])
+    assert len(restarts) == 1, "once"
 
 
 @unset

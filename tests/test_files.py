@@ -209,3 +209,18 @@ def test_a_link_that_leads_nowhere_is_replaced(tmp_path: Path) -> None:
     assert path.is_dir()
     assert not path.is_symlink()
     assert [found.name for found in tmp_path.iterdir()] == ["thing"]
+
+
+def test_what_takes_its_name_is_on_the_disk_before(tmp_path: Path, disk: list[tuple[str, int, str]]) -> None:
+    """rename(2) and fsync(2) give no order without it: a power cut could leave a name without its content."""
+    files.write_text(tmp_path / "file", "content")
+    inode, parent = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert disk == [("sync", inode, ""), ("rename", inode, "file"), ("sync", parent, "")]
+    disk.clear()
+    with files.atomic_directory(tmp_path / "folder") as partial:
+        (partial / "a").write_text("a")
+        (partial / "b").mkdir()
+        (partial / "b" / "c").write_text("c")
+    folder = tmp_path / "folder"
+    synced = [("sync", path.stat().st_ino, "") for path in (folder / "a", folder / "b", folder / "b" / "c", folder)]
+    assert disk == [*synced, ("rename", folder.stat().st_ino, "folder"), ("sync", parent, "")]

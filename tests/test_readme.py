@@ -8,12 +8,15 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 import torch
 
-from groundling.cli import main
+from groundling.cli import COMMANDS, main
 from groundling.corpus.plays import render_play
+from groundling.serving.completions import CompletionRequest
 from groundling.training.checkpoint import load_model
 from groundling.training.run_folder import find_checkpoint
 
@@ -87,6 +90,50 @@ def test_command(command: str) -> None:
         if not Path(run).exists():
             assert main(["train", "--corpus", "my-novel.txt", "--out", run, *SHORT, "--max-steps", "1"]) == 0
     assert main(words[1:]) == 0
+
+
+def programs() -> list[str]:
+    """The Python programs of the page on exports."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("program", programs(), ids=lambda program: program.split()[1].rstrip(","))
+def test_programs_that_read_an_export(program: str, capfd: pytest.CaptureFixture[str]) -> None:
+    exported = re.findall(r"gpt2-shakespeare[\w.-]*", program)[0]
+    if not Path(exported).exists():
+        assert main(shlex.split(next(each for each in commands() if f"--out {exported}" in each))[1:]) == 0
+    exec(program, {})
+    assert capfd.readouterr().out.strip()
+
+
+def test_the_program_of_the_page_on_serving_is_openais_own_client() -> None:
+    """That it is answered, and what with, is in serving/test_openai_api.py."""
+    [program] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    asked: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai.resources.Completions, "create", lambda self, **settings: asked.append(settings))
+        with pytest.raises(AttributeError, match="choices"):
+            exec(program, {})
+    assert set(asked[0]) <= set(CompletionRequest.model_fields)
+
+
+FOREIGN = {"--bf16", "--ctx-size", "--hypothesis-profile", "--max-model-len", "--parallel", "--strict"}
+"""Options of other programs."""
+
+
+def test_options_that_the_pages_name_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    known = set(FOREIGN)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known |= options_in(capsys.readouterr().out)
+    known |= {option for program in (ROOT / "benchmarks").glob("*.py") for option in options_in(program.read_text())}
+    for page in [*ROOT.glob("[CR]*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]:  # not LOG.md
+        assert options_in(page.read_text()) - known == set(), page
+
+
+def options_in(text: str) -> set[str]:
+    return {option.rstrip(".-") for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)}
 
 
 def test_make_targets_are_what_they_are_said_to_be() -> None:

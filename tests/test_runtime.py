@@ -163,9 +163,12 @@ def test_a_containers_limits_count(
         assert found == memory or memory == 2**40
 
 
-def test_the_ceiling_is_measured_in_flops() -> None:
-    ceiling = machine.matrix_ceiling_flops(torch.device("cpu"), torch.float32, lambda: None, ((256, 256, 256),))
+def test_the_ceiling_is_measured_in_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((256, 256, 256), (8, 16, 32))
+    ceiling = machine.matrix_ceiling_flops(torch.device("cpu"), torch.float32, lambda: None, shapes)
     assert 1e8 < ceiling < 1e15
+    monkeypatch.setattr(machine, "seconds_each", lambda product, synchronize, queued: 0.5)
+    assert machine.matrix_ceiling_flops(torch.device("cpu"), torch.float32, lambda: None, shapes) == 4 * 256**3
 
 
 @pytest.fixture(params=["A100", "T4", "P100"])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path, content: str, times: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a file that the process writes holds so many of this; fails if the process ends before."""
+    """Wait until a file that the process writes holds so many of this; fails if it ends before, or takes too long."""
+    deadline = time.monotonic() + 120
     while not path.exists() or path.read_text().count(content) < times:
+        assert time.monotonic() < deadline, f"{path} does not hold {times} of {content}"
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.02)
         assert process.poll() is None, process.communicate()

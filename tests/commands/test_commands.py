@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -20,22 +20,32 @@ import torch
 from groundling import machine, runtime
 from groundling.cli import COMMANDS, main
 from groundling.commands import evaluate
+from groundling.commands import train as train_command
 from groundling.errors import ConfigError
-from groundling.training.run_folder import RunFolder
+from groundling.evaluation.corpus_loss import Evaluator
+from groundling.model.formats import round_weights
+from groundling.training import estimate
+from groundling.training.checkpoint import load_model
+from groundling.training.run_folder import RunFolder, find_checkpoint
 
-from .bottles import SMALL, files_but_cache, steps
+from .bottles import SMALL, files_but_cache, steps, train
 
 
 def test_help_is_quick() -> None:
-    seconds = []
+    """In processor time, next to that of a Python that does nothing: others may work on the same machine."""
+    seconds: dict[str, list[float]] = {"help": [], "nothing": []}
     for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "groundling", "--help"], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
-    assert all(command in done.stdout for command in COMMANDS)
+        for what, words in (("help", ["-m", "groundling", "--help"]), ("nothing", ["-c", "pass"])):
+            before = children_s()
+            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+            seconds[what].append(children_s() - before)
+            assert what == "nothing" or all(command in done.stdout for command in COMMANDS)
+    assert min(seconds["help"]) < min(seconds["nothing"]) + 0.3
+
+
+def children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -107,6 +117,61 @@ def test_evaluate_agrees_with_the_record(run: Path, capsys: pytest.CaptureFixtur
     assert "corpus/loss_offset" in capsys.readouterr().out
 
 
+def test_the_losses_of_rounded_weights_stand_beside_the_others(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that `sample` reads; what is kept for the report are the run's own."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    assert main(["evaluate", str(tmp_path / "run"), "--weights", "int8", "--dtype", "fp32", "--json"]) == 0
+    losses = json.loads(capsys.readouterr().out)
+    rounded = losses.pop("int8")
+    model, tokenizer, window = load_model(find_checkpoint(run), torch.device("cpu"))
+    round_weights(model, "int8")
+    resolved = runtime.resolve(runtime.RuntimeConfig(device="cpu", dtype="fp32", compile="off"))
+    evaluator = Evaluator(model.loss_sum, window, resolved, 8)
+    folder = RunFolder(run)
+    for name, kept in (("corpus/loss", "train"), ("heldout/loss", "heldout")):
+        text = folder.tokens(kept, tokenizer.n_vocab)
+        assert text
+        assert rounded[name] == pytest.approx(evaluator.loss(text.tokens), rel=1e-5)
+        assert rounded[name] != losses[name]
+    assert (
+        json.loads((tmp_path / "run" / "evaluated.json").read_text())["losses"]["corpus/loss"] == losses["corpus/loss"]
+    )
+    assert main(["evaluate", str(tmp_path / "run"), "--weights", "int8", "--corpus", "bottles.txt"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["fp32", "int8"]
+    assert [row.split()[0] for row in rows] == ["corpus/loss", "corpus/loss_offset"]
+    assert all(re.match(r"\S+ +\d\.\d{6} +\d\.\d{6}  ", row) for row in rows)
+
+
+def test_losses_that_would_take_longer_than_training_are_left_out(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for the one that was taken to decide whether the run ends."""
+    monkeypatch.setattr(estimate, "QUICK_S", 0.0)
+    monkeypatch.setattr(train_command, "seconds_to_read", lambda trainer, n_tokens, step_s: 1e6)
+    out = workplace / "runs" / "left-out"
+    assert main(train("--schedule.total_steps", "3", "--stopping.overtime", "0", "--out", str(out))) == 0
+    said = capsys.readouterr()
+    record = json.loads((out / "record.json").read_text())
+    assert record["corpus_loss"] > 0
+    assert record["corpus_loss_offset"] is None
+    assert "corpus/loss_offset  not taken" in said.out
+    assert "corpus/loss_offset is not taken (about 277:46:40): `groundling evaluate` takes it" in said.err
+
+
+def test_tensorboard_has_what_a_run_wrote(workplace: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = workplace / "runs" / "watched"
+    assert main(train("--max-steps", "3", "--logging.tensorboard", "true", "--out", str(out))) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert written == [(line["step"], pytest.approx(line["train/loss"])) for line in steps(out)]
+
+
 def test_sample_reads_a_checkpoint_that_lies_alone(run: Path, tmp_path: Path) -> None:
     """Everything after training depends on the checkpoint directory alone."""
     alone = tmp_path / "alone"
@@ -120,16 +185,17 @@ def test_sample_reads_a_checkpoint_that_lies_alone(run: Path, tmp_path: Path) ->
 def test_weights_that_are_not_of_a_runs_end_are_said_to_be(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where a run that had ended goes on: its record stays until there is another."""
+    """Also where a run that had ended goes on, whose record stays until there is another, or where it is damaged."""
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
-    for record, said in (("", False), ("0" * 64, True), (None, True)):
-        path = tmp_path / "run" / "record.json"
+    path = tmp_path / "run" / "record.json"
+    of_others = json.dumps(json.loads(path.read_text()) | {"weights_sha256": "0" * 64})
+    for record, said in ((path.read_text(), False), (of_others, True), ("{", True), (None, True)):
         if record is None:
             path.unlink()
-        elif record:
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": record}))
+        else:
+            path.write_text(record)
         assert main(["sample", str(tmp_path / "run"), "--max-tokens", "3"]) == 0
-        note = "note: these are the run's weights after 12 steps, and not those of its end"
+        note = "note: no record says that the run ended with these weights, its weights after 12 steps"
         assert (note in capsys.readouterr().err) == said
 
 

@@ -1,4 +1,4 @@
-"""What the served page's tab on the run shows of its files."""
+"""What the served page's tab on the run shows of its files (`serving/run_tab.py`); here for the run of these tests."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def shown(run: Path) -> str:
 
 def test_a_run_is_shown_with_its_curve_its_losses_and_how_it_was_made(run: Path) -> None:
     html = shown(run)
-    for part in ("<figure>", "<dt><code>corpus/loss</code>", "bottles.txt", "<dt>machine</dt>", "<dt>command</dt>"):
+    for part in ("<figure>", "<dt><code>corpus/loss</code> <b>", "bottles.txt", "<dt>machine</dt>", "<dt>command</dt>"):
         assert part in html
     assert "cannot be read" not in html
+    assert "<dt><code>corpus/loss</code> <b>not taken" not in html
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,8 @@ def test_a_run_is_shown_with_its_curve_its_losses_and_how_it_was_made(run: Path)
         ("metrics.jsonl", "no metrics.jsonl that can be read"),
         ("config.yaml", ""),
         ("record.json", "no record.json"),
-        ("origin.json", ""),
+        ("evaluated.json", ""),
+        ("report.json", "Not measured for these weights"),
     ],
 )
 @pytest.mark.parametrize("damaged", [False, True])
@@ -42,6 +44,6 @@ def test_what_one_file_lacks_keeps_nothing_else_from_being_shown(
     html = shown(tmp_path / "run")
     assert says in html
     assert "The files of the run cannot be read" not in html
-    assert "<dt><code>corpus/loss</code>" in html
+    assert "<dt><code>corpus/loss</code> <b>not taken" not in html
     assert ("<figure>" in html) == (lost != "metrics.jsonl")
     assert ("<dt>machine</dt>" in html) == (lost != "record.json")

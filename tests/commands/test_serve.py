@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 
 from groundling.cli import main
+from groundling.commands import serve
 from groundling.commands.model_options import open_model, open_run
 from groundling.commands.page_subject import subject_of
 
@@ -89,43 +91,48 @@ def test_it_serves_an_exported_folder_under_a_name_and_a_key(run: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "answered", "refused"),
+    ("arguments", "alone", "hosts"),
     [
-        ([], ["localhost", "127.0.0.1:8000"], ["evil.example", "example.org"]),
+        ([], True, {"127.0.0.1"}),
         (
             ["--allowed-host", "example.org", "--allowed-host", "B.example"],
-            ["example.org", "b.example", "[::1]"],
-            ["evil"],
+            True,
+            {"127.0.0.1", "example.org", "b.example"},
         ),
-        (["--host", "0.0.0.0"], ["localhost", "anything.example"], []),
-        (["--host", "0.0.0.0", "--allowed-host", "example.org"], ["localhost", "example.org"], ["evil.example"]),
-        (["--allowed-host", "FD00:0::5", "--allowed-host", "[fd00::6]"], ["[fd00::5]:80", "[fd00::6]"], ["[fd00::7]"]),
+        (["--host", "0.0.0.0"], False, None),
+        (["--host", "0.0.0.0", "--allowed-host", "example.org"], False, {"0.0.0.0", "example.org"}),
+        (["--host", "2001:DB8:0:0::5", "--allowed-host", "example.org"], False, {"2001:db8::5", "example.org"}),
+        (["--allowed-host", "FD00:0::5", "--allowed-host", "[fd00::6]"], True, {"127.0.0.1", "fd00::5", "fd00::6"}),
     ],
 )
-def test_it_answers_to_its_own_names(arguments: list[str], answered: list[str], refused: list[str], run: Path) -> None:
-    with served(str(run), "--no-page", *arguments) as (address, _):
-        for status, names in ((200, answered), (421, refused)):
-            for name in names:
-                assert httpx.get(f"{address}/v1/models", headers={"Host": name}).status_code == status, name
+def test_which_names_it_answers_to(arguments: list[str], alone: bool, hosts: set[str] | None) -> None:
+    """Beside this machine's own for itself; any, where other machines reach it and none was named."""
+    assert serve._config(serve._options(["runs/bottles", *arguments]), None, alone).hosts == hosts
 
 
 @pytest.mark.parametrize(
-    ("arguments", "bound"),
+    ("arguments", "alone", "bound"),
     [
-        ([], None),
-        (["--host", "0.0.0.0"], 64),
-        (["--host", "0.0.0.0", "--max-connections-per-address", "0"], None),
-        (["--max-connections-per-address", "3"], 3),
+        ([], True, 0),
+        (["--host", "0.0.0.0"], False, 64),
+        (["--host", "0.0.0.0", "--max-connections-per-address", "0"], False, 0),
+        (["--max-connections-per-address", "3"], True, 3),
     ],
 )
-def test_connections_of_an_address_are_bounded_where_others_reach_it(
-    arguments: list[str], bound: int | None, run: Path
-) -> None:
+def test_how_many_connections_an_address_may_have(arguments: list[str], alone: bool, bound: int) -> None:
+    config = serve._config(serve._options(["runs/bottles", *arguments]), None, alone)
+    assert config.max_connections_per_address == bound
+
+
+def test_it_answers_to_its_own_names_and_to_so_many_connections(run: Path) -> None:
+    arguments = ["--host", "0.0.0.0", "--allowed-host", "example.org"]
     with served(str(run), "--no-page", *arguments) as (address, _), ExitStack() as held:
-        port = int(address.rpartition(":")[2])
-        for _ in range(bound or 70):
-            held.enter_context(socket.create_connection(("127.0.0.1", port)))
-        assert httpx.get(f"{address}/health").status_code == (429 if bound else 200)
+        address = address.replace("0.0.0.0", "127.0.0.1")
+        for status, name in ((200, "localhost"), (200, "Example.org:80"), (421, "evil.example")):
+            assert httpx.get(f"{address}/v1/models", headers={"Host": name}).status_code == status, name
+        for _ in range(64):
+            held.enter_context(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))))
+        assert httpx.get(f"{address}/health").status_code == 429
 
 
 def test_without_gradio_it_says_so_and_serves_the_api(run: Path, tmp_path: Path) -> None:
@@ -151,7 +158,17 @@ def test_it_goes_on_when_nobody_reads_its_log(run: Path) -> None:
         process.stdout = None  # so that nothing more is read of it
 
 
-def test_what_cannot_be_served_is_said_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_served_is_said_at_once(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def unknown(host: str, *more: Any, **settings: Any) -> Any:  # at once, where a resolver may take its time
+        if host == "no.such.host.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *more, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     taken = socket.create_server(("127.0.0.1", 0))
     for arguments, words in (
         (["--port", str(taken.getsockname()[1])], "Address already in use"),

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import math
 import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from groundling import machine
 from groundling.cli import main
+from groundling.commands import doctor
+from groundling.commands.arguments import parse_run, run_parser
 from groundling.commands.session import check_gpu_memory
 from groundling.errors import ConfigError
+from groundling.optim.optimizer import OptimConfig
+from groundling.optim.schedule import ScheduleConfig
 from groundling.runtime import Runtime
+from groundling.training import checkpoint
+from groundling.training.checkpoint import CheckpointConfig
+from groundling.training.stopping import StoppingConfig
 
 from .bottles import SMALL, files_but_cache, train
 
@@ -114,6 +129,103 @@ def test_wrong_input_gets_one_sentence(
     assert words in message
     assert not any(leak in message for leak in ("Traceback", "Errno", "Union", "Parser key", "typing."))
     assert files_but_cache(workplace) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        (OptimConfig, {"beta1": 1.0}),
+        (OptimConfig, {"beta2": -0.1}),
+        (OptimConfig, {"momentum": 1.5}),
+        (OptimConfig, {"weight_decay": -1.0}),
+        (OptimConfig, {"clip": math.inf}),
+        (ScheduleConfig, {"peak": 0.0}),
+        (ScheduleConfig, {"peak": -1e-3}),
+        (ScheduleConfig, {"warmup_steps": -1}),
+        (ScheduleConfig, {"hold_fraction": 1.5}),
+        (ScheduleConfig, {"floor_fraction": -0.1}),
+        (StoppingConfig, {"expected_steps": 0}),
+        (StoppingConfig, {"max_steps": -1}),
+        (StoppingConfig, {"max_minutes": -1.0}),
+        (StoppingConfig, {"patience": -1}),
+        (StoppingConfig, {"overtime": -0.5}),
+        (StoppingConfig, {"heldout_every": 0.0}),
+        (CheckpointConfig, {"keep": 0}),
+        (CheckpointConfig, {"save_every": "soon"}),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_by_name(section: type[Any], settings: dict[str, Any]) -> None:
+    [name], [value] = settings, settings.values()
+    with pytest.raises(ConfigError, match=rf"\.{name} is {re.escape(repr(value))}: give "):
+        section(**settings)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, 1, "bottles: No space left on device: free the disk"),
+        (errno.EDQUOT, 1, "bottles: Disk quota exceeded: free some of your share"),
+        (errno.EACCES, 2, "bottles: Permission denied: give a path that you may use"),
+        (errno.EROFS, 2, "bottles: Read-only file system: "),
+        (errno.ENAMETOOLONG, 2, "bottles: File name too long: "),
+    ],
+)
+def test_what_the_system_refuses_gets_one_sentence(
+    number: int, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(arguments: list[str]) -> int:
+        raise OSError(number, os.strerror(number), "runs/bottles")
+
+    monkeypatch.setattr(doctor, "main", refuse)
+    assert main(["doctor"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("groundling: ")
+    assert said.count("\n") == 1
+    assert words in said
+
+
+def test_what_is_no_refusal_of_the_system_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(doctor, "main", fail)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main(["doctor"])
+
+
+def test_a_reader_that_leaves_is_no_failure(run: Path) -> None:
+    """As `head` does."""
+    command = (
+        f"{shlex.quote(sys.executable)} -m groundling sample {shlex.quote(str(run))} --max-tokens 20 -n 40 | head -c1"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
+
+
+def test_a_disk_without_room_is_said_before_a_run_is_begun(
+    workplace: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run wants room for all the checkpoints that it keeps and one more, a resumed one for one."""
+    config = parse_run(run_parser("train", "", "", run / "config.yaml"), [])
+    one = checkpoint.n_bytes(config.model, config.optim)
+    before = files_but_cache(workplace)
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: 3 * one - 1)
+    assert main(train("--out", "runs/no-room", "--max-steps", "1")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "runs/no-room has 1 MiB of free disk, but checkpoints need 1: give an --out on a larger disk" in said
+    assert files_but_cache(workplace) == before
+    assert main(train("--out", "runs/little-room", "--max-steps", "1", "--keep", "1")) == 0
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    resume = ["train", "--resume", "--out", str(tmp_path / "run"), "--max-steps", "13"]
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: one - 1)
+    assert main(resume) == 2
+    assert "free some" in capsys.readouterr().err
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: one)
+    assert main(resume) == 0
 
 
 def test_a_sink_whose_package_is_missing_is_said_before_a_run_is_begun(

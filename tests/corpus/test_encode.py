@@ -1,12 +1,12 @@
 """Writing tokens: the whole equals the parts, and an interruption leaves no trace but the time it took."""
 
 import errno
+import io
 import json
 import multiprocessing
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
@@ -112,24 +112,24 @@ def test_what_was_done_before_an_interruption_is_not_done_again(tmp_path, small_
     assert sorted(file.name for file in tmp_path.iterdir()) == ["t.bin", "whole.bin"]
 
 
-def test_a_disk_that_fails_while_the_text_is_read_costs_nothing_that_was_done(tmp_path, small_batches, monkeypatch):
+def test_a_disk_that_fails_while_the_text_is_read_costs_nothing_that_was_done(tmp_path, small_batches):
     """Unlike a text that is not what it was, which no other try could read better."""
-    text = tmp_path / "novel.txt"
-    text.write_text(LONG, encoding="utf-8")
-    document, blocks = Document.from_file(text), Document.blocks_as_summed
-    n_left = [len(list(document.blocks())) // 2]
 
-    def failing(self: Document) -> Iterator[str]:
-        for block in blocks(self):
-            n_left[0] -= 1
-            if n_left[0] < 0:
-                raise CorpusError("novel.txt cannot be read") from OSError(errno.EIO, "Input/output error")
-            yield block
+    class FailingAtItsEnd(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if not (found := super().read(size)):
+                raise OSError(errno.EIO, "Input/output error")
+            return found
 
+    text, kind = LONG.encode(), io.BytesIO
+    document = Document("novel.txt", ("novel.txt",), lambda: kind(text))
+    assert document.sha256
+    assert document.n_bytes
     tokenizer, path = CountingTokenizer.gpt2(), tmp_path / "t.bin"
-    with monkeypatch.context() as patch, pytest.raises(CorpusError, match="cannot be read"):
-        patch.setattr(Document, "blocks_as_summed", failing)
+    kind = FailingAtItsEnd
+    with pytest.raises(CorpusError, match=r"novel.txt cannot be read: Input/output error"):
         write_tokens([document], tokenizer, path)
+    kind = io.BytesIO
     before = tokenizer.n_chars
     assert before > 0
     assert write_tokens([document], tokenizer, path).tokens.tolist() == GPT2.encode(LONG)
@@ -247,7 +247,7 @@ def test_of_two_processes_one_writes_and_the_other_waits(tmp_path):
         process.start()
     counts = sorted(queue.get(timeout=60) for _ in processes)
     for process in processes:
-        process.join()
+        process.join(timeout=60)
     assert counts == [0, len(LONG * 5)]
     assert TokenFile.open(tmp_path / "t.bin").tokens.tolist() == GPT2.encode(LONG * 5)
 

@@ -63,7 +63,7 @@ def test_what_runs_have_written_is_no_text_of_a_folder(folder, read):
     Path("books/letters").mkdir()
     Path("books/letters/identity.json").write_text("{}")  # which others may have, too
     Path("books/letters/one.txt").write_text("L")
-    for name in ("identity.json", "samples.txt", "deep/more.txt", "checkpoints/state.json"):
+    for name in ("identity.json", "samples.txt", "origin.json", "deep/more.txt"):
         path = Path("books/runs/gpt2", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")

@@ -168,7 +168,8 @@ def test_positions_leave_room_on_both_sides(n_tokens: int, longest: int, n_possi
     some = draw_positions(n_tokens, 10)
     assert len(set(some.tolist())) == len(some) == min(10, n_possible)
     assert set(some.tolist()) <= set(everywhere.tolist())
-    assert some.tolist() == draw_positions(n_tokens, 10).tolist()
+    if n_tokens == 1000:  # those of all reports so far: others would not compare
+        assert some.tolist() == [267, 284, 308, 377, 441, 468, 607, 693, 821, 839]
 
 
 def test_anywhere_has_every_length_that_the_text_holds(trained: GPT2, text: Tokens) -> None:

@@ -170,7 +170,7 @@ def test_an_append_is_quick_and_stays_so_in_a_repetitive_text() -> None:
     text = np.zeros(200_000, dtype=np.uint16)
     text[::1000] = 1
     matcher = SuffixMatcher(SuffixArray.build(text))
-    start = time.perf_counter()
+    start = time.process_time()
     for token in [0] * 1500 + [1] + [0] * 900 + [1, 1] + [0] * 100:
         matcher.append(token)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

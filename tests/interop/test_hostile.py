@@ -1,4 +1,4 @@
-"""Files made to harm: each is refused in one sentence, in a second, in flat memory, and leaves nothing behind."""
+"""Files made to harm: each is refused in one sentence, in seconds, in flat memory, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from groundling.cli import main
 from groundling.model.weights import to_huggingface
 
 from .conftest import MakeTrained
-from .hostile import CONFIG, refusal, write_folder
+from .hostile import CONFIG, begin_peak, peak_bytes, refusal, write_folder
 
 
 @pytest.fixture
@@ -30,6 +30,16 @@ def folder(make_trained: MakeTrained, tmp_path: Path) -> Path:
 def test_the_sound_folder_is_taken(folder: Path, tmp_path: Path) -> None:
     """What the others spoil."""
     assert main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+
+
+def test_memory_that_is_taken_is_seen(folder: Path) -> None:
+    """However much other tests had before."""
+    taken = [bytearray(os.urandom(1)) * (1 << 20) for _ in range(300)]
+    taken.clear()
+    begin_peak()
+    before = peak_bytes()
+    taken += [bytearray(os.urandom(1)) * (1 << 20) for _ in range(128)]
+    assert peak_bytes() - before > 100 << 20
 
 
 # --- configurations

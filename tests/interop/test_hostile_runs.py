@@ -299,8 +299,9 @@ def test_nothing_that_is_quoted_steers_a_terminal(name: str, folder: Path, capsy
 
 
 def test_a_folder_is_a_run_by_what_is_in_it(tmp_path: Path) -> None:
-    """Others' models may have a folder of that name, too."""
+    """Others' models may have a folder or a file of such a name, too."""
     (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    (tmp_path / "identity.json").write_text("{}")
     assert not is_run(tmp_path)
     (tmp_path / "checkpoints" / "step-00000003").mkdir()
     assert is_run(tmp_path)

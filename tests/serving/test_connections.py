@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import Mock
 
 import h11
 import pytest
+from torch import Tensor
 
+from groundling.generation.decoder import Chunk, TorchDecoder
 from groundling.serving import connections
 from groundling.serving import server as server_module
 from groundling.serving.guard import Limits
@@ -39,9 +42,19 @@ def test_a_later_request_has_no_more_time_than_the_first(serve: Serve, monkeypat
 
 
 def test_a_slow_answer_is_not_taken_for_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.5)
+    read, started = TorchDecoder.read, time.monotonic()
+
+    def slowly(self: TorchDecoder, chunks: Sequence[Chunk]) -> list[Tensor]:
+        if time.monotonic() - started < 10:  # else who waits for it would wait for ever, too
+            time.sleep(0.1)
+        return read(self, chunks)
+
+    monkeypatch.setattr(TorchDecoder, "read", slowly)
     with serve() as server:
-        assert server.complete(max_tokens=300).status_code == 200
+        begun = time.monotonic()
+        assert server.complete(max_tokens=12).status_code == 200
+        assert time.monotonic() - begun > 2 * connections.HEADER_TIMEOUT_S
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -119,15 +132,14 @@ BODY = json.dumps({"model": "bottles", "max_tokens": 4000, "stream": True}).enco
 STREAM = HEAD % len(BODY) + BODY
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /hea", HEALTH, STREAM[:-10], STREAM, b"nonsense\r\n\r\n"])
 @pytest.mark.parametrize("die", [socket.socket.close, reset, half_close, fall_silent])
 def test_however_a_connection_dies_its_place_is_free(
-    said: bytes, die: Callable[[socket.socket], None], serve: Serve, monkeypatch: pytest.MonkeyPatch
+    die: Callable[[socket.socket], None], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.1)
     monkeypatch.setattr(server_module, "KEEP_ALIVE_S", 0.1)
     with serve(max_connections_per_address=1, timeout_s=0.2, limits=Limits(body_timeout_s=0.1)) as server:
-        for _ in range(3):
+        for said in 3 * [b"", b"GET /hea", HEALTH, STREAM[:-10], STREAM, b"nonsense\r\n\r\n"]:
             connection = connect(server, OTHER)
             connection.sendall(said)
             die(connection)

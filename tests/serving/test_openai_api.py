@@ -208,6 +208,11 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"best_of": 3}, 400, "best_of"),
     ({"temperature": -1}, 400, "temperature"),
     ({"temperature": 1e-9}, 400, "temperature"),
+    ({"temperature": 2.1}, 400, "temperature"),
+    ({"repetition_penalty": 10.1}, 400, "repetition_penalty"),
+    ({"top_p": 1.1}, 400, "top_p"),
+    ({"min_p": 1.1}, 400, "min_p"),
+    ({"user": "x" * 257}, 400, "user"),
     ({"temperature": True}, 400, "temperature"),
     ({"temperature": "0.7"}, 400, "temperature"),
     ({"echo": "yes"}, 400, "echo"),
@@ -306,3 +311,24 @@ def test_requests_together_get_what_they_get_alone(serve: Serve) -> None:
             jobs = [pool.submit(server.complete, seed=i, max_tokens=5 + i) for i in range(12)]
             together = [job.result().json()["choices"] for job in jobs]
     assert together == alone
+
+
+def test_a_defect_of_ours_has_the_shape_of_every_error(
+    serve: Serve, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Tokenizer, text: str) -> list[int]:
+        raise ZeroDivisionError("in our own code")
+
+    with serve() as server:
+        sound = server.client.get("/v1/models")
+        monkeypatch.setattr(Tokenizer, "encode", fail)
+        answer = server.complete()
+        monkeypatch.undo()
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == "defect"
+        assert "our own code" not in answer.text
+        assert all(each.headers["X-Content-Type-Options"] == "nosniff" for each in (sound, answer))
+        assert server.complete().status_code == 200
+    assert sum('"status": 500' in line for line in server.log) == 1

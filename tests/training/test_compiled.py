@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from groundling.training.compiled import CompiledLoss
 from groundling.training.growth import GrowthConfig
 
 MakeTrainer = Any
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    """Each test has all of the compiler's patience, and leaves threads and algorithms as they were."""
+    torch.compiler.reset()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one(make_trainer: MakeTrainer) -> None:

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from groundling.errors import CheckpointError
+from groundling.training import progress as progress_module
 from groundling.training.metrics import JsonLines, Sinks, TensorBoard, read_lines
 from groundling.training.progress import Terminal
 
@@ -180,3 +183,30 @@ def test_the_progress_line_fits_a_terminal(width: int, monkeypatch: pytest.Monke
         terminal.write(12_345, {"train/loss": 10.948163, "train/loss_ema": 10.95, **measured})
         terminal.live.refresh()
     assert "ETA 8:05:29" in screen.getvalue()
+
+
+def test_plain_lines_come_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the background, or in a log, where nothing can be drawn anew."""
+    seconds = itertools.count()
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    terminal = Terminal(expected_steps=100)
+    measured = {
+        "train/loss": 2.5,
+        "train/loss_ema": 3.0,
+        "train/tokens_per_s": 1.0,
+        "train/mfu": 0.5,
+        "train/step_s": 1.0,
+    }
+    for step in range(30):
+        terminal.write(step, measured)
+    terminal.note("a word between them")
+    for share in range(12):
+        terminal.progress("reading", share / 12)
+    lines = capsys.readouterr().err.splitlines()
+    words = [line.split()[0] for line in lines]
+    assert len([word for word in words if "/100" in word]) in (3, 4, 5, 6)
+    assert "0/100 loss 2.500000 mean 3.000000" in lines[0]
+    assert "a word between them" in lines
+    assert sum(line.startswith("reading: ") for line in lines) in (1, 2)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +29,10 @@ from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import LOOKS, Estimate, FirstSteps, is_taken, measure, remaining, seconds_to_read
 from groundling.training.flops import flops_per_token, update_flops
 from groundling.training.loss_scale import FIRST, LEAST, LossScale
+from groundling.training.metrics import JsonLines, Sinks
 from groundling.training.progress import clock
 from groundling.training.run_state import RunState
+from groundling.training.signals import StopSignals
 from groundling.training.step import StepResult, training_step
 from groundling.training.stopping import StoppingConfig, StopRule
 from groundling.training.trainer import BAD_STEPS, Trainer
@@ -226,7 +229,7 @@ def test_a_signal_at_a_step_that_is_not_finite_saves_weights_that_are(
 
 
 def test_a_run_that_ends_at_a_step_that_is_not_finite_keeps_weights_that_are(make_trainer: MakeTrainer) -> None:
-    """Ruined weights displace no good ones at the end either; and a step without an update is a run's end like any."""
+    """Weights that a step has shown to be ruined displace no good ones; else a step without update may be the last."""
     for name, ruined in (("ruined", True), ("sound", False)):
         trainer, _ = make_trainer(name, checkpoint=CheckpointConfig("3", keep=1), stopping=StoppingConfig(max_steps=5))
 
@@ -595,7 +598,7 @@ def test_after_two_returns_the_run_has_failed(make_trainer: MakeTrainer) -> None
 def test_a_checkpoint_of_ruined_weights_is_set_aside(make_trainer: MakeTrainer, keep: int, n_bad: int) -> None:
     """An update can ruin weights after a good loss, and a checkpoint is written before the next loss says so.
 
-    However many bad steps came before it: no return is spent on it.
+    However many bad steps came before it, one return is enough.
     """
     clean, clean_memory = make_trainer("clean")
     clean.train()
@@ -834,3 +837,91 @@ def test_clipping_bounds_the_gradient(make_trainer: MakeTrainer) -> None:
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert result.grad_norm > 1e-3
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.usefixtures("counted_time")
+def test_checkpoints_come_by_time(make_trainer: MakeTrainer) -> None:
+    """As presets ask for them: so long after the last one, whatever steps take."""
+    trainer, _ = make_trainer(checkpoint=CheckpointConfig("0.2m", keep=99), stopping=StoppingConfig(max_steps=30))
+    trainer.train()
+    *kept, last = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(trainer.checkpoints)]
+    assert last == 30, "the end, whenever it is"
+    assert kept == [6, 12, 18, 24], "12 seconds, at two readings of the clock to a step, a second each"
+
+
+@pytest.mark.usefixtures("counted_time")
+def test_minutes_count_the_whole_run(make_trainer: MakeTrainer) -> None:
+    """Those before a resume included, and none of the pause between."""
+    stopping = StoppingConfig(max_minutes=1.0)
+    whole, _ = make_trainer("whole", stopping=stopping)
+    assert whole.train() == "max_minutes"
+    assert 60 <= whole.state.wall_s < 63
+    cut, _ = make_trainer("cut", stopping=replace(stopping, max_steps=whole.state.n_steps // 2))
+    assert cut.train() == "max_steps"
+    assert 25 < cut.state.wall_s < 35
+    resumed, _ = make_trainer("cut", stopping=stopping)
+    resumed.resume()
+    assert resumed.train() == "max_minutes"
+    assert 60 <= resumed.state.wall_s < 63
+    assert abs(resumed.state.n_steps - whole.state.n_steps) <= 2
+
+
+@pytest.mark.usefixtures("counted_time")
+def test_a_return_to_a_checkpoint_takes_back_no_time(make_trainer: MakeTrainer) -> None:
+    trainer, memory = make_trainer(checkpoint=CheckpointConfig("2", keep=1))
+    straight, _ = make_trainer("straight", checkpoint=CheckpointConfig("2", keep=1))
+    straight.train()
+    trainer.loss_sum = Poison(trainer, {4, 5, 6})
+    trainer.train()
+    assert trainer.state.n_returns == 1
+    assert trainer.state.wall_s >= straight.state.wall_s + 3
+    assert len(memory.losses()) == 10
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    make_trainer: MakeTrainer, tmp_path: Path, disk: list[tuple[str, int, str]]
+) -> None:
+    trainer, _ = make_trainer(checkpoint=CheckpointConfig("3", keep=1))
+    metrics = tmp_path / "metrics.jsonl"
+    trainer.sinks = Sinks(JsonLines(metrics))
+    trainer.train()
+    synced = ("sync", metrics.stat().st_ino, "")
+    named = [place for place, (kind, _, name) in enumerate(disk) if kind == "rename" and name.startswith("step-")]
+    assert len(named) == 4
+    for before, place in pairwise([0, *named]):
+        assert synced in disk[before:place]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup: the run goes on when its terminal is gone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+            with pytest.raises(Interrupted, match="SIGHUP received"):
+                signals.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_left_of_a_run_is_bounded_by_its_minutes(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer(stopping=StoppingConfig(max_minutes=2.0))
+    trainer.state.n_steps, trainer.state.wall_s = 20, 90.0
+    assert remaining(trainer, 1.0).startswith("left: 0:20 of training")
+    assert remaining(trainer, 10.0).startswith("left: 0:30 of training")
+    trainer.state.wall_s = 500.0
+    assert remaining(trainer, 10.0).startswith("left: 0:00 of training")
+    trainer.state.n_steps = trainer.expected_steps
+    assert "are over; at most" in remaining(trainer, 10.0)
+
+
+@pytest.mark.usefixtures("quick_measure")
+def test_an_estimate_is_bounded_by_the_minutes_of_the_run(make_trainer: MakeTrainer) -> None:
+    trainer, _ = make_trainer(stopping=StoppingConfig(max_minutes=1e-5))
+    assert measure(trainer, "none").train_s == pytest.approx(60e-5)

@@ -1,6 +1,6 @@
-"""What is said of a run before it begins: what its settings do, what does nothing, and what would do better.
+"""What is said of a run before it begins or goes on: what its settings do, what does nothing, what would do better.
 
-Invariant: nothing here changes a run; each function gives sentences, none where there is nothing to say.
+Invariant: nothing here changes a run; functions named `_lines` give sentences, none where there is nothing to say.
 """
 
 from __future__ import annotations

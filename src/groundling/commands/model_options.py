@@ -149,5 +149,5 @@ def open_run(options: Any) -> OpenRun:
     folder = folder_of(path, checkpoint)
     if folder.exists() and not _ended(folder, checkpoint):
         n_steps = load_state(checkpoint)["n_steps"]
-        say(f"note: these are the run's weights after {n_steps:,} steps, and not those of its end")
+        say(f"note: no record says that the run ended with these weights, its weights after {n_steps:,} steps")
     return OpenRun(path, checkpoint, folder, model, tokenizer, window, resolved, options.weights, options.drafts)

@@ -52,8 +52,8 @@ QUICK_POSITIONS = 100
 QUICK_WINDOWS = 100
 """With --quick."""
 
-LOSSES = {"corpus/loss": "on the grid", "corpus/loss_offset": "by heart", "heldout/loss": ""}
-"""The losses that the page shows, and what being below the target means for each."""
+KNOWN_HOW = {"corpus/loss": "on the grid", "corpus/loss_offset": "by heart"}
+"""What being below the target means for a loss."""
 
 
 def main(arguments: list[str]) -> int:
@@ -264,8 +264,8 @@ class Report:
                 {
                     "name": name,
                     "value": value,
-                    "verdict": judgement(value, target, LOSSES[name]).capitalize()
-                    if value is not None and target and LOSSES[name]
+                    "verdict": judgement(value, target, KNOWN_HOW[name]).capitalize()
+                    if value is not None and target and name in KNOWN_HOW
                     else "",
                 }
                 for name, value in losses.items()

@@ -38,25 +38,7 @@ BOUNDS = {
 
 def main(arguments: list[str]) -> int:
     """Serve until the process is told to end."""
-    parser = model_parser("groundling serve", __doc__ or "", EXAMPLES)
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--api-key", type=str, help="key that /v1 asks for; better given as GROUNDLING_API_KEY")
-    parser.add_argument("--name", type=str, help="the model's name in the API; that of RUN if not given")
-    parser.add_argument("--max-concurrency", type=int, default=16, help="texts written at a time")
-    parser.add_argument("--max-queue", type=int, default=64, help="texts that may wait; more are told to come back")
-    parser.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
-    parser.add_argument("--max-connections-per-address", type=int, metavar="N", help=CONNECTIONS_HELP)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds after which an answer is given up")
-    parser.add_argument("--drain", type=int, default=30, help="seconds that answers may take after SIGTERM")
-    parser.add_argument("--no-page", action="store_true", help="serve the API alone")
-    parser.add_argument("--log-prompts", action="store_true", help="write prompts into the access log")
-    add_decoding_options(parser)
-    options = parser.parse_args(arguments)
-    for name, (least, most) in BOUNDS.items():
-        if options[name] is not None and not least <= options[name] <= most:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is {options[name]}: give a number from {least} to {most:,}")
+    options = _options(arguments)
     key = options.api_key if options.api_key is not None else runtime.api_key()
     if key is not None and not (key.strip() == key and key and key.isascii() and key.isprintable()):
         raise ConfigError("the API key is empty, has spaces around it or is not plain ASCII: give another, or none")
@@ -80,6 +62,29 @@ def main(arguments: list[str]) -> int:
             say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
         groundling.serving.server.serve(served, config, listener, add_page or (lambda app, access_log: lambda: None))
     return 0
+
+
+def _options(arguments: list[str]) -> Any:
+    parser = model_parser("groundling serve", __doc__ or "", EXAMPLES)
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--api-key", type=str, help="key that /v1 asks for; better given as GROUNDLING_API_KEY")
+    parser.add_argument("--name", type=str, help="the model's name in the API; that of RUN if not given")
+    parser.add_argument("--max-concurrency", type=int, default=16, help="texts written at a time")
+    parser.add_argument("--max-queue", type=int, default=64, help="texts that may wait; more are told to come back")
+    parser.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
+    parser.add_argument("--max-connections-per-address", type=int, metavar="N", help=CONNECTIONS_HELP)
+    parser.add_argument("--timeout", type=int, default=120, help="seconds after which an answer is given up")
+    parser.add_argument("--drain", type=int, default=30, help="seconds that answers may take after SIGTERM")
+    parser.add_argument("--no-page", action="store_true", help="serve the API alone")
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts into the access log")
+    add_decoding_options(parser)
+    options = parser.parse_args(arguments)
+    for name, (least, most) in BOUNDS.items():
+        if options[name] is not None and not least <= options[name] <= most:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {options[name]}: give a number from {least} to {most:,}")
+    return options
 
 
 def _page(run: OpenRun, served: Any, key: str | None) -> Callable[[Any, Any], Callable[[], None]] | None:

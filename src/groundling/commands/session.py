@@ -27,7 +27,6 @@ from groundling.errors import CheckpointError, ConfigError
 from groundling.model.compact import CompactGPT2
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import Runtime
-from groundling.training.metrics import check_logging
 from groundling.training.progress import progress_of
 from groundling.training.run_folder import HEAD_VOCABULARY, INITIAL, INITIAL_POSITIONS, OPTIMIZER, RunFolder
 from groundling.training.trainer import Trainer
@@ -97,7 +96,6 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
         config = with_initial(config, initial, typed)
     config.check_window()
     check_prompts(config)
-    check_logging(config.logging)
     check_gpu_memory(config.windows.micro, config.windows.length, resolved, "--windows.micro_batch_size")
     tokenizer = tokenizer_of(config, None if resumed else initial, resumed)
     corpus = _text(config, resumed, tokenizer)  # before anything is printed: what is wrong with the input comes first

@@ -36,7 +36,7 @@ from groundling.training.estimate import (
     step_s_so_far,
 )
 from groundling.training.growth import in_use
-from groundling.training.metrics import JsonLines, Sinks, TensorBoard
+from groundling.training.metrics import JsonLines, Sinks, TensorBoard, check_logging
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import judgement, make_record
 from groundling.training.run_folder import RunFolder, find_checkpoint
@@ -77,6 +77,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     if early.out and not resumed:
         RunFolder(early.out).refuse_used()
+    check_logging(config.logging)
     prepared = prepare(config, resumed, arguments)
     folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
     _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else prepared.config.checkpoint.keep + 1)
@@ -152,20 +153,13 @@ def _defaults(preset: str | None, folder: RunFolder | None) -> Path:
 
 
 def _check_disk(path: Path, prepared: Prepared, n_checkpoints: int) -> None:
-    needed = n_checkpoints * checkpoint_bytes(prepared.config)
+    needed = n_checkpoints * checkpoint.n_bytes(prepared.config.model, prepared.config.optim)
     free = machine.free_disk_bytes(path)
     if free < needed:
         advice = "free some" if n_checkpoints == 1 else "give an --out on a larger disk, or a lower --keep"
         raise ConfigError(
             f"{path} has {free / 2**20:,.0f} MiB of free disk, but checkpoints need {needed / 2**20:,.0f}: {advice}"
         )
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Weights and moments in fp32: AdamW has two of each weight, Muon one of those in the matrices that it moves."""
-    model = config.model
-    n_moved_by_muon = 12 * model.n_layer * model.n_embd**2 if config.optim.kind == "muon" else 0
-    return 4 * (3 * model.n_parameters() - n_moved_by_muon)
 
 
 def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: bool) -> None:

@@ -79,7 +79,7 @@ def write_tokens(
 
     A whole and undamaged file of the same documents and tokenizer is opened as it is; a partial one is
     continued. Whoever else writes the same path at the same time is waited for. An exception out of
-    `progress` interrupts the writing like a signal would.
+    `progress` interrupts the writing like a signal would, and so does a disk that fails while the text is read.
     Raises `CorpusError` if the text gives fewer than two tokens or more than 2**31 - 1, if a document
     changes while it is read, or if the file cannot be written.
     """
@@ -105,9 +105,8 @@ def write_tokens(
                 raise CorpusError(_too_short(documents))
             partial.finish(path)
         except CorpusError as error:
-            if isinstance(
-                error.__cause__, OSError
-            ):  # the disk's trouble, not the text's: another try goes on from here
+            # The disk's trouble, not the text's: another try goes on from here.
+            if isinstance(error.__cause__, OSError):
                 with contextlib.suppress(OSError):
                     partial.record()
             else:  # no other try can end better

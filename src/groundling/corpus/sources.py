@@ -137,7 +137,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         ) from None
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        if "identity.json" in files and "checkpoints" in folders:  # a run, whose samples are no text of the user's
+        if {"identity.json", "origin.json"} <= set(files):  # a run, whose samples are no text of the user's
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -46,7 +46,7 @@ Warn = Callable[[str], None]
 class SuffixArray:
     """The sorted suffixes of a text of up to 2**31 - 1 tokens; `build` or `open_or_build` makes one.
 
-    Tokens go in and out as ids. A pattern with an id from `n_ids` on raises OverflowError.
+    Tokens go in and out as ids; `encode` raises OverflowError for one from `n_ids` on.
     """
 
     def __init__(self, text: bytes | mmap.mmap, start: int, token_bytes: int, order: NDArray[np.int32]) -> None:
@@ -124,7 +124,7 @@ class SuffixArray:
         return np.frombuffer(found, dtype=f">u{self._token_bytes}").tolist()  # type: ignore[no-any-return]
 
     def encoded_interval(self, wanted: bytes) -> tuple[int, int]:
-        """`interval` of an encoded pattern."""
+        """The range [low, high) of sorted suffixes that begin with an encoded pattern; low == high if none does."""
         # Suffixes cut to the pattern's length are still in order, so both ends of the range can be searched.
         beginning = self._beginning(len(wanted))
         low = bisect_left(self._entries, wanted, key=beginning)

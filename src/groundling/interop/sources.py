@@ -23,8 +23,10 @@ READABLE = "a run, a Hugging Face folder or name, a .safetensors file or a PyTor
 
 def is_run(path: Path) -> bool:
     """Whether the path is a run folder, or a checkpoint of one."""
-    is_one = any((path / name).exists() for name in (checkpoint.MANIFEST, "identity.json"))
-    return path.is_dir() and (is_one or bool(checkpoint.complete(path / "checkpoints")))
+    if not path.is_dir():
+        return False
+    begun = all((path / name).exists() for name in ("identity.json", "origin.json"))
+    return begun or (path / checkpoint.MANIFEST).exists() or bool(checkpoint.complete(path / "checkpoints"))
 
 
 def open_foreign(source: Path, tokenizer: Path | None = None, n_head: int | None = None) -> Imported:

@@ -81,7 +81,7 @@ class Muon(FusedAdamW):
 
 
 def _count_turn(state: dict[str, Tensor], group: dict[str, Any]) -> bool:
-    """Counts a step of the matrix with this state, which may have no gradient in it; whether it moves in it."""
+    """Whether a matrix with this state moves in this step, which is counted where blocks take turns."""
     if group["turns"] == 1:
         return True
     step = state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # a checkpoint's comes back on the device

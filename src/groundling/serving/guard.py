@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundling.serving.access_log import AccessLog
 from groundling.serving.hosts import check_host, client_of
-from groundling.serving.openai_api import ApiError, wrong
+from groundling.serving.openai_api import ApiError, defect, wrong
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A client's own id is kept if it is this plain."""
@@ -81,8 +81,10 @@ class Guard:
                 return
             await self.app(scope, receive, answer)
         except Exception:
+            if status == 499:
+                await defect().response()(scope, receive, answer)
             status = 500
-            raise
+            raise  # whoever runs the server sees where
         finally:
             self._note(scope, status, time.monotonic() - started)
 

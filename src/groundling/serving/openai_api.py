@@ -74,6 +74,11 @@ def wrong(message: str, param: str | None = None, status: int = 400, code: str |
     return ApiError(status, message, "invalid_request_error", code, param)
 
 
+def defect() -> ApiError:
+    """An error of ours, of which the client learns no more; where it was raised is for the server's own log."""
+    return ApiError(500, "this is a defect of the server: please report it", "server_error", "defect")
+
+
 def dead(message: str) -> ApiError:
     """The engine has ended, and with it all answers."""
     return ApiError(503, message, "server_error", DEAD)

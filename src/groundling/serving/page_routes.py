@@ -48,6 +48,8 @@ class PageMount(Mount):
 class OwnOrigin:
     """An application for its own pages: others' may not send to it, and get no CORS header, which Gradio would give.
 
+    Others are those of sister sites, too, and of other ports of this host, where browsers say so (Sec-Fetch-Site).
+
     Over plain HTTP browsers do not say where a request comes from but by its Origin (Fetch Metadata, section 2), whose
     host must then be the one that was asked. Without its port: a proxy may have another than this server.
     """

@@ -55,8 +55,8 @@ class ServerConfig:
 
 
 AddPage = Callable[[FastAPI, AccessLog], Callable[[], None]]
-"""Puts a page on the application; returns what ends the page's own streams."""
-"""Puts a page behind an application's routes, which notes its visitors' texts in the log."""
+"""Puts a page behind an application's routes, which notes its visitors' texts in the log; returns what ends the page's
+own streams."""
 
 
 def make_app(
@@ -102,10 +102,6 @@ def make_app(
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         return error.response()
-
-    @app.exception_handler(Exception)
-    async def our_fault(request: Request, error: Exception) -> Response:
-        return ApiError(500, "this is a defect of the server: please report it", "server_error", "defect").response()
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: Request, error: RequestValidationError) -> Response:

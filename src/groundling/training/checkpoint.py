@@ -35,6 +35,7 @@ from groundling.json_files import read_object
 from groundling.model import weights
 from groundling.model.compact import CompactGPT2, expanded
 from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.optim.optimizer import OptimConfig
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -109,6 +110,15 @@ def save(
     for old in complete(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)  # what cannot be removed yet is old at the next save, too
     return path
+
+
+def n_bytes(model: GPTConfig, optim: OptimConfig) -> int:
+    """What a checkpoint takes on the disk, but for names and shapes: weights, and their moments, in fp32.
+
+    AdamW has two moments of each weight, Muon one of those in the matrices that it moves.
+    """
+    n_moved_by_muon = 12 * model.n_layer * model.n_embd**2 if optim.kind == "muon" else 0
+    return 4 * (3 * model.n_parameters() - n_moved_by_muon)
 
 
 def complete(root: Path) -> list[Path]:

@@ -15,9 +15,10 @@ from groundling.optim.optimizer import OptimConfig
 def flops_per_token(config: GPTConfig, window: float) -> float:
     """Matrix FLOP that training spends on a token: 6 for each parameter in a product, and causal attention.
 
-    Source: Kaplan et al. 2020, table 1, for 2 + 4 FLOP a parameter; attention reads T/2 keys on average.
+    Source: Kaplan et al. 2020, table 1, for 2 + 4 FLOP a parameter; attention reads T/2 keys on average. Positions are
+    looked up, biases and LayerNorm's parameters added or multiplied one by one: none of these are in a product.
     """
-    in_products = config.n_parameters() - config.n_ctx * config.n_embd  # the position table is only looked up
+    in_products = (12 * config.n_layer * config.n_embd + config.n_vocab) * config.n_embd
     return 6.0 * in_products + 6.0 * config.n_layer * config.n_embd * window
 
 

@@ -82,7 +82,7 @@ class Trainer:
         self.state, self.stop_rule = self._new_state(), self._new_stop_rule()
         self.saved_step: int | None = None
         self.updated_step = 0
-        """Steps after the last of which that updated the weights, or was restored, nothing has moved."""
+        """Steps after which the weights last changed: by an update, or by being restored."""
         self.window_changed = False
         """Whether the run goes on in windows of another length than its newest checkpoint was trained on."""
         self.unsaved_look = False
@@ -93,8 +93,8 @@ class Trainer:
     def train(self) -> str:
         """Train until the stop rule gives a reason; saves the result and returns the reason.
 
-        Raises `Interrupted` after SIGINT or SIGTERM, with the state saved, and `RunFailed` if losses stay
-        not finite.
+        Raises `Interrupted` after SIGINT or SIGTERM, and `RunFailed` if losses stay not finite, or are not at the end.
+        Weights that give no finite loss are not saved where there are older ones.
         """
         self.clock = self.saved_at = time.monotonic()
         with self.signals:
@@ -103,10 +103,10 @@ class Trainer:
                     self._save_if_due()  # with the losses that were just taken
                     self._take_step()
             except Interrupted as interrupt:
-                if self.saved_step is None or not self._ruined_now():
-                    self.save()  # ruined weights displace no good ones
+                if not self._would_displace_good_weights():
+                    self.save()
                 raise Interrupted(f"{interrupt} after {self.state.n_steps} steps") from None
-            if self._ruined_now():
+            if self._would_displace_good_weights():
                 raise RunFailed(
                     f"the weights after {self.state.n_steps} steps give no finite loss, so they are not kept:"
                     " lower schedule.peak or optim.clip, then --resume"
@@ -357,9 +357,10 @@ class Trainer:
         self.state.wall_s, self.state.looks_s = state.wall_s, state.looks_s
         self.state.n_returns, self.state.n_bad = state.n_returns + 1, 0
 
-    def _ruined_now(self) -> bool:
-        """Whether the last steps were not finite because of the weights."""
-        return self.state.n_bad > 0 and self._ruined(self.state.n_steps)
+    def _would_displace_good_weights(self) -> bool:
+        """Whether an older checkpoint would give way to weights that the last steps have shown to be ruined."""
+        state = self.state
+        return self.saved_step not in (None, state.n_steps) and state.n_bad > 0 and self._ruined(state.n_steps)
 
     def _ruined(self, step: int) -> bool:
         """Whether the weights give no finite loss of this step's batch in fp32, which is no matter of the format."""
