@@ -60,10 +60,15 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
   const bool in_parts = steps_at_once < n_steps;
   int64_t most_rows = kLeftBytes / (steps_at_once * kTileDepth * 2) / kSide * kSide;
   most_rows = std::max(kSide, std::min<int64_t>(most_rows, in_parts ? 256 : 512));
-  // As many rows as fit, but so that all threads have the same number of blocks to take.
+  // As many rows as fit, but so that all threads have as many blocks to take, which differ by a panel at most.
   const int64_t n_turns = divided_up(divided_up(n_rows, most_rows), n_threads) * n_threads;
-  const int64_t block = rows_at_once ? rows_at_once : divided_up(divided_up(n_rows, n_turns), kSide) * kSide;
-  const int64_t n_blocks = divided_up(n_rows, block), block_panels = block / kSide;
+  const int64_t n_row_panels = divided_up(n_rows, kSide);
+  const int64_t n_blocks =
+      rows_at_once ? divided_up(n_rows, rows_at_once) : std::min(n_row_panels, n_turns);
+  const int64_t block_panels = rows_at_once ? rows_at_once / kSide : divided_up(n_row_panels, n_blocks);
+  const auto begin_of = [=](int64_t block) {  // its first row
+    return (rows_at_once ? std::min(n_row_panels, block * block_panels) : block * n_row_panels / n_blocks) * kSide;
+  };
   const int64_t panels_at_once = in_parts ? kKeptColumns / kSide : n_panels;
   const int64_t n_parts = divided_up(n_panels, panels_at_once);
 
@@ -72,7 +77,7 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
 #pragma omp parallel num_threads(n_threads)
   {
     Workspace::OfThread& own = workspace.own();
-    uint16_t* const own_left = own.halves.of(block * steps_at_once * kTileDepth);
+    uint16_t* const own_left = own.halves.of(block_panels * steps_at_once * kStep);
     float* const own_sums = own.floats.of(in_parts ? block_panels * panels_at_once * kBlockSums : kTogether * kBlockSums);
     // Panels in blocks of steps, so that rows of the matrix are read for several panels while they are in the cache.
     constexpr int64_t kPacked = 8;
@@ -90,8 +95,8 @@ void product(Workspace& workspace, int n_threads, const Left& left, const Right&
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < n_blocks * n_parts; ++i) {
       const int64_t turn = kLower ? n_blocks * n_parts - 1 - i : i;  // mostly the longest first
-      const int64_t first_row = turn / n_parts * block, first_panel = turn % n_parts * panels_at_once;
-      const int64_t own_panels = divided_up(std::min(block, n_rows - first_row), kSide);
+      const int64_t first_row = begin_of(turn / n_parts), first_panel = turn % n_parts * panels_at_once;
+      const int64_t own_panels = (begin_of(turn / n_parts + 1) - first_row) / kSide;
       const int64_t end_panel = std::min(n_panels, first_panel + panels_at_once);
       for (int64_t first = 0; first < n_steps; first += steps_at_once) {
         const int64_t some = std::min(steps_at_once, n_steps - first);
