@@ -49,13 +49,13 @@ class HeadOfWindow {
         depths_(divided_up(shape.width, kSide)),
         scale_(1 / std::sqrt(float(shape.width))) {
     const int64_t packed = n_ * depths_ * kStep;
-    uint16_t* at = own.halves.of(7 * packed + (2 * n_ + 1) * kStep);
+    uint16_t* at = own.halves.of(7 * packed + 2 * n_ * (1 + kTurned) * kStep);
     for (uint16_t** part : {&query_, &key_, &value_, &d_, &query_rows_, &key_rows_, &d_rows_}) *part = at, at += packed;
     probabilities_ = at, at += n_ * kStep;
     d_scores_ = at, at += n_ * kStep;
-    turned_ = at;
-    float* sums = own.floats.of((2 * n_ + 2 * n_ * depths_ + 1) * kBlockSums);
-    for (float** part : {&scores_, &d_probabilities_}) *part = sums, sums += n_ * kBlockSums;
+    for (uint16_t** part : {&turned_probabilities_, &turned_d_scores_}) *part = at, at += n_ * kTurned * kStep;
+    float* sums = own.floats.of(2 * n_ * kApart + (2 * n_ * depths_ + 1) * kBlockSums);
+    for (float** part : {&scores_, &d_probabilities_}) *part = sums, sums += n_ * kApart;
     for (float** part : {&d_key_, &d_value_}) *part = sums, sums += n_ * depths_ * kBlockSums;
     block_ = sums;
   }
@@ -72,7 +72,7 @@ class HeadOfWindow {
         Vec largest = splat(-INFINITY), total{};
         each_block(i, [&](int64_t j, bool last) {
           for (int64_t c = 0; c < kSide; c += kLanes) {
-            Vec score = row_of_sums(scores_ + j * kBlockSums, row, c);
+            Vec score = row_of_sums(scores_ + j * kApart, row, c);
             if (last) score = seen(score, row, c, -INFINITY);
             largest = score > largest ? score : largest;
           }
@@ -81,7 +81,7 @@ class HeadOfWindow {
         each_block(i, [&](int64_t j, bool last) {
           Vec weights[kLineVectors];
           for (int v = 0; v < kLineVectors; ++v) {
-            const Vec score = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes);
+            const Vec score = row_of_sums(scores_ + j * kApart, row, v * kLanes);
             weights[v] = power_of_two((score - most) * (scale_ * kLog2E));
             if (last) weights[v] = seen(weights[v], row, v * kLanes, 0);
             total += weights[v];
@@ -119,11 +119,11 @@ class HeadOfWindow {
         each_block(i, [&](int64_t j, bool last) {
           Vec probabilities[kLineVectors];
           for (int v = 0; v < kLineVectors; ++v) {
-            const Vec score = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes);
+            const Vec score = row_of_sums(scores_ + j * kApart, row, v * kLanes);
             probabilities[v] = power_of_two(multiply_add(score, splat(scale_ * kLog2E), splat(-log_sum * kLog2E)));
             if (last) probabilities[v] = seen(probabilities[v], row, v * kLanes, 0);
-            together = multiply_add(probabilities[v], row_of_sums(d_probabilities_ + j * kBlockSums, row, v * kLanes), together);
-            store(sums_at(scores_ + j * kBlockSums, row, v * kLanes), probabilities[v] * scale_);
+            together = multiply_add(probabilities[v], row_of_sums(d_probabilities_ + j * kApart, row, v * kLanes), together);
+            store(sums_at(scores_ + j * kApart, row, v * kLanes), probabilities[v] * scale_);
           }
           write_line(probabilities_ + j * kStep + row * kTileDepth, probabilities);
         });
@@ -131,8 +131,8 @@ class HeadOfWindow {
         each_block(i, [&](int64_t j, bool) {
           Vec d_scores[kLineVectors];
           for (int v = 0; v < kLineVectors; ++v)
-            d_scores[v] = row_of_sums(scores_ + j * kBlockSums, row, v * kLanes) *
-                          (row_of_sums(d_probabilities_ + j * kBlockSums, row, v * kLanes) - mean);
+            d_scores[v] = row_of_sums(scores_ + j * kApart, row, v * kLanes) *
+                          (row_of_sums(d_probabilities_ + j * kApart, row, v * kLanes) - mean);
           write_line(d_scores_ + j * kStep + row * kTileDepth, d_scores);
         });
       }
@@ -141,8 +141,12 @@ class HeadOfWindow {
         write_block(d_qkv, 3 * C, i, depth, block_, nullptr);
       }
       for (int64_t j = 0; j <= i; ++j) {
-        add_turned(d_scores_ + j * kStep, query_rows_, i, j, d_key_);
-        add_turned(probabilities_ + j * kStep, d_rows_, i, j, d_value_);
+        turn(d_scores_, i, j, turned_d_scores_);
+        turn(probabilities_, i, j, turned_probabilities_);
+      }
+      if (i % kTurned == kTurned - 1 || i == n_ - 1) {
+        add_turned(turned_d_scores_, query_rows_, i, d_key_);
+        add_turned(turned_probabilities_, d_rows_, i, d_value_);
       }
     }
     for (int64_t j = 0; j < n_; ++j)
@@ -170,15 +174,25 @@ class HeadOfWindow {
   void products_of(const uint16_t* left, const uint16_t* right, int64_t i, float* to) {
     for (int64_t j = 0; j <= i; ++j)
       multiplier_.panels(left + i * depths_ * kStep, right + j * depths_ * kStep, depths_, false,
-                      to + j * kBlockSums, nullptr, 0);
+                      to + j * kApart, nullptr, 0);
   }
 
-  // Adds a block (queries of panel i, keys of panel j) transposed, times the queries' rows, to the sums of the keys.
-  void add_turned(const uint16_t* block, const uint16_t* rows, int64_t i, int64_t j, float* to) {
-    LeftOfColumns{Matrix{block, kSide, kSide}}.pack(0, 0, turned_, false);
-    for (int64_t depth = 0; depth < depths_; ++depth)
-      multiplier_.panels(turned_, rows + (depth * n_ + i) * kStep, 1, i > j,
-                      to + (j * depths_ + depth) * kBlockSums, nullptr, 0);
+  // Keeps the block of panel i's queries and panel j's keys, transposed: a step of the keys' panel.
+  static void turn(const uint16_t* blocks, int64_t i, int64_t j, uint16_t* turned) {
+    const Matrix block{blocks + j * kStep, kSide, kSide};
+    LeftOfColumns{block}.pack(0, 0, turned + (j * kTurned + i % kTurned) * kStep, false);
+  }
+
+  // Adds what was turned of the last panels of queries, panel i the last of them, times the queries' rows, to the sums of
+  // the keys.
+  void add_turned(const uint16_t* turned, const uint16_t* rows, int64_t i, float* to) {
+    const int64_t begin = i / kTurned * kTurned;
+    for (int64_t j = 0; j <= i; ++j) {
+      const int64_t first = std::max(begin, j);
+      for (int64_t depth = 0; depth < depths_; ++depth)
+        multiplier_.panels(turned + (j * kTurned + first % kTurned) * kStep, rows + (depth * n_ + first) * kStep,
+                        i + 1 - first, begin > j, to + (j * depths_ + depth) * kBlockSums, nullptr, 0);
+    }
   }
 
   // A block of sums, each row times its share (null: 1), as bf16 into rows `stride` apart; past the caches where lines are
@@ -193,11 +207,17 @@ class HeadOfWindow {
                     std::min<int64_t>(kLanes, n_columns - c));
   }
 
+  // Panels of queries whose blocks are turned before they are added up, so that sums are seldom stored and loaded again.
+  static constexpr int64_t kTurned = 8;
+  // From one block of a panel's scores to the next: with pages between them, a row's would meet in one set of the L1 cache.
+  static constexpr int64_t kApart = kBlockSums + kTileSide;
+
   Multiplier multiplier_;
   const Shape shape_;
   const int64_t n_, depths_;  // panels of positions, and of a head's width
   const float scale_;
-  uint16_t *query_, *key_, *value_, *d_, *query_rows_, *key_rows_, *d_rows_, *probabilities_, *d_scores_, *turned_;
+  uint16_t *query_, *key_, *value_, *d_, *query_rows_, *key_rows_, *d_rows_, *probabilities_, *d_scores_;
+  uint16_t *turned_probabilities_, *turned_d_scores_;
   float *scores_, *d_probabilities_, *d_key_, *d_value_, *block_;
 };
 
