@@ -31,6 +31,8 @@ def assert_weight_gradient(n_rows: int, n_out: int, n_in: int) -> None:
     """Factors are bf16 already, so all error is of fp32 sums: it goes with the terms, which may cancel in the sum."""
     d_y, x = normal(1, n_rows, n_out), normal(2, n_rows, n_in)
     d_weight, d_bias = products.weight_gradient(d_y, x)
+    assert d_bias is not None
+    assert torch.equal(products.weight_gradient(d_y, x, with_bias=False)[0], d_weight)
     d_y, x = d_y.double(), x.double()
     assert bool(((d_weight - d_y.T @ x).abs() <= 1e-5 * (d_y.abs().T @ x.abs())).all())
     assert bool(((d_bias - d_y.sum(0)).abs() <= 1e-5 * d_y.abs().sum(0)).all())
@@ -82,13 +84,17 @@ def assert_symmetric_product(n: int, n_terms: int) -> None:
         assert relative_error(ours.tril(), expected.tril()) < BF16 / 2  # rounded once
 
 
-def test_a_symmetric_product_is_the_same_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = normal(1, 300, 50)
+@pytest.mark.parametrize("n_rows", [1, 201, 530])
+def test_a_product_is_the_same_by_any_number_of_threads(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its rows are dealt out to them; some may get none."""
+    x, weight, d_y = normal(1, n_rows, 50), normal(2, 330, 50), normal(3, n_rows, 330)
     found = []
-    for n_threads in (1, 2, 3, 16):
+    for n_threads in (1, 2, 3, 7, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
-        found.append(products.symmetric(left, left))
-    assert all(torch.equal(found[0], other) for other in found[1:])
+        forward, d_x = products.linear(x, weight, None), products.input_gradient(d_y, weight)
+        found.append((forward, d_x, *products.weight_gradient(d_y, x), products.symmetric(x, x)))
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(3072, 33, 33), (3073, 33, 33), (4100, 300, 801)])
@@ -106,9 +112,20 @@ def attention_and_gradient(qkv: Tensor, n_head: int, d_mixed: Tensor) -> tuple[T
     return mixed, products.attention_backward(qkv, log_sums, d_mixed)
 
 
+@pytest.mark.parametrize(("length", "n_head", "width"), [(300, 2, 64), (513, 1, 33), (70, 1, 160), (64, 1, 65)])
+def test_attention_over_many_blocks_and_in_wide_heads(length: int, n_head: int, width: int) -> None:
+    assert_attention(length, n_head, width)
+
+
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize(("length", "n_head", "width"), [(1, 1, 1), (31, 2, 33), (65, 1, 64), (40, 3, 20), (65, 2, 48)])
+@pytest.mark.parametrize(
+    ("length", "n_head", "width"), [(1, 1, 1), (31, 2, 33), (65, 1, 64), (40, 3, 20), (65, 2, 48), (290, 1, 20)]
+)
 def test_attention_on_other_cpus(length: int, n_head: int, width: int) -> None:
+    assert_attention(length, n_head, width)
+
+
+def assert_attention(length: int, n_head: int, width: int) -> None:
     qkv, d_mixed = normal(1, 2, length, 3 * n_head * width), normal(2, 2, length, n_head * width)
     exact = qkv.double().requires_grad_()
     expected = reference.self_attention(exact, n_head)
@@ -170,9 +187,16 @@ def test_attention_with_scores_far_apart(scale: float) -> None:
     assert relative_error(mixed, exact) < BF16
 
 
-def test_the_head_at_sizes_that_are_cut() -> None:
-    """More ids than terms of a sum are taken in one go, more columns than stay in the nearest cache or are kept."""
-    hidden, weight, targets = normal(1, 40, 800), normal(2, 3300, 800) / 20, torch.arange(40) * 80
+@pytest.mark.parametrize(("n_rows", "n_vocab", "n_in"), [(40, 3300, 800), (3100, 70, 40), (4096, 33, 50)])
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_the_head_at_sizes_that_are_cut(
+    n_rows: int, n_vocab: int, n_in: int, in_chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More ids or positions than terms of a sum are taken in one go, more columns than stay in the nearest cache."""
+    if in_chunks:
+        monkeypatch.setattr(products, "CHUNK_BYTES", n_rows * n_vocab)  # of positions x ids, two bytes each: two chunks
+    hidden, weight = normal(1, n_rows, n_in), normal(2, n_vocab, n_in) / 20
+    targets = torch.arange(n_rows) * 80 % n_vocab
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
     expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
     expected.sum().backward()

@@ -198,7 +198,7 @@ class LinearGelu(torch.autograd.Function):
         _sweep("bias_gelu_backward", *_rows(d_rows), _bf16(d_rows), d_rows, d.contiguous(), d_bias)
         d_x = _input_gradient(d_rows, matrix).to(ctx.x_format).view(*d.shape[:-1], matrix.size(1))
         if _bf16(d_rows) and products.available():
-            return d_x, products.weight_gradient(d_rows, rows.contiguous())[0], d_bias, None
+            return d_x, products.weight_gradient(d_rows, rows.contiguous(), with_bias=False)[0], d_bias, None
         return d_x, d_rows.T.mm(rows).float(), d_bias, None
 
 

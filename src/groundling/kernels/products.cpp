@@ -47,8 +47,8 @@ extern "C" {
 // Whether this file's other functions may be called.
 int groundling_unit_of_products() { return unit(); }
 
-// d_weight (n_out, n_in) = d_y (n_rows, n_out) transposed x (n_rows, n_in), both bf16; d_bias (n_out,) is the sum of d_y's
-// rows.
+// d_weight (n_out, n_in) = d_y (n_rows, n_out) transposed x (n_rows, n_in), both bf16; d_bias (n_out,; null: none) is the
+// sum of d_y's rows.
 void groundling_weight_gradient(int n_threads, int64_t n_rows, int64_t n_out, int64_t n_in, const uint16_t* d_y,
                                 const uint16_t* x, float* d_weight, float* d_bias) {
   const std::lock_guard<std::mutex> alone(workspace.mutex);

@@ -76,13 +76,13 @@ def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
     return d_x
 
 
-def weight_gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def weight_gradient(d_y: Tensor, x: Tensor, with_bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """`d_y.T @ x` (n_out, n_in) and the sum of d_y's rows (n_out,), fp32, from d_y (N, n_out) and x (N, n_in), bf16."""
     (n_rows, n_out), n_in = d_y.shape, x.size(1)
-    d_weight, d_bias = torch.empty(n_out, n_in), torch.empty(n_out)
-    library("products").groundling_weight_gradient(
-        _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(d_y), _bf16(x), _fp32(d_weight), _fp32(d_bias)
-    )
+    d_weight, d_bias = torch.empty(n_out, n_in), torch.empty(n_out) if with_bias else None
+    sizes = map(ctypes.c_int64, (n_rows, n_out, n_in))
+    at_bias = None if d_bias is None else _fp32(d_bias)
+    library("products").groundling_weight_gradient(_threads(), *sizes, _bf16(d_y), _bf16(x), _fp32(d_weight), at_bias)
     return d_weight, d_bias
 
 
