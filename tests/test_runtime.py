@@ -22,7 +22,8 @@ def test_every_choice_has_a_reason() -> None:
 @pytest.mark.parametrize(
     ("flags", "pace", "dtype"),
     [
-        (["amx_bf16", "avx512_bf16", "avx2"], None, "bf16"),
+        (["amx_bf16", "avx512_bf16", "avx2"], 7.5, "bf16"),
+        (["amx_bf16", "avx512_bf16", "avx2"], 0.5, "fp32"),
         (["avx512_bf16", "avx2"], 1.9, "bf16"),
         (["avx512_bf16", "avx2"], 1.3, "bf16"),
         (["avx512_bf16", "avx2"], 1.2, "fp32"),

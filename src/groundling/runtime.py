@@ -201,15 +201,13 @@ def _dtype(name: str, device: torch.device, began: str | None) -> tuple[torch.dt
         return torch.float32, "the GPU has no units for smaller formats"
     if device.type == "mps":
         return torch.float32, "bf16 on Apple GPUs has not been measured here; --dtype bf16 asks for it"
-    matrix_unit, vectors = CPU_BF16_FLAGS
-    if matrix_unit in cpu_flags():
-        return torch.bfloat16, f"the CPU has {matrix_unit}"
-    if vectors not in cpu_flags():
-        return torch.float32, f"the CPU has neither {matrix_unit} nor {vectors}"
+    flag = next((flag for flag in CPU_BF16_FLAGS if flag in cpu_flags()), None)
+    if flag is None:
+        return torch.float32, f"the CPU has neither {' nor '.join(CPU_BF16_FLAGS)}"
     if began in ("fp32", "bf16"):
         return DTYPES[began], "the run began in it"
-    pace = bf16_pace()
-    measured = f"the CPU has {vectors}, and takes products of bf16 {pace:.1f} times as fast as those of fp32"
+    pace = bf16_pace()  # also with a matrix unit, which the system may withhold
+    measured = f"the CPU has {flag}, and takes products of bf16 {pace:.1f} times as fast as those of fp32"
     return (torch.bfloat16, measured) if pace >= BF16_GAIN else (torch.float32, f"{measured}: {BF16_GAIN} is asked for")
 
 
