@@ -1,16 +1,21 @@
-"""What /openapi.json says is true: schemathesis asks for what it allows, and for what it does not.
+"""What /openapi.json says is true: schemathesis asks for what it allows, and for what it does not. And the page's.
 
 Source of the checks: https://schemathesis.readthedocs.io (not_a_server_error, status_code_conformance, ...).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
+
+from groundling.commands import serve
+from groundling.serving import completions, connections, server
+from groundling.serving.guard import Limits
 
 from .conftest import Running
 
@@ -77,3 +82,26 @@ def test_settings_that_are_allowed_one_by_one_are_answered(schema: Any, running:
 
     examples(schema["/v1/completions"]["POST"].as_strategy(generation_mode=POSITIVE), check)
     assert running.complete(max_tokens=1).status_code == 200
+
+
+def test_the_page_on_serving_says_the_bounds_that_there_are() -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "serving.md").read_text().split())
+    limits, options = Limits(), serve._options(["runs/gpt2"])
+    for said in (
+        f"up to {completions.MAX_PROMPTS} of either; {completions.MAX_PROMPT_CHARACTERS:,} characters",
+        f"| `max_tokens` | {completions.DEFAULT_TOKENS} | {completions.MAX_TOKENS:,}; 0 with `echo` |",
+        f"| `n` | 1 | {completions.MAX_N}; a client may have all {options.max_concurrency} slots",
+        f"{completions.MAX_STOPS} texts of {completions.MAX_STOP_CHARACTERS} characters",
+        f"{completions.MAX_LOGPROBS}, and {completions.MAX_LIKELIHOODS:,} numbers in a request",
+        f"`--max-concurrency` texts ({options.max_concurrency})",
+        f"`--max-queue` more ({options.max_queue}) wait",
+        f"`--timeout` ({options.timeout} s)",
+        f"for `--drain` seconds ({options.drain})",
+        f"{connections.MAX_CONNECTIONS} may be open",
+        f"{connections.MAX_PER_ADDRESS} of one address",
+        f"Headers have {connections.HEADER_TIMEOUT_S:g} s to come, a body {limits.body_timeout_s:g} s more",
+        f"they may be {limits.max_header_bytes >> 10} KiB and {limits.max_body_bytes >> 20} MiB long",
+        f"Who reads nothing for {connections.UNREAD_TIMEOUT_S:g} s",
+        f"({server.MAX_UNPRINTED:,} lines wait)",
+    ):
+        assert said in page, said
