@@ -359,8 +359,8 @@ class Trainer:
 
     def _would_displace_good_weights(self) -> bool:
         """Whether an older checkpoint would give way to weights that the last steps have shown to be ruined."""
-        state = self.state
-        return self.saved_step not in (None, state.n_steps) and state.n_bad > 0 and self._ruined(state.n_steps)
+        n_steps = self.state.n_steps
+        return self.saved_step not in (None, n_steps) and self.state.n_bad > 0 and self._ruined(n_steps)
 
     def _ruined(self, step: int) -> bool:
         """Whether the weights give no finite loss of this step's batch in fp32, which is no matter of the format."""
@@ -385,17 +385,16 @@ class Trainer:
         return RunState(block_stride=first, first_stride=first)
 
     def _new_stop_rule(self) -> StopRule:
-        has_heldout, stopping, windows = self.heldout_tokens is not None, self.recipe.stopping, self.recipe.windows
-        n_read = n_tokens_read(stopping.measure, len(self.train_tokens), windows.length)
-        share = FORWARD_SHARE * network_share(self.model.config, windows, self.recipe.optim)
-        look_steps = share * n_read / (windows.batch_size * windows.length)
+        recipe, windows = self.recipe, self.recipe.windows
+        n_read = n_tokens_read(recipe.stopping.measure, len(self.train_tokens), windows.length)
+        share = FORWARD_SHARE * network_share(self.model.config, windows, recipe.optim)
         return StopRule(
-            stopping,
-            self.recipe.schedule,
+            recipe.stopping,
+            recipe.schedule,
             self.total_steps,
             self.windows.steps_per_pass(),
-            has_heldout,
-            look_steps,
+            has_heldout=self.heldout_tokens is not None,
+            look_steps=share * n_read / (windows.batch_size * windows.length),
             n_growing=self.growth.n_steps,
             first_whole=self.windows.first_whole,
         )
