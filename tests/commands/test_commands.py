@@ -208,15 +208,38 @@ def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.Capt
 
 
 def test_a_long_run_is_told_what_would_finish_sooner(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten million passes over forty bottles take longer than any preset does at the same speed."""
+    """Presets are for texts of their own, which are not this one."""
     long = ["estimate", "--corpus", "bottles.txt", *SMALL, "--schedule.passes", "1e7"]
     assert main(long) == 0
     printed = capsys.readouterr().out
-    assert "--preset penny (about" in printed
+    assert "--preset" not in printed
     assert "going on" in printed
-    assert "--head-vocabulary seen" in printed  # 300 ids, and the bottles have a sixth of them
+    assert "sooner: --head-vocabulary seen" in printed  # 300 ids, and the bottles have a sixth of them
     assert main([*long, "--head-vocabulary", "seen"]) == 0
-    assert "--head-vocabulary" not in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("warning: this is more than 3:00:00; going on\n")
+
+
+def test_a_long_run_on_a_presets_text_is_told_which_preset_would_finish_sooner(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ten million passes over a play take longer than any preset does at the same speed."""
+    assert main(["estimate", "--preset", "penny", *SMALL, "--tokenizer", "train:1024", "--schedule.passes", "1e7"]) == 0
+    printed = capsys.readouterr().out
+    assert "--preset penny-by-heart (about" in printed
+    assert "--preset penny (" not in printed
+
+
+@pytest.mark.usefixtures("quick_measure")
+def test_a_run_whose_limit_cuts_its_schedule_short_is_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    estimate = ["estimate", "--corpus", "bottles.txt", *SMALL, "--schedule.total_steps", "90"]
+    assert main([*estimate, "--max-steps", "60"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    assert "--max-steps 60 ends this run after about 60 of its 90 steps" in line
+    assert line.endswith("give --schedule.total_steps 60")
+    assert main([*estimate, "--max-minutes", "1e-9"]) == 0
+    assert "--max-minutes 1e-09 ends this run after about 1 of its 90 steps" in capsys.readouterr().out
+    assert main([*estimate, "--max-steps", "90", "--max-minutes", "1e6"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_doctor_names_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,6 +235,7 @@ def test_a_resumed_run_says_what_is_left(workplace: Path, capsys: pytest.Capture
     assert "of training to step 7, at " in printed
     assert "estimate:" not in printed
     assert "stopped after 7 steps: as many as it was given (max_steps)" in printed
+    assert " stopped after 7 steps: as many as" in (workplace / "runs/left/log.txt").read_text()
 
 
 def test_changed_settings_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

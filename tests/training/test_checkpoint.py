@@ -9,6 +9,7 @@ import torch
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import CheckpointError, ConfigError, RunFailed
+from groundling.files import sha256_of
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.training import checkpoint
@@ -64,10 +65,29 @@ def test_any_damage_is_found(make_trainer: MakeTrainer, name: str, how: str) -> 
     else:
         (path / name).unlink()
     assert checkpoint.damage(path)
+    if name == "optimizer.safetensors":  # which a model is used without, and which is not read for that
+        assert find_checkpoint(trainer.checkpoints.parent) == find_checkpoint(path) == path
+        return
     with pytest.raises(CheckpointError, match="cannot be used"):
-        checkpoint.load_model(path, torch.device("cpu"))
+        find_checkpoint(path)
     with pytest.raises(CheckpointError, match="damaged"):
         find_checkpoint(trainer.checkpoints.parent)
+
+
+def test_a_model_in_use_has_each_file_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of GPT-2's files take a second and more, and a user waits for them before the first word."""
+    own = GPT2(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=16, n_vocab=Tokenizer.gpt2().n_vocab))
+    optimizer = torch.optim.AdamW(own.parameters())
+    checkpoint.save(tmp_path / "checkpoints", 3, own, optimizer, {"n_steps": 3}, Tokenizer.gpt2(), 12, keep=1)
+    summed = list[str]()
+
+    def sum_and_note(file: Path) -> str:
+        summed.append(file.name)
+        return sha256_of(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", sum_and_note)
+    checkpoint.load_model(find_checkpoint(tmp_path), torch.device("cpu"))
+    assert sorted(summed) == sorted(checkpoint.USED)
 
 
 @pytest.mark.parametrize("manifest", ["", "[1]", "{", None])

@@ -391,6 +391,23 @@ def test_an_estimate_from_first_steps_is_of_the_whole_run(make_trainer: MakeTrai
     assert remaining(trainer, 3600.0).startswith("left: 1:00:00 of training to step 10, at 3.6e+03 s a step")
 
 
+def test_an_estimate_says_how_far_a_run_gets_in_its_time(make_trainer: MakeTrainer) -> None:
+    """Five steps through two of four blocks, and three through all; in all, the schedule has forty."""
+    whole_s = 0.5 / make_trainer(model=FOUR, growth=GROWTH)[0].growth.cost(2)
+    limit_s = 5 * 0.5 + 2.9 * whole_s
+    stopping = StoppingConfig(max_minutes=limit_s / 60)
+    trainer, _ = make_trainer("limited", model=FOUR, growth=GROWTH, stopping=stopping)
+    told: list[Estimate] = []
+    sink = FirstSteps(trainer, "none", told.append)
+    for step in range(4):
+        sink.write(step, {"train/step_s": 0.5})
+    assert (told[0].n_steps, told[0].expected_steps) == (8, 40)
+    assert told[0].schedule_steps == int(40 * limit_s / (5 * 0.5 + 35 * whole_s))
+    assert told[0].train_s == pytest.approx(limit_s)
+    assert told[0].tokens_per_s == pytest.approx(64 * 8 / (5 * 0.5 + 3 * whole_s))
+    assert told[0].evaluation_s == 0  # looks are taken near the schedule's end
+
+
 def test_first_steps_are_timed_in_whole_rounds_of_turns(make_trainer: MakeTrainer) -> None:
     """Of three turns that four blocks take, in one two move; where all steps are alike none needs be waited for."""
     trainer, _ = make_trainer(model=FOUR, optim=OptimConfig(kind="muon", turns=3))

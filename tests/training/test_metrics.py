@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from groundling.errors import CheckpointError
 from groundling.training import progress as progress_module
-from groundling.training.metrics import JsonLines, Sinks, TensorBoard, read_lines
+from groundling.training.metrics import JsonLines, LogFile, Sinks, TensorBoard, read_lines
 from groundling.training.progress import Terminal
 
 
@@ -148,6 +149,32 @@ def test_the_time_that_remains_is_of_steps_that_cost_more() -> None:
     for step, seconds, left in ((0, 9.0, "-"), (1, 9.0, "-"), (2, 10.0, "2:00"), (5, 20.0, "1:20"), (9, 20.0, "0:00")):
         assert terminal._line(step, {**measured, "train/step_s": seconds}).endswith(f"ETA {left}")
     assert terminal._line(11, {**measured, "train/step_s": 20.0}).endswith("ETA 0:00")
+
+
+def test_the_time_that_remains_is_no_more_than_the_run_was_given() -> None:
+    terminal = Terminal(expected_steps=100, seconds_left=lambda: 42.0)
+    measured = {"train/loss": 1.0, "train/loss_ema": 1.0, "train/tokens_per_s": 1.0, "train/mfu": 0.5}
+    for step, seconds, left in ((0, 9.0, "-"), (1, 9.0, "-"), (2, 1.0, "0:42"), (97, 1.0, "0:02")):
+        assert terminal._line(step, {**measured, "train/step_s": seconds}).endswith(f"ETA {left}")
+
+
+def test_what_a_run_says_is_kept_with_its_time(tmp_path: Path) -> None:
+    for said in ("begun: ...", "gone on"):
+        sinks = Sinks(LogFile(tmp_path / "log.txt"))
+        sinks.write(0, {"train/loss": 1.0})
+        sinks.note(said)
+        sinks.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["begun: ...", "gone on"]
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_ends_no_run_for_its_log() -> None:
+    """What it has no room for is said by the metrics."""
+    sink = LogFile(Path("/dev/full"))
+    sink.note("lost")
+    sink.close()
 
 
 def test_the_first_steps_of_blocks_that_join_do_not_count_for_it_either() -> None:

@@ -143,11 +143,15 @@ def open_model(options: Any) -> OpenRun:
 def open_run(options: Any) -> OpenRun:
     """The run that RUN, --device, --threads, --weights and --drafts mean."""
     path = Path(options.run)
-    checkpoint = find_checkpoint(path)
+    return open_checkpoint(path, find_checkpoint(path), options, options.weights, options.drafts)
+
+
+def open_checkpoint(path: Path, checkpoint: Path, options: Any, form: WeightFormat, drafts: str) -> OpenRun:
+    """The run at this path with the checkpoint that `find_checkpoint` gave; --device and --threads are the options'."""
     resolved = resolve_runtime(options, "fp32")
     model, tokenizer, window = load_model(checkpoint, resolved.device)
     folder = folder_of(path, checkpoint)
     if folder.exists() and not _ended(folder, checkpoint):
         n_steps = load_state(checkpoint)["n_steps"]
         say(f"note: no record says that the run ended with these weights, its weights after {n_steps:,} steps")
-    return OpenRun(path, checkpoint, folder, model, tokenizer, window, resolved, options.weights, options.drafts)
+    return OpenRun(path, checkpoint, folder, model, tokenizer, window, resolved, form, drafts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import yaml
 
 from groundling import __version__
 from groundling.commands.arguments import Parser
-from groundling.commands.model_options import OpenRun, model_parser, open_run
+from groundling.commands.model_options import OpenRun, model_parser, open_checkpoint
 from groundling.commands.reciting import band_labels, predictions_of, recited_anywhere, samples_of
 from groundling.commands.saying import say
 from groundling.commands.tracing import Tracer
@@ -63,8 +62,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--positions is {options.positions}: give a positive number")
     checkpoint = find_checkpoint(Path(options.run))
     out = _out(options, checkpoint)
-    as_measured = {"run": str(checkpoint.absolute()), "weights": "fp32", "drafts": "none"}
-    run = open_run(Namespace(**vars(options) | as_measured))
+    run = open_checkpoint(checkpoint.absolute(), checkpoint.absolute(), options, "fp32", "none")
     report = Report(run, out, shlex.join(["groundling", "report", *arguments]), options.quick, options.positions)
     write_text(out, report.page())
     write_json(out.with_suffix(".json"), report.facts)

@@ -36,7 +36,7 @@ from groundling.training.estimate import (
     step_s_so_far,
 )
 from groundling.training.growth import in_use
-from groundling.training.metrics import JsonLines, Sinks, TensorBoard, check_logging
+from groundling.training.metrics import JsonLines, LogFile, Sinks, TensorBoard, check_logging
 from groundling.training.progress import Terminal, clock
 from groundling.training.record import judgement, make_record
 from groundling.training.run_folder import RunFolder, find_checkpoint
@@ -116,8 +116,9 @@ def _complete_samples(folder: RunFolder, config: RunConfig) -> None:
     """Make the samples of a finished run, if an interrupt came before they were whole."""
     if not folder.samples.exists():
         resolved = kernels.select_for(runtime.resolve(config.runtime))
+        newest = find_checkpoint(checkpoint.complete(folder.checkpoints)[-1])
         with locked(folder.path), StopSignals() as signals:
-            _sample(folder, config, resolved, checkpoint.complete(folder.checkpoints)[-1], signals.check)
+            _sample(folder, config, resolved, newest, signals.check)
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
     record = make_record(
         trainer,
         reason,
-        newest / "model.safetensors",
+        newest,
         folder.metrics,
         prepared.identity(),
         config.as_dict(),
@@ -220,8 +221,12 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
 
     first_steps = FirstSteps(trainer, config.evaluation.final, tell)
     extra = [TensorBoard(folder.path / "tensorboard")] if config.logging.tensorboard else []
-    terminal = Terminal(trainer.expected_steps, lambda first, last: trainer.growth.whole_steps(first, last))
-    sinks = Sinks(JsonLines(folder.metrics), terminal, first_steps, *extra)
+    terminal = Terminal(
+        trainer.expected_steps,
+        lambda first, last: trainer.growth.whole_steps(first, last),
+        lambda: trainer.stop_rule.seconds_left(trainer.state.wall_s),
+    )
+    sinks = Sinks(JsonLines(folder.metrics), LogFile(folder.log), terminal, first_steps, *extra)
     try:
         yield sinks
     finally:

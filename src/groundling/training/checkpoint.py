@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ WEIGHTS = "model.safetensors"
 TENSOR_FILES = {WEIGHTS: 1, "optimizer.safetensors": 3}
 """Files of tensors, and how often the network's bytes they may take: AdamW keeps two moments of each parameter."""
 NEEDED = (WEIGHTS, "model.json", "tokenizer.json")
+USED = (*NEEDED, "state.json")
+"""What a model is used with; going on with its training takes the optimizer's moments, too."""
 FILES = (*TENSOR_FILES, "model.json", "tokenizer.json", "state.json")
 """What a manifest may name: nothing outside its folder."""
 MAX_HEADER_BYTES = 4 << 20
@@ -126,8 +128,8 @@ def complete(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every sum in its manifest holds."""
+def damage(path: Path, names: Collection[str] = FILES) -> str | None:
+    """What is wrong with a checkpoint's files of these names, or None if their sums in its manifest hold."""
     try:
         sums = read_object(path / MANIFEST)
         if missing := [name for name in NEEDED if name not in sums]:
@@ -135,6 +137,8 @@ def damage(path: Path) -> str | None:
         for name, expected in sums.items():
             if name not in FILES:
                 return f"its manifest names {name[:80]!r}, which no checkpoint has"
+            if name not in names:
+                continue
             if (path / name).stat().st_size > _most_bytes(path, name):
                 return f"{name} is far larger than its network"
             if sha256_of(regular_file(path / name)) != expected:
@@ -155,11 +159,11 @@ def _most_bytes(path: Path, name: str) -> int:
     return TENSOR_FILES[name] * needed + MAX_HEADER_BYTES
 
 
-def newest_intact(root: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose sums hold, and what is wrong with each newer one."""
+def newest_intact(root: Path, names: Collection[str] = FILES) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of whose files these are undamaged, and what is wrong with each newer one."""
     damaged: dict[Path, str] = {}
     for path in reversed(complete(root)):
-        wrong = damage(path)
+        wrong = damage(path, names)
         if wrong is None:
             return path, damaged
         damaged[path] = wrong
@@ -237,10 +241,8 @@ def restore(path: Path, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
 def load_model(path: Path, device: torch.device) -> tuple[GPT2, Tokenizer, int]:
     """The model of a checkpoint on a device, its tokenizer and the window it was trained on.
 
-    Raises `CheckpointError` if the checkpoint is damaged.
+    It is one that `find_checkpoint` gave, whose sums hold. Raises `CheckpointError` if its files hold no such model.
     """
-    if (wrong := damage(path)) is not None:
-        raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
     config, window = _size(path)
     weights.check_size(config, path / WEIGHTS)  # a folder from elsewhere may claim what it likes
     model = weights.unfilled(config, device)

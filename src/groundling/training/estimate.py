@@ -7,7 +7,9 @@ zero, and the moments they leave are dropped.
 
 from __future__ import annotations
 
+import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +57,12 @@ class Estimate:
     memory_bytes: int | None
     achieved_flops: float
     """Matrix FLOP a second of the measured steps, in the network that is computed and in its update."""
+    n_steps: int
+    """Those that the run takes within its limits ..."""
+    expected_steps: int
+    """... and without limits."""
+    schedule_steps: int
+    """Length of a schedule that would be over within them."""
 
     @property
     def total_s(self) -> float:
@@ -151,14 +159,28 @@ def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int 
     model, windows, optim = trainer.model.config, recipe.windows, recipe.optim
     achieved_flops = step_flops(model, windows, optim, length) / step_s
     step_s = step_flops(model, windows, optim, windows.mean_length) / achieved_flops
+    expected_steps = replace(recipe.stopping, max_steps=None).expected(trainer.total_steps)
     n_steps = trainer.expected_steps
+    train_s = step_s * trainer.growth.whole_steps(0, n_steps)
+    schedule_steps = min(n_steps, trainer.total_steps)
+    if recipe.stopping.max_minutes is not None and train_s > (limit_s := 60 * recipe.stopping.max_minutes):
+        train_s, whole_steps = limit_s, trainer.growth.whole_steps
+        n_steps = bisect_left(range(n_steps), limit_s / step_s, key=lambda n: whole_steps(0, n))
+        schedule_steps = math.floor(trainer.total_steps * limit_s / step_s / whole_steps(0, trainer.total_steps))
     mean_step_s = step_s * trainer.growth.whole_steps(0, n_steps) / n_steps if n_steps else step_s
-    train_s = n_steps * mean_step_s
-    if recipe.stopping.max_minutes is not None:
-        train_s = min(train_s, 60 * recipe.stopping.max_minutes)
-    evaluation_s = _evaluations_s(trainer, final, train_s, round(train_s / mean_step_s), step_s)
+    evaluation_s = _evaluations_s(trainer, final, train_s, n_steps, step_s, reaches_end=n_steps == expected_steps)
     tokens_per_s = windows.batch_size * windows.length / mean_step_s
-    return Estimate(mean_step_s, tokens_per_s, train_s, evaluation_s, memory_bytes, achieved_flops)
+    return Estimate(
+        mean_step_s,
+        tokens_per_s,
+        train_s,
+        evaluation_s,
+        memory_bytes,
+        achieved_flops,
+        n_steps,
+        expected_steps,
+        schedule_steps,
+    )
 
 
 def step_s_so_far(trainer: Trainer, metrics: Path) -> float | None:
@@ -181,23 +203,24 @@ def remaining(trainer: Trainer, step_s: float) -> str:
         return f"left: the {expected_steps:,} steps that were expected are over; at most {more:,} more"
     left_s = steps_s = trainer.growth.whole_steps(n_steps, expected_steps) * step_s
     left_s += (heldout_s := _heldout_s(trainer, expected_steps, step_s))
-    if (max_minutes := trainer.recipe.stopping.max_minutes) is not None:
-        left_s = min(left_s, max(0.0, 60 * max_minutes - trainer.state.wall_s))
+    left_s = min(left_s, trainer.stop_rule.seconds_left(trainer.state.wall_s))
     return (
         f"left: {clock(left_s)} of training to step {expected_steps:,}, at {steps_s / (expected_steps - n_steps):.3g} s"
         f" a step, as those so far tell{', evaluations of the held-out text included' if heldout_s else ''}"
     )
 
 
-def _evaluations_s(trainer: Trainer, final: str, train_s: float, n_steps: int, step_s: float) -> float:
-    """Seconds for the looks of the stop rule in so many steps and the losses that are taken at the end.
+def _evaluations_s(
+    trainer: Trainer, final: str, train_s: float, n_steps: int, step_s: float, reaches_end: bool
+) -> float:
+    """Seconds for the losses that are taken in so many steps and after them; looks of the stop rule are taken near the
+    end that is expected.
 
     `step_s` is that of `seconds_to_read`.
     """
     stopping, reads = trainer.recipe.stopping, trainer.looks.sizes()
     total_s = 0.0
-    looks = stopping.target and stopping.measure != "train/loss"
-    if looks and (stopping.max_steps is None or stopping.max_steps >= trainer.total_steps):
+    if reaches_end and stopping.target and stopping.measure != "train/loss":
         total_s += LOOKS * seconds_to_read(trainer, reads.pop(stopping.measure), step_s)
     total_s += _heldout_s(trainer, n_steps, step_s)
     for n_tokens in reads.values():

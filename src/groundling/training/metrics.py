@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,25 @@ class JsonLines(Sink):
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # every line was flushed, or `write` has said why not
+            self.file.close()
+
+
+class LogFile(Sink):
+    """`log.txt`: what a run said that is no metric, each line with the local time, for when its terminal is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        return
+
+    def note(self, message: str) -> None:
+        with contextlib.suppress(OSError):  # of a full disk the metrics tell
+            self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
             self.file.close()
 
 

@@ -5,6 +5,7 @@ Invariant: shows what the loop measured and computes nothing but the time that r
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -72,12 +73,20 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
 class Terminal(Sink):
     """A sink for people: `rich` on a terminal, else a plain line every ten seconds.
 
-    The time that remains is that of the steps that the run is expected to take (`StoppingConfig.expected`).
+    The time that remains is that of the steps that the run is expected to take (`StoppingConfig.expected`), or what is
+    left of the run's own limit.
     """
 
-    def __init__(self, expected_steps: int, whole_steps: Callable[[int, int], float] | None = None) -> None:
-        """`whole_steps` is `Growth.whole_steps`, for runs whose steps cost unequally much."""
-        self.expected_steps = expected_steps
+    def __init__(
+        self,
+        expected_steps: int,
+        whole_steps: Callable[[int, int], float] | None = None,
+        seconds_left: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        """`whole_steps` is `Growth.whole_steps`, for runs whose steps cost unequally much; `seconds_left` says when the
+        time that a run was given is over.
+        """
+        self.expected_steps, self.seconds_left = expected_steps, seconds_left
         self.whole_steps = whole_steps or (lambda first, last: last - first)
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.live: Progress | None = None
@@ -130,7 +139,7 @@ class Terminal(Sink):
         left = "-"
         if self.step_times:
             n_left = self.whole_steps(step + 1, max(step + 1, self.expected_steps))
-            left = clock(n_left * sum(self.step_times) / len(self.step_times))
+            left = clock(min(n_left * sum(self.step_times) / len(self.step_times), self.seconds_left()))
         digits = 4 if self.live else 6  # beside the bar, 80 columns hold no more
         loss, mean = (
             "-" if value is None else f"{value:.{digits}f}"

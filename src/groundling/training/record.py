@@ -16,7 +16,6 @@ from typing import Any
 
 from groundling import allocator, machine
 from groundling.corpus.goldfish import dropped_share
-from groundling.files import sha256_of
 from groundling.model.compact import CompactGPT2
 from groundling.training import checkpoint
 from groundling.training.flops import flops_per_token
@@ -57,7 +56,7 @@ def judgement(loss: float, target: float, what: str) -> str:
 def make_record(
     trainer: Trainer,
     stop_reason: str,
-    weights_path: Path,
+    checkpoint_path: Path,
     metrics: Path,
     identity: dict[str, Any],
     config: dict[str, Any],
@@ -79,11 +78,11 @@ def make_record(
     state, runtime, objective = trainer.state, trainer.runtime, trainer.recipe.objective
     tokens_per_s = median_of(metrics, "train/tokens_per_s")
     n_blocks = in_use(trainer.recipe.model, state.block_stride).n_layer
-    assert weights_path.parent.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
+    assert checkpoint_path.name == checkpoint.NAME.format(state.n_steps), "the record is of other weights"
     return {
         "parameters": trainer.recipe.model.n_parameters(),
         "corpus_sha256": identity["text"],
-        "weights_sha256": sha256_of(weights_path),
+        "weights_sha256": checkpoint.weights_sum(checkpoint_path),
         "tokenizer_sha256": identity["tokenizer"],
         "initial_weights_sha256": identity[INITIAL],
         "window": trainer.recipe.windows.length,

@@ -88,6 +88,7 @@ class RunFolder:
         self.places = path / "places.json"
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
         self.checkpoints = path / "checkpoints"
         self.record = path / "record.json"
         self.imported = path / "imported.json"
@@ -330,15 +331,17 @@ def folder_of(path: Path, checkpoint_path: Path) -> RunFolder:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by a run folder or by a checkpoint directory.
+    """The checkpoint that a user means by a run folder or by a checkpoint directory, with an undamaged model.
 
-    Raises `CheckpointError` if there is none, or none intact.
+    Raises `CheckpointError` if there is none.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is no run folder: give the folder that `groundling train` printed")
     if (path / checkpoint.MANIFEST).exists():
+        if (wrong := checkpoint.damage(path, checkpoint.USED)) is not None:
+            raise CheckpointError(f"the checkpoint {path} cannot be used: {wrong}")
         return path
-    newest, damaged = checkpoint.newest_intact(path / "checkpoints")
+    newest, damaged = checkpoint.newest_intact(path / "checkpoints", checkpoint.USED)
     if newest is None and damaged:
         newest_name, wrong = next(iter(damaged.items()))
         raise CheckpointError(

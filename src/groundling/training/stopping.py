@@ -52,7 +52,7 @@ class StoppingConfig:
     max_steps: int | None = None
     """Steps of the whole run, those before a resume included."""
     max_minutes: float | None = None
-    """Time of the whole run, its looks and that before a resume included."""
+    """Time of the whole run, its looks and that before a resume included; the losses at its end come on top."""
     patience: int = 0
     """Evaluations of heldout/loss without improvement; 0 never stops on it."""
     heldout_every: float = 1.0
@@ -267,11 +267,15 @@ class StopRule:
             return "patience"
         if config.max_steps is not None and n_steps >= config.max_steps:
             return "max_steps"
-        if config.max_minutes is not None and wall_s >= 60 * config.max_minutes:
+        if not self.seconds_left(wall_s):
             return "max_minutes"
         if n_steps >= self.last_step or (n_steps >= self.total_steps and self._out_of_reach()):
             return "schedule"
         return None
+
+    def seconds_left(self, wall_s: float) -> float:
+        """Seconds of the time that the run was given, after so many of them; inf if it was given none."""
+        return math.inf if self.config.max_minutes is None else max(0.0, 60 * self.config.max_minutes - wall_s)
 
     def _out_of_reach(self) -> bool:
         """Whether the loss at the end of the schedule was too far above the target for the rate that is left."""
