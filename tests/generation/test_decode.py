@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from groundling.generation.decode import Batch, Likelihood, Stats, Stream, decode, generate
+from groundling.generation.decode import Batch, Likelihood, Stats, Stream, _shares, decode, generate
 from groundling.generation.decoder import Decoder, TorchDecoder
 from groundling.generation.native import NativeDecoder
 from groundling.generation.sampling import SamplingConfig
@@ -173,7 +173,21 @@ def test_a_long_prompt_does_not_hold_up_the_others(decoder: Decoder) -> None:
     batch.join(Stream(list(range(3)), SamplingConfig(max_tokens=20, temperature=0)))
     writers = [[stream for stream, _ in batch.step()] for _ in range(5)]
     assert all(quick in who for who in writers)
-    assert [len(who) for who in writers] == [1, 1, 1, 2, 3]  # 4, 4, 4, 3 + 1, 2
+    assert [len(who) for who in writers] == [1, 2, 2, 2, 3]  # 2 + 2, 4 and a last one, 4, 4, a last one
+
+
+@pytest.mark.parametrize(
+    ("n_unread", "max_rows", "shares"),
+    [
+        ([1, 900, 1, 2], 64, [1, 62, 1, 2]),
+        ([1000, 1000, 40, 2], 64, [21, 21, 20, 2]),
+        ([9, 8, 7], 2, [0, 1, 1]),
+        ([5, 1, 7], None, [5, 1, 7]),
+        ([1, 1], 1, [1, 1]),
+    ],
+)
+def test_short_prompts_do_not_wait_for_long_ones(n_unread: list[int], max_rows: int | None, shares: list[int]) -> None:
+    assert _shares(n_unread, max_rows) == shares
 
 
 @pytest.mark.parametrize("max_prompt_rows", [None, 1, 3])

@@ -179,10 +179,25 @@ def test_who_reads_slowly_is_waited_for() -> None:
 def test_an_answer_to_what_is_no_request_is_whole() -> None:
     """h11 would refuse to close after half of one, and a server that ends closes what is still unread."""
     protocol = object.__new__(connections.Protocol)
-    protocol.conn, protocol.transport = h11.Connection(h11.SERVER), Mock()
+    protocol.conn, protocol.transport, protocol.cycle = h11.Connection(h11.SERVER), Mock(), None
     protocol.send_400_response("")
     protocol.conn.send(h11.ConnectionClosed())
     assert b"no valid HTTP request" in b"".join(call.args[0] for call in protocol.transport.write.call_args_list)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_a_body_that_cannot_be_read_is_answered_once(
+    serve: Serve, method: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The application has the request by then; an answer to HEAD has no body."""
+    request = method + b" /health HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n"
+    with serve() as server:
+        said = raw(server, request)
+        assert server.complete(max_tokens=1).status_code == 200
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert said.count(b"HTTP/1.1") == 1
+    assert (b"valid HTTP" in said) == (method == b"GET")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_flood_is_told_and_leaves_nothing(serve: Serve, held: ExitStack) -> None:

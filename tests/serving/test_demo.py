@@ -310,6 +310,16 @@ def test_no_more_is_kept_of_a_session_than_a_short_name(demo: Running, name: obj
         assert demo.client.post("/gradio_api/queue/join", content=content).status_code == 422
 
 
+def test_events_of_a_session_that_is_gone_are_no_failure(demo: Running, capfd: pytest.CaptureFixture[str]) -> None:
+    """Gradio tells the page in its stream, by which the page begins anew, and raises afterwards."""
+    answer = demo.client.get("/gradio_api/queue/data", params={"session_hash": "gone"})
+    assert answer.status_code == 200
+    assert '"session_not_found":true' in answer.text.replace(" ", "")
+    eventually(lambda: '"path": "/gradio_api/queue/data"' in demo.log[-1])
+    assert demo.last_logged()["status"] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_visitors_have_the_room_of_their_address(serve: Serve, subject: Subject) -> None:
     """Which is that of the API's clients there, whatever these call themselves."""
     with serve(subject=subject, n_slots=1, max_queue=2) as server, held_up(server):

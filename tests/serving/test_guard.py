@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -13,7 +14,7 @@ import pytest
 
 from groundling.serving.guard import Limits
 
-from .conftest import HEAD, Running, Serve, connect, eventually, held_up, idle, raw, streaming
+from .conftest import HEAD, Running, Serve, connect, eventually, heard, held_up, idle, raw, streaming
 
 KEY = "sk-secret-of-this-test"
 
@@ -162,6 +163,36 @@ def test_a_client_that_leaves_frees_its_slot(serve: Serve, stream: bool) -> None
         eventually(lambda: idle(server))
         assert server.engine.counts.endings == {"cancelled": 3}
         assert server.complete().status_code == 200
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_a_client_that_sends_more_and_then_leaves_frees_its_slot_too(serve: Serve, more: bytes) -> None:
+    """Uvicorn stops reading where more comes than one request, and with it would see no end."""
+    body = json.dumps({"model": "bottles", "max_tokens": 4000, "n": 3}).encode()
+    with serve(n_slots=2) as server:
+        connection = connect(server)
+        connection.sendall(HEAD % len(body) + body)
+        eventually(lambda: server.engine.n_running == 2)
+        connection.sendall(more)
+        time.sleep(0.05)  # so that it comes by itself
+        connection.close()
+        eventually(lambda: idle(server))
+        assert server.engine.counts.endings == {"cancelled": 3}
+
+
+def test_requests_that_were_sent_ahead_are_answered_in_turn(serve: Serve) -> None:
+    body = json.dumps({"model": "bottles", "max_tokens": 3}).encode()
+    with serve() as server, connect(server) as connection:
+        with held_up(server):
+            connection.sendall(HEAD % len(body) + body)
+            eventually(lambda: server.engine.n_running == 1)
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\nGET /health")
+            time.sleep(0.05)
+        connection.sendall(b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        said = heard(connection)
+    places = [said.index(words) for words in (b"text_completion", b"max_model_len", b'"status":"ok"')]
+    assert said.count(b"HTTP/1.1 200 ") == 3
+    assert places == sorted(places)
 
 
 def test_who_does_not_read_is_left(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

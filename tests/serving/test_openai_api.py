@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 import torch
+from pydantic import ValidationError
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.generation.decoder import TorchDecoder
 from groundling.generation.sampling import SamplingConfig
 from groundling.generation.text import continue_text
 from groundling.model.gpt2 import GPT2
+from groundling.serving.completions import CompletionRequest
 
-from .conftest import N_CTX, Running, Serve
+from .conftest import N_CTX, Running, Serve, eventually, held_up
 
 PROMPT = "ten green"
 
@@ -288,6 +292,45 @@ def test_a_body_that_is_no_request_is_refused(running: Running, body: bytes) -> 
     answer = running.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("where", ["", "stream_options", "logit_bias"])
+def test_of_a_hundred_thousand_wrong_names_one_is_written_down(where: str) -> None:
+    """All of them would take the event loop a second."""
+    names = {f"a{number}": "b" for number in range(100_000)}
+    with pytest.raises(ValidationError) as found:
+        CompletionRequest.model_validate({"model": "bottles", **({where: names} if where else names)})
+    assert found.value.error_count() == 1
+
+
+def test_a_refused_name_is_named(running: Running) -> None:
+    assert running.complete(colour="red").json()["error"]["param"] == "colour"
+    options = running.complete(stream=True, stream_options={"colour": "red"}).json()["error"]
+    assert (options["param"], "'stream_options.colour'" in options["message"]) == ("stream_options", True)
+
+
+def test_a_stream_that_waits_says_so(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a comment, which clients pass over."""
+    monkeypatch.setattr("groundling.serving.openai_api.PULSE_S", 0.05)
+    with serve(n_slots=1) as server, ThreadPoolExecutor(1) as pool:
+        with held_up(server):
+            answer = pool.submit(server.complete, stream=True, max_tokens=3)
+            eventually(lambda: server.engine.n_running == 1)
+            time.sleep(0.3)
+        pieces = answer.result().text.split("\n\n")
+        assert pieces[0] == ": waiting"
+        written = json.loads(pieces[-3].removeprefix("data: "))["choices"][0]
+        assert written["finish_reason"] == "length"
+        openais = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        with held_up(server):
+            stream = pool.submit(lambda: list(openais.completions.create(model="bottles", prompt="a", stream=True)))
+            time.sleep(0.3)
+        assert stream.result()[-1].choices[0].finish_reason == "length"
+
+
+def test_health_answers_to_head(running: Running) -> None:
+    answer = running.client.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_neutral_values_of_what_is_not_offered_are_taken(running: Running) -> None:

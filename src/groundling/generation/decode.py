@@ -298,15 +298,12 @@ class Batch:
         self.on_error(stream, error)
 
     def _chunks(self) -> list[tuple[Stream, Chunk]]:
-        """What each stream reads in the next pass; those that joined first read their prompts first."""
+        """What each stream reads in the next pass."""
         max_draft = max(1, MAX_DRAFTED_ROWS // len(self.live))
-        n_left = self.max_prompt_rows
+        unread = [(stream, stream.slide(self.decoder)) for stream in self.live]
+        shares = _shares([n_unread for _, n_unread in unread], self.max_prompt_rows)
         chunks = []
-        for stream in list(self.live):
-            n_unread = stream.slide(self.decoder)
-            n_read = n_unread if n_left is None or n_unread == 1 else min(n_unread, n_left)
-            if n_left is not None and n_unread > 1:
-                n_left -= n_read
+        for (stream, n_unread), n_read in zip(unread, shares, strict=True):
             try:
                 if n_read:
                     chunks.append((stream, stream.next_chunk(self.decoder, n_unread, max_draft, n_read)))
@@ -318,6 +315,21 @@ class Batch:
         """Let every stream leave."""
         for stream in list(self.live):
             self.leave(stream)
+
+
+def _shares(n_unread: Sequence[int], max_rows: int | None) -> list[int]:
+    """How much of what each stream has to read it may read in a pass, if those that read prompts share so many rows.
+
+    All get as much, and what the shortest prompts leave goes to the longer ones, so that nobody waits for their end.
+    """
+    if max_rows is None:
+        return list(n_unread)
+    shares = list(n_unread)
+    readers = sorted((place for place, n in enumerate(n_unread) if n > 1), key=lambda place: n_unread[place])
+    for n_before, place in enumerate(readers):
+        shares[place] = min(n_unread[place], max_rows and max(1, max_rows // (len(readers) - n_before)))
+        max_rows -= shares[place]
+    return shares
 
 
 def decode(

@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from groundling.corpus.tokenizer import Tokenizer
 from groundling.errors import ConfigError
@@ -63,10 +73,22 @@ class Unusable(ConfigError):
         self.param, self.code = param, code
 
 
-class StreamOptions(BaseModel):
-    """What a stream carries besides text."""
+class _Strict(BaseModel):
+    """Settings by their names: the first other one is an error, and of a hundred thousand no more is written down."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError("extra_forbidden", "there is no such setting", {"name": name})
+        return given
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides text."""
 
     include_usage: StrictBool = False
     """A last piece with the numbers of tokens."""
@@ -74,10 +96,8 @@ class StreamOptions(BaseModel):
     """Not offered."""
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(_Strict):
     """What is to be continued, and how."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     """A name that /v1/models lists."""
@@ -120,7 +140,7 @@ class CompletionRequest(BaseModel):
     """Not offered: use repetition_penalty."""
     frequency_penalty: Literal[0] | None = None
     """Not offered: use repetition_penalty."""
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     """Not offered."""
 
     def sampling(self) -> SamplingConfig:
@@ -226,21 +246,6 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage | None = None
-
-
-class ErrorDetail(BaseModel):
-    """What is wrong, in OpenAI's shape."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorAnswer(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: ErrorDetail
 
 
 class Model(BaseModel):

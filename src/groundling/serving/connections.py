@@ -15,8 +15,8 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from groundling.serving.api_errors import ApiError, wrong
 from groundling.serving.hosts import client_of
-from groundling.serving.openai_api import ApiError, wrong
 
 HEADER_TIMEOUT_S = 10.0
 UNREAD_TIMEOUT_S = 30.0
@@ -26,6 +26,9 @@ MAX_CONNECTIONS = 512
 """Half of the 1,024 files that a process may have open by default on Linux (getrlimit(2))."""
 MAX_PER_ADDRESS = 64
 """A visitor's page holds two or three, six while it loads: a class behind one router. Eight addresses fill a server."""
+
+MAX_AHEAD_BYTES = 1 << 16
+"""Of further requests, while one is answered; after these the rest waits in the system."""
 
 N_SPARE = 16
 """Connections above the total that may still ask how the server is."""
@@ -48,6 +51,8 @@ class Protocol(H11Protocol):
 
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
+    _n_ahead = 0
+    """Bytes that came while a request was answered."""
 
     def __init__(self, *, max_connections: int, max_per_address: int, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
@@ -71,8 +76,18 @@ class Protocol(H11Protocol):
         super().data_received(data)  # which ends uvicorn's own wait, at the first byte
         if self.cycle is None or self.cycle.response_complete:
             self._await_headers(HEADER_TIMEOUT_S)
+            self._n_ahead = 0
         else:
             self._stop_waiting()
+            self._read_on(len(data))
+
+    def _read_on(self, n_bytes: int) -> None:
+        """Reads what follows a whole request while it is answered, for uvicorn would not: else nobody saw the end of a
+        client that has sent a byte more, and then left."""
+        if self.flow.read_paused and not self.cycle.more_body:
+            self._n_ahead += n_bytes
+            if self._n_ahead <= MAX_AHEAD_BYTES:
+                self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -113,7 +128,10 @@ class Protocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = error.response()
             answer.headers["Connection"] = "close"
-            body = bytes(answer.body)
+            if self.cycle and not self.cycle.response_complete:
+                self.cycle.disconnected = True  # the application's answer would come too late
+            asked_for_headers = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+            body = b"" if asked_for_headers else bytes(answer.body)
             reason = HTTPStatus(error.status).phrase.encode()
             for event in (
                 h11.Response(status_code=error.status, headers=answer.raw_headers, reason=reason),

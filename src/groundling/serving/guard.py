@@ -19,8 +19,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundling.serving.access_log import AccessLog
+from groundling.serving.api_errors import ApiError, defect, wrong
 from groundling.serving.hosts import check_host, client_of
-from groundling.serving.openai_api import ApiError, defect, wrong
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A client's own id is kept if it is this plain."""

@@ -12,7 +12,7 @@ import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from groundling.serving.openai_api import wrong
+from groundling.serving.api_errors import wrong
 
 
 def host_of(address: str) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from groundling.corpus.tokenizer import Tokenizer
@@ -25,12 +25,11 @@ from groundling.errors import ConfigError, RunFailed
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
 from groundling.serving.access_log import Account
+from groundling.serving.api_errors import ApiError, ErrorAnswer, dead, wrong
 from groundling.serving.completions import (
     Choice,
     Completion,
     CompletionRequest,
-    ErrorAnswer,
-    ErrorDetail,
     LogprobsWriter,
     Model,
     ModelList,
@@ -41,47 +40,10 @@ from groundling.serving.completions import (
 from groundling.serving.engine import Busy, Closing, Engine, Event, Ticket
 from groundling.serving.mailbox import Mailbox
 
+PULSE_S = 15.0
+"""A stream says after so long that it still waits: proxies end what is silent for a minute."""
 READING_S = 10.0
 """How long an answer may go on after the time that its texts may take."""
-RETRY_AFTER_S = 1
-"""Told to clients that find the queue full."""
-DEAD = "dead"
-"""The code of answers after which none will come but from a server that is started again."""
-
-
-class ApiError(Exception):
-    """An answer other than success."""
-
-    def __init__(self, status: int, message: str, kind: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.detail = ErrorDetail(message=message, type=kind, code=code, param=param)
-
-    def response(self) -> JSONResponse:
-        is_final = self.status == 408 or self.detail.code == DEAD
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) and not is_final else {}
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        if is_final:
-            headers["X-Should-Retry"] = "false"  # OpenAI's client would ask for the same twice more, and wait as long
-        if self.status in (408, 413, 431) or self.detail.code == "two_lengths":
-            headers["Connection"] = "close"  # the rest of the body is not read
-        return JSONResponse(ErrorAnswer(error=self.detail).model_dump(), self.status, headers)
-
-
-def wrong(message: str, param: str | None = None, status: int = 400, code: str | None = None) -> ApiError:
-    """An error of the client's."""
-    return ApiError(status, message, "invalid_request_error", code, param)
-
-
-def defect() -> ApiError:
-    """An error of ours, of which the client learns no more; where it was raised is for the server's own log."""
-    return ApiError(500, "this is a defect of the server: please report it", "server_error", "defect")
-
-
-def dead(message: str) -> ApiError:
-    """The engine has ended, and with it all answers."""
-    return ApiError(503, message, "server_error", DEAD)
 
 
 @dataclass(frozen=True)
@@ -157,7 +119,8 @@ def make_api(served: Served) -> APIRouter:
             return EventStream(job)
         try:
             async with _left(request) as left:
-                return JSONResponse((await _first(job.whole(), left)).model_dump())
+                whole = await _first(job.whole(), left)
+                return Response(whole.model_dump_json(), media_type="application/json")
         finally:
             job.cancel()
 
@@ -238,14 +201,19 @@ class Job:
         for ticket in self.account.tickets:
             ticket.cancel()
 
-    async def choices(self) -> AsyncGenerator[Choice]:
-        """Pieces of the texts, as they are written.
+    async def choices(self, pulse_s: float | None = None) -> AsyncGenerator[Choice | None]:
+        """Pieces of the texts, as they are written, and None whenever there was none for so many seconds.
 
         Raises `ApiError` if one of them cannot be brought to its end.
         """
         n_left = len(self._likely)
         while n_left:
-            index, event = await self._heard.get()
+            try:
+                async with asyncio.timeout(pulse_s):
+                    index, event = await self._heard.get()
+            except TimeoutError:
+                yield None
+                continue
             if event.ending in ("deadline", "failed", "cancelled"):
                 raise _ended_early(event.ending, self.served)
             if not self._only_prompt:
@@ -292,6 +260,7 @@ class Job:
     async def _gathered(self) -> Completion:
         choices: dict[int, Choice] = {}
         async for piece in self.choices():
+            assert piece
             whole = choices.setdefault(piece.index, Choice(index=piece.index, text="", logprobs=None))
             whole.text += piece.text
             whole.finish_reason = piece.finish_reason
@@ -340,9 +309,9 @@ async def _events(job: Job) -> AsyncIterator[str]:
     """Server-sent events; an error after the first is one too, since the status has been sent."""
     with_usage = job.body.stream_options is not None and job.body.stream_options.include_usage
     try:
-        async with aclosing(job.choices()) as choices:
+        async with aclosing(job.choices(PULSE_S)) as choices:
             async for choice in choices:
-                yield _event(job.completion([choice]).model_dump_json())
+                yield _event(job.completion([choice]).model_dump_json()) if choice else ": waiting\n\n"
         if with_usage:
             yield _event(job.completion([], job.usage()).model_dump_json())
     except ApiError as error:

@@ -13,6 +13,7 @@ import json
 import re
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match, Mount
@@ -71,14 +72,22 @@ class OwnOrigin:
 
 
 class KnownSessions:
-    """An application that hears of sessions by names as short as the page gives: Gradio keeps them for a while."""
+    """An application that hears of sessions by names as short as the page gives: Gradio keeps them for a while.
+
+    Of one that it does not know it says so in its stream of events, and then raises: that is no failure.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except RuntimeError as error:  # Starlette's, of what was raised when the status was sent
+                if not (isinstance(error.__cause__, HTTPException) and scope["path"].endswith("/queue/data")):
+                    raise
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             return
         body = await Request(scope, receive).body()
         if not _names_a_session(body):

@@ -25,10 +25,11 @@ from starlette.exceptions import HTTPException
 
 from groundling import __version__
 from groundling.serving.access_log import AccessLog
+from groundling.serving.api_errors import ApiError, dead, wrong
 from groundling.serving.connections import MAX_CONNECTIONS, Protocol
 from groundling.serving.engine import Engine
 from groundling.serving.guard import Guard, Limits
-from groundling.serving.openai_api import ApiError, Served, dead, make_api, wrong
+from groundling.serving.openai_api import Served, make_api
 
 KEEP_ALIVE_S = 15
 LAST_WORDS_S = 5
@@ -87,6 +88,7 @@ def make_app(
     app.add_middleware(Guard, limits=config.limits, api_key=config.api_key, hosts=config.hosts, access_log=access_log)
     app.include_router(make_api(served))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "Decoding has failed."}})
     async def health() -> dict[str, Any]:
         """Whether texts can be written."""
@@ -127,7 +129,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     where = [str(part) for part in first["loc"][1:]]  # after "body"
     name = where[0] if where else None
     if first["type"] == "extra_forbidden":
-        return wrong(f"there is no setting {'.'.join(where)[:100]!r} here: leave it out", name)
+        where.append(str(first["ctx"]["name"]))
+        return wrong(f"there is no setting {'.'.join(where)[:100]!r} here: leave it out", where[0][:100])
     return wrong(f"{name or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}", name)
 
 

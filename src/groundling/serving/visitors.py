@@ -18,9 +18,10 @@ from groundling.generation.decode import Likelihood
 from groundling.generation.sampling import SamplingConfig
 from groundling.serving import engine
 from groundling.serving.access_log import Account
+from groundling.serving.api_errors import ApiError
 from groundling.serving.completions import CompletionRequest, with_seeds
 from groundling.serving.engine import Ending, Ticket
-from groundling.serving.openai_api import ApiError, Heard, Served, hand_in
+from groundling.serving.openai_api import Heard, Served, hand_in
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_TOKENS = 400
