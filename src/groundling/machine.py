@@ -106,14 +106,15 @@ def _numbers(path: Path) -> list[int] | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Largest resident memory of this process so far; on a CUDA device, the largest allocation there.
+    """Largest resident memory of this process so far; on a CUDA device, the largest allocation there; on an Apple GPU
+    what the driver holds for it, which grows to what a step needs.
 
-    None on an Apple GPU, for which PyTorch keeps no such figure.
+    None where the system says nothing of it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
-        return None
+        return torch.mps.driver_allocated_memory()
     try:
         import resource
     except ImportError:  # Windows

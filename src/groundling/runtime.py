@@ -23,7 +23,7 @@ import torch
 
 from groundling.errors import ConfigError
 from groundling.files import home_expanded
-from groundling.machine import bf16_pace, cpu_flags, cpu_quota, notable_flags
+from groundling.machine import bf16_pace, cpu_flags, cpu_quota, gpu_name, notable_flags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +36,8 @@ BF16_GAIN = 1.25
 """bf16 must be so many times as fast as fp32, which is more precise: a choice."""
 MAX_THREADS = 1024
 """More than any one machine has cores; a hundred thousand end the process."""
+NO_CODE = "no kernel image"
+"""What CUDA says of a GPU for which a program was not compiled: PyTorch's default builds leave old ones out."""
 FP16_UNITS = (7, 0)
 """The compute capability from which NVIDIA's GPUs multiply fp16 in units for matrices (CUDA C++ Programming Guide)."""
 
@@ -79,6 +81,8 @@ class Runtime:
         computed_by = {"PyTorch": str(torch.__version__)}
         if self.device.type == "cpu":
             computed_by["instructions"] = " ".join(notable_flags())
+        else:
+            computed_by["GPU"] = gpu_name(self.device) or "unknown"
         return {what: choice for what, choice, _ in self.reasons} | computed_by
 
     @property
@@ -116,6 +120,9 @@ def resolve(config: RuntimeConfig, began: Mapping[str, str] = MappingProxyType({
     threads = config.threads or available_cores()
     torch.set_num_threads(threads)
     dtype, dtype_why = _dtype(config.dtype, device, began.get("dtype"))
+    # On new GPUs it would be the first choice, and gradients of it were NaN in bf16 (kyutai-labs/pocket-tts#264), texts
+    # wrong (pytorch#193893): PyTorch's own flash attention takes its place.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         # Compiled code otherwise adds up gradients of the embedding in whichever order its threads arrive. Asked for in
         # this way because the other imports the compiler, for seconds; `CompiledLoss` does it where one is used.
@@ -138,8 +145,10 @@ def _device(name: str) -> tuple[torch.device, str, tuple[str, ...]]:
         if torch.cuda.is_available():
             seen = torch.cuda.get_device_name()
             if broken := _cuda_failure(torch.device("cuda")):
-                warning = f"{seen} is not used, because PyTorch cannot compute on it ({broken})"
-                return torch.device("cpu"), "PyTorch cannot compute on the GPU", (warning,)
+                if NO_CODE not in broken:  # it may be full: a run of minutes is not to become one of hours
+                    raise ConfigError(f"{seen} cannot be used ({broken}): free it, or give --device cpu")
+                warning = f"{seen} is not used, because this PyTorch has no code for it ({broken}); another build may"
+                return torch.device("cpu"), "PyTorch has no code for the GPU", (warning,)
             more = torch.cuda.device_count() - 1
             others = f" and {more} more, of which a run uses none" if more else ""
             return torch.device("cuda"), f"PyTorch sees {seen}{others}", ()
@@ -173,7 +182,7 @@ def _device(name: str) -> tuple[torch.device, str, tuple[str, ...]]:
 
 
 def _cuda_failure(device: torch.device) -> str | None:
-    """What PyTorch says if it has no code for this GPU, which it finds out when it is to compute."""
+    """What PyTorch says if it cannot compute on this GPU, which it finds out when it is to."""
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:

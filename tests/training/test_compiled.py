@@ -92,8 +92,8 @@ def test_a_run_never_recompiles(make_trainer: MakeTrainer, monkeypatch: pytest.M
     resumed.resume()
     resumed.train()
     resumed.take("corpus/loss_offset")
-    assert (begun.compiled, begun.recompilations) == (True, 0)
-    assert (resumed.compiled, resumed.recompilations) == (True, 0)
+    assert (begun.loss_sum.compiled, begun.loss_sum.n_recompilations) == (True, 0)
+    assert (resumed.loss_sum.compiled, resumed.loss_sum.n_recompilations) == (True, 0)
 
 
 def test_blocks_that_join_are_compiled_once_and_are_no_recompilation(make_trainer: MakeTrainer) -> None:
@@ -105,7 +105,7 @@ def test_blocks_that_join_are_compiled_once_and_are_no_recompilation(make_traine
     compiled.train()
     assert [line["train/blocks"] for line in memory.metrics] == [1] * 4 + [2] * 6
     assert memory.losses() == pytest.approx(eager_memory.losses(), abs=1e-4)
-    assert (compiled.compiled, compiled.recompilations) == (True, 0)
+    assert (compiled.loss_sum.compiled, compiled.loss_sum.n_recompilations) == (True, 0)
 
 
 def test_a_recompilation_is_counted() -> None:

@@ -80,7 +80,8 @@ def _train(arguments: list[str]) -> int:
     check_logging(config.logging)
     prepared = prepare(config, resumed, arguments)
     folder = resumed or RunFolder(early.out or new_run_path(prepared.config, prepared.corpus.name))
-    _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else prepared.config.checkpoint.keep + 1)
+    n_kept = prepared.config.checkpoint.keep + (prepared.config.stopping.patience > 0)
+    _check_disk(folder.path, prepared, n_checkpoints=1 if resumed else n_kept + 1)
     trainer = prepared.trainer(folder.checkpoints)
     with trainer.signals, folder.open(prepared.identity(), prepared.config.as_yaml(), early.resume):
         if resumed:
@@ -188,6 +189,8 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
                 f"warning: {n_blocks} of {config.model.n_layer} blocks were trained, and the others, which were to join"
                 f" at step {trainer.growth.n_steps}, add nothing yet"
             )
+        if best := _best_checkpoint(trainer, folder):
+            trainer.sinks.note(f"heldout/loss was lowest before: {best} has the weights of then")
         start = time.monotonic()
         try:
             losses = _final_losses(trainer, config.evaluation.final, folder.metrics)
@@ -231,6 +234,15 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
         yield sinks
     finally:
         sinks.close()
+
+
+def _best_checkpoint(trainer: Trainer, folder: RunFolder) -> Path | None:
+    """The checkpoint that knew the held-out text best, if that is not the last."""
+    best_step = trainer.stop_rule.state.best_heldout_step
+    if best_step in (None, trainer.state.n_steps):
+        return None
+    path = folder.checkpoints / checkpoint.NAME.format(best_step)
+    return path if path.exists() else None
 
 
 def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:

@@ -65,10 +65,15 @@ class CheckpointConfig:
         if not re.fullmatch(r"\d+|\d+(\.\d+)?m", str(self.save_every)):
             raise ConfigError(f"checkpoint.save_every is {self.save_every!r}: give steps (500) or minutes (15m)")
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there should be others than the last."""
+        return float(str(self.save_every).removesuffix("m")) > 0
+
     def due(self, n_steps: int, seconds_since_last: float) -> bool:
         """Whether a checkpoint should be written after so many steps, so long after the last one."""
         number = float(str(self.save_every).removesuffix("m"))
-        if number == 0:
+        if not self.wanted:
             return False
         if str(self.save_every).endswith("m"):
             return seconds_since_last >= 60 * number
@@ -84,9 +89,11 @@ def save(
     tokenizer: Tokenizer,
     window: int,
     keep: int,
+    spared_step: int | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write a checkpoint after `n_steps` steps and remove all but the newest `keep`; returns its directory.
+    """Write a checkpoint after `n_steps` steps and remove all but the newest `keep`, and that of `spared_step`; returns
+    its directory.
 
     There must be none of that step, unless it is to be replaced.
 
@@ -110,7 +117,8 @@ def save(
             f"the checkpoint {path} cannot be written ({error}): free the disk, then begin again (train: --resume)"
         ) from None
     for old in complete(root)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # what cannot be removed yet is old at the next save, too
+        if spared_step is None or old.name != NAME.format(spared_step):
+            shutil.rmtree(old, ignore_errors=True)  # what cannot be removed yet is old at the next save, too
     return path
 
 

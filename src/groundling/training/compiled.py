@@ -50,6 +50,11 @@ class CompiledLoss:
         finally:
             self._count(counters["frames"]["total"] - before, (inputs.size(0), inputs.size(1)))
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it has not fallen back."""
+        return self.function is not self.eager
+
     def expect_another_network(self) -> None:
         """From here on another part of the network is computed: each shape is compiled once more."""
         self._compiled_for.clear()

@@ -18,6 +18,7 @@ from groundling import allocator, machine
 from groundling.corpus.goldfish import dropped_share
 from groundling.model.compact import CompactGPT2
 from groundling.training import checkpoint
+from groundling.training.compiled import CompiledLoss
 from groundling.training.flops import flops_per_token
 from groundling.training.growth import in_use
 from groundling.training.metrics import read_lines
@@ -108,8 +109,8 @@ def make_record(
         "peak_memory_bytes": trainer.peak_memory_bytes(),
         "device": str(runtime.device),
         "dtype": runtime.dtype_name,
-        "compiled": trainer.compiled,
-        "recompilations": trainer.recompilations,
+        "compiled": isinstance(trainer.loss_sum, CompiledLoss) and trainer.loss_sum.compiled,
+        "recompilations": trainer.loss_sum.n_recompilations if isinstance(trainer.loss_sum, CompiledLoss) else 0,
         "allocator": allocator.in_use(),
         "machine": machine.describe(runtime.threads, runtime.device),
         "versions": machine.versions(),

@@ -54,7 +54,7 @@ class StoppingConfig:
     max_minutes: float | None = None
     """Time of the whole run, its looks and that before a resume included; the losses at its end come on top."""
     patience: int = 0
-    """Evaluations of heldout/loss without improvement; 0 never stops on it."""
+    """Evaluations of heldout/loss without improvement; 0 never stops on it. The best checkpoint is kept."""
     heldout_every: float = 1.0
     """Passes between evaluations of heldout/loss, taken only if patience is set."""
 
@@ -132,6 +132,8 @@ class StopState:
     first_batch_below_target: dict[str, float] | None = None
     look: Look | None = None
     best_heldout: float | None = None
+    best_heldout_step: int | None = None
+    """Steps after which it was taken."""
     evaluations_without_improvement: int = 0
     heldout_at_step: int = 0
     last_heldout: float | None = None
@@ -145,7 +147,8 @@ class StopState:
 
     def forget_losses(self) -> None:
         """Drop what was measured in windows that are others from now on; the first batch below the target stays."""
-        self.loss_ema = self.last_batch = self.look = self.best_heldout = self.last_heldout = None
+        self.loss_ema = self.last_batch = self.look = self.last_heldout = None
+        self.best_heldout = self.best_heldout_step = None
         self.evaluations_without_improvement = 0
 
 
@@ -247,7 +250,7 @@ class StopRule:
         state = self.state
         state.heldout_at_step, state.last_heldout = n_steps, loss
         if state.best_heldout is None or loss < state.best_heldout:
-            state.best_heldout, state.evaluations_without_improvement = loss, 0
+            state.best_heldout, state.best_heldout_step, state.evaluations_without_improvement = loss, n_steps, 0
         else:
             state.evaluations_without_improvement += 1
 

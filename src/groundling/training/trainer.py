@@ -170,6 +170,7 @@ class Trainer:
             self.tokenizer,
             self.recipe.windows.length,
             self.recipe.checkpoint.keep,
+            self.stop_rule.state.best_heldout_step,
             replace=again or self.window_changed,
         )
         self.saved_at, self.saved_step, self.window_changed = time.monotonic(), self.state.n_steps, False
@@ -199,19 +200,9 @@ class Trainer:
         return self.recipe.stopping.expected(self.total_steps)
 
     @property
-    def compiled(self) -> bool:
-        """Whether the loss runs compiled, and has not fallen back."""
-        return isinstance(self.loss_sum, CompiledLoss) and self.loss_sum.function is not self.loss_sum.eager
-
-    @property
     def scales_loss(self) -> bool:
         """Whether gradients are in a format that small ones vanish in."""
         return self.runtime.dtype is torch.float16
-
-    @property
-    def recompilations(self) -> int:
-        """How often compiled code did not fit and was compiled anew; shapes are known from the start, so never."""
-        return self.loss_sum.n_recompilations if isinstance(self.loss_sum, CompiledLoss) else 0
 
     def _look_and_judge(self) -> str | None:
         """Takes the losses that are due, then asks the stop rule for a reason to end."""
@@ -228,6 +219,8 @@ class Trainer:
                 )
         if rule.heldout_due(n_steps):
             rule.observe_heldout(n_steps, self._take_look("heldout/loss"))
+            if rule.state.best_heldout_step == n_steps:
+                self._save_if_due(at_turning_point=True)
         self._count_wall()
         return rule.reason(n_steps, self.state.wall_s)
 
@@ -292,6 +285,7 @@ class Trainer:
         """Go through the first of every so many blocks from here on."""
         state, transformer = self.state, self.model.transformer
         if state.block_stride > block_stride:
+            self._save_if_due(at_turning_point=True)  # there may not be the memory that is needed from here on
             state.block_stride = block_stride
             self.sinks.note(f"step {state.n_steps}: all {self.model.config.n_layer} blocks take part from here on")
         if transformer.block_stride != block_stride:
@@ -313,6 +307,8 @@ class Trainer:
             "train/mfu": self.ceiling.share(reached_flops, self.sinks.note),
             "train/step_s": result.seconds,
         }
+        if batch.n_pieces > 1:
+            metrics["train/pieces"] = batch.n_pieces
         if self.state.n_growing:
             metrics["train/blocks"] = network.n_layer
         if self.scales_loss:
@@ -369,9 +365,10 @@ class Trainer:
             losses = [self.model.loss_sum(*part).item() for part in batch.split(self.recipe.windows.micro)]
         return not math.isfinite(sum(losses))
 
-    def _save_if_due(self) -> None:
-        n_steps = self.state.n_steps
-        if n_steps and self.trained and self.recipe.checkpoint.due(n_steps, time.monotonic() - self.saved_at):
+    def _save_if_due(self, at_turning_point: bool = False) -> None:
+        n_steps, config = self.state.n_steps, self.recipe.checkpoint
+        due = config.wanted if at_turning_point else config.due(n_steps, time.monotonic() - self.saved_at)
+        if n_steps and self.trained and due:
             self.save()
 
     def _count_wall(self) -> None:
