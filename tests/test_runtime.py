@@ -206,8 +206,28 @@ def test_fp16_is_for_cuda() -> None:
         runtime.resolve(RuntimeConfig(device="cpu", dtype="fp16"))
 
 
+def test_a_gpu_that_is_full_is_not_passed_over(gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a run of minutes would become one of hours."""
+    monkeypatch.setattr(runtime, "_cuda_failure", lambda device: "CUDA out of memory")
+    with pytest.raises(ConfigError, match=r"Tesla cannot be used \(CUDA out of memory\): free it, or give --device cpu"):
+        runtime.resolve(RuntimeConfig())
+
+
+def test_another_gpu_is_another_fact(gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = runtime.resolve(RuntimeConfig())
+    assert resolved.facts()["GPU"] == "Tesla"
+    assert "instructions" not in resolved.facts()
+    assert "GPU" not in runtime.resolve(RuntimeConfig(device="cpu")).facts()
+
+
+def test_attention_is_not_cudnns(gpus: str) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    runtime.resolve(RuntimeConfig())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_gpu_that_pytorch_has_no_code_for_is_left_alone(gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_cuda_failure", lambda device: "no kernel image is available")
+    monkeypatch.setattr(runtime, "_cuda_failure", lambda device: "CUDA error: no kernel image is available")
     resolved = runtime.resolve(RuntimeConfig())
     assert (resolved.device.type, resolved.kernels) == ("cpu", "native")
     assert "no kernel image" in resolved.warnings[0]

@@ -131,4 +131,6 @@ def test_prompts_are_the_text_s_own_unless_others_are_given(workplace: Path) -> 
     assert prompts("penny-prompts", *train(*penny)) == own
     assert prompts("given-prompts", *train("--prompts", '["one", "two"]')) == ["one", "two"]
     assert prompts("play-prompts", *train("--corpus", "the-tempest")) == list(SHAKESPEARE_PROMPTS)
+    repeated = str(workplace / "runs" / "play-prompts" / "config.yaml")
+    assert prompts("repeated-prompts", "train", "--config", repeated, "--corpus", "bottles.txt") == own
     assert load_preset("penny").prompts[0] == "ANTIPHOLUS OF SYRACUSE:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
 import shlex
@@ -205,6 +206,21 @@ def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.Capt
     assert main(["estimate", "--corpus", "bottles.txt", *SMALL]) == 0
     assert "tokens/s" in capsys.readouterr().out
     assert files_but_cache(workplace) == before
+
+
+def test_patience_names_the_checkpoint_that_was_best(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Letters in no order are known the less the better the bottles are."""
+    (workplace / "noise.txt").write_text("".join(random.Random(0).choices("qxzjkvw ", k=600)))
+    patience = ["--stopping.patience", "2", "--stopping.target", "0", "--schedule.passes", "40"]
+    out = workplace / "runs" / "patient"
+    assert main(train("--heldout", "noise.txt", *patience, "--windows.batch_size", "4", "--out", str(out))) == 0
+    said = capsys.readouterr().err
+    assert "the held-out text got no better" in said
+    (best,) = re.findall(r"heldout/loss was lowest before: (\S+) has the weights of then", said)
+    assert main(["evaluate", best, "--json"]) == 0
+    lowest = json.loads(capsys.readouterr().out)["heldout/loss"]
+    taken = [line["heldout/loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "heldout/loss" in line]
+    assert lowest == pytest.approx(min(taken), rel=1e-4)
 
 
 def test_a_long_run_is_told_what_would_finish_sooner(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,15 @@ def test_it_begins_with_the_loss_that_the_model_had(source: Path, tuned: Path) -
     assert record["tokenizer_sha256"] == tokenizer.sha256
 
 
+def test_a_rate_for_random_weights_is_warned_of(
+    source: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for peak, warned in (("2e-3", True), ("1e-4", False)):
+        assert main(["estimate", "--init", str(source), *TUNE, "--schedule.peak", peak]) == 0
+        said = capsys.readouterr().err
+        assert ("is preset gpt2's, for random weights" in said) is warned
+
+
 def test_resumed_equals_uninterrupted_without_the_source(
     source: Path, tuned: Path, tmp_path: Path, workplace: Path
 ) -> None:

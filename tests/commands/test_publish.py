@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -200,6 +201,7 @@ def test_at_a_terminal_it_asks_before_something_becomes_public(
     code, _, err = publish()
     assert code != 0
     assert "publish it? [y/N]" in err
+    assert re.search(r"its card, to be read before it is published: /\S+/README\.md\n", err)
     assert server.repositories == {}
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     code, _, err = publish()
@@ -210,6 +212,14 @@ def test_at_a_terminal_it_asks_before_something_becomes_public(
     assert sys.stdin.readline() == "yes\n", "--yes asked"
     assert "the README.md that it has now is replaced" not in err
     assert "the README.md that it has now is replaced" in publish("--yes")[2]
+
+
+def test_a_licence_is_named_where_the_hub_reads_it(publish: Publish, server: HubServer) -> None:
+    assert publish("--license", "cc0-1.0")[0] == 0
+    card = server.repositories["model", REPO].files["README.md"].decode()
+    assert "\nlicense: cc0-1.0\n" in card.split("---")[1]
+    code, _, err = publish("--license", "CC0: free!")
+    assert (code, "give its identifier on the hub" in err) == (2, True)
 
 
 def test_a_page_for_browsers_is_made_beside_the_model(

@@ -116,8 +116,8 @@ def test_a_range_is_read_and_its_byte_order_mark_kept():
 @pytest.mark.parametrize(
     ("content", "offset", "advice"),
     [
-        ("Grüße".encode("latin-1"), 2, "iconv -f LATIN1"),
-        ("aé".encode() + b"\xff", 3, "iconv -f LATIN1"),
+        ("Grüße".encode("latin-1"), 2, "look at what comes: iconv -f WINDOWS-1252"),
+        ("aé".encode() + b"\xff", 3, "iconv -f WINDOWS-1252"),
         ("清".encode()[:2], 0, "iconv"),
         ("abc".encode("utf-16"), 0, "iconv -f UTF-16"),
         ("abc".encode("utf-16-le"), 1, "iconv -f UTF-16"),

@@ -278,6 +278,7 @@ def test_safetensors_headers(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n", "run `git lfs pull`"),
         (b"", "header is said to end"),
         (b"\x01\x02", "header is said to end"),
         (struct.pack("<Q", 2**60) + b"{}", "header is said to end"),

@@ -261,9 +261,9 @@ def test_names(spoil: Callable[[dict[str, Any]], object], words: str, folder: Pa
 
 
 def test_a_key_twice_among_many(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = ("{" + ",".join(f'"{n}":0' for n in range(300_000)) + ',"299999":0}').encode()
+    text = ("{" + ",".join(f'"{n}":0' for n in range(200_000)) + ',"199999":0}').encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-    assert "the key '299999' twice" in refusal(folder, capsys)
+    assert "the key '199999' twice" in refusal(folder, capsys)
 
 
 def test_a_tokenizer_far_larger_than_its_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,6 +203,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(second.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize(("save_every", "saved"), [("1000", [5, 7]), ("0", [7])])
+def test_a_checkpoint_is_written_before_blocks_join(
+    make_trainer: MakeTrainer, save_every: str, saved: list[int]
+) -> None:
+    """From then on a step needs more memory, and without it a run would have lost its first half."""
+    sections = {"model": FOUR, "growth": GROWTH, "checkpoint": CheckpointConfig(save_every)}
+    trainer, memory = make_trainer(**sections, stopping=StoppingConfig(max_steps=7))
+    trainer.train()
+    paths = checkpoint.complete(trainer.checkpoints)
+    assert [int(path.name[-2:]) for path in paths] == saved
+    if saved[0] == 5:
+        shutil.rmtree(paths[1])
+        resumed, again = make_trainer(**sections, stopping=StoppingConfig(max_steps=7))
+        resumed.resume()
+        resumed.train()
+        assert again.losses() == memory.losses()[5:]
+
+
 LONGER = ScheduleConfig(peak=1e-2, warmup_steps=4, total_steps=80, passes=None)
 SHORTER = ScheduleConfig(peak=1e-2, warmup_steps=4, total_steps=12, passes=None)
 
@@ -275,7 +293,7 @@ def test_a_run_goes_back_to_when_blocks_waited(make_trainer: MakeTrainer) -> Non
 
     trainer.loss_sum = broken
     trainer.train()
-    assert "continuing after 4 steps" in memory.notes
+    assert "continuing after 5 steps" in memory.notes
     assert trainer.state.n_growing == 5
     assert memory.losses() == whole_memory.losses()
     assert all(trainer.model.state_dict()[name].equal(w) for name, w in whole.model.state_dict().items())

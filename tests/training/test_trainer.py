@@ -97,6 +97,7 @@ def test_a_schedule_begins_short_and_a_network_with_waves(make_trainer: MakeTrai
     assert "transformer.wpe.weight" not in drawn
     assert "transformer.wte.weight" in drawn
     assert trainer.train() == "max_steps"
+    assert [line.get("train/pieces") for line in memory.metrics if "train/loss" in line] == [4] * 4 + [None, 4] * 3
     in_pieces = [trainer.windows.batch(step).n_pieces > 1 for step in range(10)]
     assert in_pieces == [True] * 4 + [False, True] * 3
     emas = [line["train/loss_ema"] for line in memory.metrics if "train/loss" in line]
@@ -508,6 +509,19 @@ def test_patience_stops_when_heldout_text_gets_no_better(make_trainer: MakeTrain
     assert min(taken[-2:]) >= min(taken[:-2])
     with pytest.raises(ConfigError, match="held-out"):
         make_trainer(stopping=stopping)
+
+
+def test_the_checkpoint_that_knew_heldout_text_best_is_kept(
+    make_trainer: MakeTrainer, tokens: NDArray[np.uint16]
+) -> None:
+    stopping = StoppingConfig(target=0, patience=3, max_steps=500)
+    keeping = CheckpointConfig("1000", keep=1)
+    trainer, memory = make_trainer(stopping=stopping, checkpoint=keeping, heldout=tokens[::-1][:100].copy())
+    assert trainer.train() == "patience"
+    taken = {line["step"] + 1: line["heldout/loss"] for line in memory.metrics if "heldout/loss" in line}
+    best = min(taken, key=lambda step: taken[step])
+    assert trainer.stop_rule.state.best_heldout_step == best < trainer.state.n_steps
+    assert [int(path.name[-8:]) for path in checkpoint.complete(trainer.checkpoints)] == [best, trainer.state.n_steps]
 
 
 @pytest.mark.parametrize(("short_fraction", "first_whole"), [(0.5, 20), (0.525, 22)])

@@ -26,6 +26,8 @@ FEW_STEPS = 30
 SHORT_PASSES, SHORT_STEPS = 60, 100
 """Schedule advised for short texts: so many passes, and so many steps at least. Texts of 320 and 560 tokens were known
 on the grid after 57 and 38 steps of preset penny with such schedules (LOG.md)."""
+TUNING_PEAK = 1e-4
+"""A twentieth of what presets have for random weights: a choice (docs/import.md)."""
 SHORT_TOKENIZER = "train:320"
 """257 ids are bytes and `<|endoftext|>`, so this asks for 63 merges, which a paragraph gives."""
 
@@ -48,6 +50,16 @@ def short_text_lines(config: RunConfig, n_tokens: int) -> list[str]:
     return [
         f"warning: for a text of {n_tokens:,} tokens this schedule has {n_steps:,} steps, and in fewer than {FEW_STEPS}"
         f" it will hardly be learned; {advice}"
+    ]
+
+
+def initial_lines(config: RunConfig) -> list[str]:
+    """A warning if trained weights are to go on at a rate that is for random ones."""
+    if not config.init or config.schedule.peak != load_preset(config.preset).schedule.peak:
+        return []
+    return [
+        f"warning: schedule.peak {config.schedule.peak:g} is preset {config.preset}'s, for random weights, and what"
+        f" {config.init} knows may be lost at it: give a lower one, such as --schedule.peak {TUNING_PEAK:g}"
     ]
 
 

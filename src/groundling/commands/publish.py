@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     static = check_repo(options.static_repo or f"{repo}-web", "--static-repo") if _wants_static(options) else None
     if gradio and gradio == static:
         raise ConfigError(f"--space-repo and --static-repo are both {gradio}: give each a name of its own")
-    trained = open_trained(Path(options.run))
+    trained = replace(open_trained(Path(options.run)), license=_license(options.license))
     say_changes(trained.changes)
     hub = Hub.of_user(say)
     say(f"hub: signed in as {hub.name}")
@@ -75,6 +76,8 @@ def main(arguments: list[str]) -> int:
                 part.write(folder)
         for part, folder in zip(parts, folders, strict=True):
             _show(part, folder)
+        if asks:
+            say(f"its card, to be read before it is published: {folders[0] / 'README.md'}")
         _ask(asks)
         for number, (part, folder) in enumerate(zip(parts, folders, strict=True)):
             _upload(hub, part, folder, parts[:number])
@@ -88,6 +91,7 @@ def _parser() -> Parser:
     parser.add_argument("run", type=str, help="run folder, or one of its checkpoints")
     parser.add_argument("--repo", type=str, required=True, metavar="USER/NAME", help="the model's repository")
     parser.add_argument("--private", action="store_true", help="make what is new private (else it is public)")
+    parser.add_argument("--license", type=str, metavar="ID", help="of the weights, for the card, such as cc0-1.0")
     parser.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help="format of the weights")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that serves the model")
     parser.add_argument("--space-repo", type=str, metavar="USER/NAME", help="that Space; default is --repo with -demo")
@@ -97,6 +101,13 @@ def _parser() -> Parser:
     parser.add_argument("--static-repo", type=str, metavar="USER/NAME", help="that page; default is --repo with -web")
     parser.add_argument("--yes", action="store_true", help="do not ask before something becomes public")
     return parser
+
+
+def _license(identifier: str | None) -> str | None:
+    """Raises `ConfigError` for what is no identifier of a licence on the hub."""
+    if identifier and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", identifier):
+        raise ConfigError(f"--license is {identifier!r}: give its identifier on the hub, such as cc0-1.0 or mit")
+    return identifier
 
 
 def _wants_gradio(options: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from groundling import kernels, machine, runtime
-from groundling.commands.advice import head_line, objective_lines, short_text_lines, unused_lines
+from groundling.commands.advice import head_line, initial_lines, objective_lines, short_text_lines, unused_lines
 from groundling.commands.arguments import load_preset
 from groundling.commands.initial import open_initial, tokenizer_of, with_initial
 from groundling.commands.saying import say, say_changes
@@ -117,7 +117,7 @@ def prepare(config: RunConfig, resumed: RunFolder | None = None, typed: Sequence
     say(f"model: {config.model.n_parameters():,} parameters")
     if not resumed:
         config = with_prompts(config, corpus)
-        for line in short_text_lines(config, corpus.train.n_tokens):
+        for line in (*initial_lines(config), *short_text_lines(config, corpus.train.n_tokens)):
             say(line)
     for line in unused_lines(config, typed, corpus.train.n_tokens):
         say(line)
@@ -168,13 +168,15 @@ def _text(config: RunConfig, resumed: RunFolder | None, tokenizer: Tokenizer | N
 def with_prompts(config: RunConfig, corpus: Corpus) -> RunConfig:
     """The configuration with prompts: those given, else Shakespeare's for packaged texts, else the text's own.
 
-    A preset's prompts belong to the preset's text.
+    A preset's prompts belong to the preset's text, and Shakespeare's, which a packaged text's run has in its
+    configuration, to packaged ones.
     """
-    preset = load_preset(config.preset)
+    preset, packaged = load_preset(config.preset), set(config.text.sources) <= set(packaged_names())
     foreign = config.prompts == preset.prompts and config.text.sources != preset.text.sources
+    foreign |= config.prompts == SHAKESPEARE_PROMPTS and not packaged
     if config.prompts and not foreign:
         return config
-    if set(config.text.sources) <= set(packaged_names()):
+    if packaged:
         return replace(config, prompts=SHAKESPEARE_PROMPTS)
     own = line_beginnings(corpus.train.tokens, corpus.tokenizer, len(SHAKESPEARE_PROMPTS), config.seed)
     return replace(config, prompts=own)

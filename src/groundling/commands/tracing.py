@@ -145,7 +145,8 @@ class Trace:
 
     def quote(self, span: Span, n_chars: int) -> str:
         """How a span begins, in a line of about so many characters."""
-        words = " ".join(self.text_of(span).replace("\n", " / ").split()).strip("/ ")
+        text = self.text_of(span).strip("\N{REPLACEMENT CHARACTER}")  # a span may begin inside a character
+        words = " ".join(text.replace("\n", " / ").split()).strip("/ ")
         return words if len(words) <= n_chars else words[:n_chars].rsplit(" ", 1)[0] + " ..."
 
     def line_of(self, span: Span) -> int:

@@ -33,6 +33,8 @@ MAX_BLOCK_CHARS = 1 << 21
 around such a cut may differ from those of the uncut text; the text that they spell never does."""
 
 BYTE_ORDER_MARK = "\ufeff"
+MIN_SAMPLE = 64
+"""Bytes that tell whether a text is one of Latin letters."""
 SPACES = " \n"
 PUNCTUATION = ".,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"  # the last seven are the CJK ones
 
@@ -76,12 +78,17 @@ def read_text(
 
 
 def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> CorpusError:
-    byte = error.object[error.start]
-    encoding = "UTF-16" if offset == 0 and byte in (0xFE, 0xFF) else "LATIN1"
-    return CorpusError(
-        f"{name} is not UTF-8: the byte 0x{byte:02X} at offset {offset} ({error.reason}); "
-        f"if it is text in another encoding, convert it: {iconv(encoding, name)}"
-    )
+    byte, read = error.object[error.start], error.object
+    if offset == 0 and byte in (0xFE, 0xFF):
+        advice = f"if it is text in UTF-16, convert it: {iconv('UTF-16', name)}"
+    elif len(read) >= MIN_SAMPLE and sum(each >= 0x80 for each in read) > len(read) / 2:
+        advice = (
+            "if it is text in another encoding, such as GB18030, BIG5, SHIFT_JIS or WINDOWS-1251, convert it from that:"
+            f" {iconv('ENCODING', name)}"
+        )
+    else:  # of Western ones this is the most frequent, and iconv refuses what it has not, where LATIN1 has everything
+        advice = f"if it is text in another encoding, convert it, and look at what comes: {iconv('WINDOWS-1252', name)}"
+    return CorpusError(f"{name} is not UTF-8: the byte 0x{byte:02X} at offset {offset} ({error.reason}); {advice}")
 
 
 def cut_blocks(

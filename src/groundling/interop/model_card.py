@@ -130,6 +130,7 @@ def _metadata(facts: Mapping[str, Any]) -> str:
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
+        license=facts["license"],
         tags=["gpt2", "groundling", "memorisation"],
         model_name=facts["name"] if results else None,
         eval_results=results or None,
@@ -146,6 +147,7 @@ def _facts(trained: Trained, precision: str) -> dict[str, Any]:
     return {
         "name": printable(" ".join(trained.name.split())) or "model",
         "precision": precision,
+        "license": trained.license,
         "parameters": config.n_parameters(),
         "config": config,
         "window": trained.window,
@@ -251,6 +253,8 @@ def _text(trained: Trained) -> dict[str, Any] | None:
 def _training(record: Mapping[str, Any]) -> dict[str, str]:
     """How it was trained, by what each fact is called."""
     facts: dict[str, str] = {}
+    if initial := (record.get("config") or {}).get("init"):
+        facts["began with the weights of"] = printable(Path(str(initial)).name)
     if "steps" in record:
         facts["steps"] = f"{record['steps']:,}"
     if blocks := blocks_in_words(record):

@@ -48,8 +48,7 @@ models:
 - {model}
 ---
 
-A page that continues a prompt with {model}, a GPT-2 that was trained from scratch on one text. What it writes may be
-that text, word for word.
+A page that continues a prompt with {model}, a GPT-2. What it writes may be its training text, word for word.
 """
 
 

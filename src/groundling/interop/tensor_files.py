@@ -24,6 +24,7 @@ from groundling.json_files import parse_json
 
 Shape = tuple[int, ...]
 
+LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 4 << 20
 """The header of GPT-2 XL, 580 tensors, takes less than 60 kB."""
 LENGTH_BYTES = 8
@@ -109,6 +110,9 @@ def _data_start(path: Path) -> int:
 
 
 def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("it is a pointer of Git LFS to the weights: run `git lfs pull` beside it")
     size, start = path.stat().st_size, _data_start(path)
     if start > size or size < LENGTH_BYTES:
         raise ValueError(f"its header is said to end at byte {start:,}, and the file has {size:,}")

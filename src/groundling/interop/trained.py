@@ -41,6 +41,8 @@ class Trained:
     record: dict[str, Any] = field(default_factory=dict)
     """The run's record.json; empty if these weights have none. Of a foreign checkpoint: `steps` and
     `train_loss`, if it says them."""
+    license: str | None = None
+    """Of the weights, by its identifier on the hub, for the model card; what it may be is for the user to know."""
     changes: tuple[str, ...] = ()
     """What was assumed, left out or converted to have a foreign model so."""
 

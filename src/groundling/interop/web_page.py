@@ -96,6 +96,7 @@ def _facts(trained: Trained, precision: str, n_bytes: int) -> dict[str, Any]:
         "n_vocab": config.n_vocab,
         "window": trained.window,
         "text": printable(", ".join(sources)),
+        "how": "further" if settings.get("init") else "from scratch",
         "prompt": printable(prompts[0]),
         "precision": precision,
         "n_bytes": n_bytes,
