@@ -209,7 +209,7 @@ def test_fp16_is_for_cuda() -> None:
 def test_a_gpu_that_is_full_is_not_passed_over(gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU a run of minutes would become one of hours."""
     monkeypatch.setattr(runtime, "_cuda_failure", lambda device: "CUDA out of memory")
-    with pytest.raises(ConfigError, match=r"Tesla cannot be used \(CUDA out of memory\): free it, or give --device cpu"):
+    with pytest.raises(ConfigError, match=r"Tesla cannot be used .* give --device cpu"):
         runtime.resolve(RuntimeConfig())
 
 
