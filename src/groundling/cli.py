@@ -41,10 +41,10 @@ SYSTEM_REFUSALS = {
     errno.ENOSPC: "free the disk and try again (a run goes on with --resume)",
     errno.EDQUOT: "free some of your share of the disk and try again (a run goes on with --resume)",
 }
-"""What the operating system says of a path that no check of ours foresaw, and what to do."""
+"""Errors of the operating system that no check anticipated, and the advice that is printed with each."""
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Invalid buffer size")
-"""In what PyTorch says where a GPU, or the system, has no more."""
+"""Parts of PyTorch's errors when a device, or the system, has no more memory."""
 LESS_MEMORY = "lower --windows.micro_batch_size (--batch-size of evaluate), or take a smaller model"
 
 HELP = """usage: groundling COMMAND [OPTIONS]
@@ -143,13 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RunFailed.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError.exit_code
     except (RuntimeError, MemoryError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        if not isinstance(error, MemoryError) and not any(words in first_line for words in OUT_OF_MEMORY):
+        if not isinstance(error, MemoryError) and not any(phrase in first_line for phrase in OUT_OF_MEMORY):
             raise
         sentence = RunFailed(f"there is not enough memory ({first_line or 'for Python'}): {LESS_MEMORY}")
         print(f"groundling: {sentence}", file=sys.stderr)
         return sentence.exit_code
     except FloatingPointError as error:
-        sentence = RunFailed(f"the network gives what are no numbers ({error}): use an earlier checkpoint of it")
+        sentence = RunFailed(f"the network's output is not finite ({error}): use an earlier checkpoint of it")
         print(f"groundling: {sentence}", file=sys.stderr)
         return sentence.exit_code
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ dumped, resolved, into its folder, and read from there when it is resumed.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -94,19 +94,7 @@ class RunConfig:
     @property
     def recipe(self) -> Recipe:
         """The sections that the trainer receives."""
-        return Recipe(
-            self.seed,
-            self.model,
-            self.windows,
-            self.optim,
-            self.schedule,
-            self.stopping,
-            self.checkpoint,
-            self.objective,
-            self.head_vocabulary,
-            self.initial_positions,
-            self.growth,
-        )
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, dictionaries and numbers, as YAML and JSON hold them."""

@@ -113,7 +113,7 @@ class Runtime:
 def resolve(config: RuntimeConfig, began: Mapping[str, str] = MappingProxyType({})) -> Runtime:
     """The `Runtime` for this machine; sets PyTorch's thread count and, on a CPU, its deterministic algorithms.
 
-    `began` are the facts of the run that is gone on with, if there is one: what a measurement would decide, they do.
+    `began`: the facts that a run which is resumed recorded at its start; they replace a new measurement.
     Raises `ConfigError` if a device or format was asked for that this machine lacks.
     """
     device, device_why, no_gpu = _device(config.device)

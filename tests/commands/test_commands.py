@@ -298,13 +298,13 @@ def test_a_network_that_gives_no_numbers_is_one_sentence(
     assert main(["train", "--corpus", "bottles.txt", *SMALL, *far, "--out", str(out)]) == 1
     said = capsys.readouterr().err
     assert "warning: corpus/loss is nan, so these weights are of no use" in said
-    assert "the network gives what are no numbers" in said.splitlines()[-1]
+    assert "the network's output is not finite" in said.splitlines()[-1]
     assert json.loads((out / "record.json").read_text())["corpus_loss"] is None
     assert (out / "loss.png").exists()
     assert main(["evaluate", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["corpus/loss"] is None
     assert main(["sample", str(out)]) == 1
-    assert capsys.readouterr().err.startswith("groundling: the network gives what are no numbers")
+    assert capsys.readouterr().err.startswith("groundling: the network's output is not finite")
 
 
 @pytest.mark.parametrize("content", [b'[1, 2]\n"train/loss"\n', b"\xff\xfe\n", b'{"train/loss": 1}\n', None])

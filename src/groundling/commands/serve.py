@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         say(f"serving {served.name} ({run.form} weights): {address}/v1, its schema at {address}/openapi.json")
         if key is None and not alone:
             say("warning: anyone who reaches this machine can use it: set GROUNDLING_API_KEY to ask for a key")
-        groundling.serving.server.serve(served, config, listener, add_page or (lambda app, access_log: lambda: None))
+        groundling.serving.server.serve(served, config, listener, add_page or groundling.serving.server.no_page)
     return 0
 
 

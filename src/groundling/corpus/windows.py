@@ -50,12 +50,11 @@ class WindowConfig:
     so that the text is learned by heart and not by position. sequential: text order, the tail never read (the
     reference run)."""
     pieces: int = 1
-    """Every second step reads each window in so many pieces, a divisor of length: as many tokens, more beginnings, at
-    which a text that is known by heart is hardest to go on with."""
+    """Every second step cuts each window into N shorter ones (N divides length): as many tokens, more beginnings, from
+    which a text is hardest to recite."""
     short_fraction: float = 0.0
-    """Fraction of the schedule's steps, at its beginning, in which every step reads pieces, before every second does:
-    which token follows which is learned sooner in short windows. Until then no mean loss is kept, and none stops the
-    run."""
+    """For this first fraction of the schedule every step, not every second, reads pieces: which token follows which is
+    learned sooner in short windows. Meanwhile train/loss_ema is not kept, and no loss ends the run."""
 
     def __post_init__(self) -> None:
         if self.batch_size > MOST_WINDOWS:

@@ -8,6 +8,7 @@ Drawn by matplotlib at the width of a phone, with letters of a size that is legi
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -161,5 +162,4 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)  # the page's letters
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
-    escaped = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg", f'<svg class="chart" role="img" aria-label="{escaped}"', 1).strip()
+    return svg.replace("<svg", f'<svg class="chart" role="img" aria-label="{html.escape(label)}"', 1).strip()

@@ -40,7 +40,7 @@ LossSum = Callable[[Tensor, Tensor], Tensor]
 
 
 def loss_offsets(n_tokens: int, length: int) -> list[int]:
-    """The offsets of `corpus/loss_offset` in a text of so many tokens: within it, as none beyond moves anything.
+    """The offsets of `corpus/loss_offset`, all smaller than the text: a larger one would not move any window.
 
     0 alone, where the text has one prediction or a window one token.
     """
@@ -52,10 +52,6 @@ def n_tokens_read(loss: str, n_tokens: int, length: int) -> int:
     return n_tokens * (len(loss_offsets(n_tokens, length)) if loss == "corpus/loss_offset" else 1)
 
 
-def _ignore(n_windows: int) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Evaluator:
     """Takes the losses of one model in windows of `length` tokens, `batch_size` at a time."""
@@ -64,7 +60,7 @@ class Evaluator:
     length: int
     runtime: Runtime
     batch_size: int = 8
-    on_windows: Callable[[int], None] = _ignore
+    on_windows: Callable[[int], object] = lambda n_windows: None
     """Called with the number of windows just read; may raise to abandon the evaluation."""
 
     def loss(self, tokens: Tokens, offset: int = 0) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ N_POSITIONS = 1000
 SEED = 0
 """Of the positions: they depend on the length of the text alone, so that the figures of different runs compare."""
 
-Z_95 = 1.959963984540054
+Z_95 = NormalDist().inv_cdf(0.975)
 """The normal distribution's 97.5 % quantile."""
 
 
@@ -108,16 +109,12 @@ def draw_positions(n_tokens: int, n_positions: int = N_POSITIONS) -> NDArray[np.
     return np.sort(drawn).astype(np.int64) + lengths[-1]
 
 
-def _ignore(n_tokens: int) -> None:
-    pass
-
-
 def extractability(
     decoder: Decoder,
     tokens: Tokens,
     positions: Sequence[int] | NDArray[np.int64],
     n_prompt: int,
-    on_tokens: Callable[[int], None] = _ignore,
+    on_tokens: Callable[[int], object] = lambda n_tokens: None,
 ) -> Extractability:
     """What greedy decoding makes of the `n_prompt` tokens before each position.
 
@@ -155,7 +152,7 @@ def extractability_anywhere(
     decoder: Decoder,
     tokens: Tokens,
     positions: Sequence[int] | NDArray[np.int64],
-    on_tokens: Callable[[int], None] = _ignore,
+    on_tokens: Callable[[int], object] = lambda n_tokens: None,
 ) -> list[Extractability]:
     """The figures for every prompt length that the text has passages for, of the same positions.
 

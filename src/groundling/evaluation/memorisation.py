@@ -88,12 +88,11 @@ class Copies:
         return [(part, self.spans[owners[part.start]] if owners[part.start] >= 0 else None) for part in parts]
 
 
-def _ignore(n_tokens: int) -> None:
-    pass
-
-
 def find_copies(
-    array: SuffixArray, tokens: Iterable[int], minimum: int = 1, on_tokens: Callable[[int], None] = _ignore
+    array: SuffixArray,
+    tokens: Iterable[int],
+    minimum: int = 1,
+    on_tokens: Callable[[int], object] = lambda n_tokens: None,
 ) -> Copies:
     """The maximal spans of `tokens` that stand in the array's text, those of at least `minimum` tokens listed.
 

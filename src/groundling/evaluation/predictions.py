@@ -82,10 +82,6 @@ class Predictions:
         return self.n_windows == self.n_all_windows
 
 
-def _ignore(n_windows: int) -> None:
-    pass
-
-
 def fitting_lengths(length: int) -> list[int]:
     """Prompt lengths k that fit a window with their continuation, of which the last token need not be read."""
     return [k for k in PROMPT_LENGTHS if k + CONTINUATION - 1 <= length]
@@ -108,7 +104,7 @@ def predict(
     n_windows: int | None = None,
     objective: ObjectiveConfig = PLAIN,
     batch_size: int = 8,
-    on_windows: Callable[[int], None] = _ignore,
+    on_windows: Callable[[int], object] = lambda n_windows: None,
 ) -> Predictions:
     """One pass over the text in windows of `length` tokens on the grid with this offset.
 

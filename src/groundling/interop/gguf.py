@@ -27,7 +27,7 @@ from groundling.interop.llama_server import LlamaCpp
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed, loss_difference
 from groundling.model.gpt2 import GPT2, MLP, Block
-from groundling.model.weights import TIED, adopt
+from groundling.model.weights import adopt, own_tensors
 
 try:
     import gguf
@@ -97,7 +97,7 @@ def write(trained: Trained, target: Path, precision: str) -> None:
 
     Raises `ConfigError` if a weight is too large for fp16 where that is asked for.
     """
-    tensors = {_their_name(name): tensor for name, tensor in _tensors(trained.model)}
+    tensors = {_their_name(name): tensor for name, tensor in own_tensors(trained.model).items()}
     if not trained.tokenizer.merges:
         raise ConfigError("llama.cpp reads no tokenizer without merges, as this one is: choose another format")
     kinds = {name: _kind(name, tensor, precision) for name, tensor in tensors.items()}
@@ -148,12 +148,6 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
         else:
             llama.greedy(TEXT[:5], 1)  # it answers
             yield loss_difference(trained, logits, f"{precision} by llama.cpp up to the head")
-
-
-def _tensors(model: GPT2) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        if name != TIED:
-            yield name, tensor
 
 
 def _their_name(name: str) -> str:
@@ -216,7 +210,7 @@ def _dequantized(tensor: Any) -> NDArray[np.float32]:
 def _hold_tensors(model: GPT2, reader: Any) -> str:
     """How many tensors of which formats the file has, each ours within that format's rounding."""
     theirs = {tensor.name: tensor for tensor in reader.tensors}
-    own = {_their_name(name): tensor for name, tensor in _tensors(model)}
+    own = {_their_name(name): tensor for name, tensor in own_tensors(model).items()}
     if own.keys() != theirs.keys():
         name = min(own.keys() ^ theirs.keys())
         raise VerificationFailed(f"gguf reads other tensors than were written, such as {name}: please report this")
@@ -335,7 +329,7 @@ def _logits_of_file(model: GPT2, reader: Any) -> Callable[[list[int]], Tensor]:
     """Logits of our own network with the file's weights."""
     with torch.device("meta"):
         network = GPT2(model.config)
-    read = {name: torch.from_numpy(_dequantized(_tensor(reader, _their_name(name)))) for name, _ in _tensors(model)}
+    read = {name: torch.from_numpy(_dequantized(_tensor(reader, _their_name(name)))) for name in own_tensors(model)}
     adopt(network, read)
 
     def logits(tokens: list[int]) -> Tensor:

@@ -24,16 +24,14 @@ from groundling.errors import ConfigError
 from groundling.files import write_json, write_text
 from groundling.generation.sampling import SamplingConfig
 from groundling.interop import model_card
-from groundling.interop.hub_folder import WINDOW
+from groundling.interop.hub_folder import CONFIG, WINDOW
 from groundling.interop.trained import Trained
 from groundling.interop.verification import Probe, VerificationFailed
 from groundling.model import weights
 from groundling.model.gpt2 import GPT2, INIT_STD
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from groundling.runtime import DTYPES
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
 MERGES_HEADER = "#version: 0.2"

@@ -25,8 +25,8 @@ CHUNK_BYTES = 512 << 20
 """Exponentials at a time, in bf16: 5,341 positions of GPT-2's vocabulary. A choice: the 4,096 tokens of a large step
 are one chunk, and the peak stays below 6 GiB."""
 ROW_ELEMENTS = 64
-"""Rows of exponentials are an odd number of half such pieces apart, each a line of the caches, up to whose end rows are
-written: 4 KiB apart they would meet in the caches."""
+"""Rows of exponentials are padded to an odd number of cache lines (half of this each): 4 KiB apart, rows would share
+the same few sets of a cache."""
 
 
 def libraries() -> tuple[str, ...]:

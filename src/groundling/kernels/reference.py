@@ -19,7 +19,7 @@ IGNORED_TARGET = -100
 def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of `weight` (n_vocab, C) at tokens (...), (..., C), and the weight for its other use, as the head's.
 
-    That must be its only other use, and one whose gradient for it is nobody else's: a backend may write to it.
+    Use `weight` only here and in the head: a backend may add the embedding's gradient in place into the head's.
     """
     return F.embedding(tokens, weight), weight
 

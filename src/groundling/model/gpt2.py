@@ -84,7 +84,7 @@ class Linear(nn.Linear):
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """Adds to the residual stream; returns it, and its LayerNorm, (B, T, C) each."""
+    """Adds `update` to the residual stream x; returns the sum and its LayerNorm, (B, T, C) each."""
 
     def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return kernels.add_layer_norm(x, update, self.weight, self.bias)
@@ -122,7 +122,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Takes and returns the residual stream and what is to be added to it next, which costs less with the LayerNorm."""
+    """Takes and returns (residual stream, pending update), (B, T, C) each.
+
+    A pending update is added by the next `AddLayerNorm`, so that one kernel adds and normalises.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -138,7 +141,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything but the head; a room of its own because Hugging Face's names have it."""
+    """Everything but the head; a submodule because Hugging Face's parameter names begin with `transformer.`"""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -150,7 +153,7 @@ class Transformer(nn.Module):
         """The residual stream passes through the first of every so many blocks: 1, unless the others add nothing."""
 
     def forward(self, x: Tensor, reading: Reading | None) -> Tensor:
-        """Final hidden states for the rows of `wte` at the tokens, both (B, T, C)."""
+        """Final hidden states (B, T, C) from token embeddings x (B, T, C)."""
         positions = torch.arange(x.size(1), device=x.device) if reading is None else reading.positions
         update = self.wpe(positions)  # (T, C) or (B, T, C)
         for layer in range(0, len(self.h), self.block_stride):

@@ -34,7 +34,7 @@ def adopt(model: GPT2, tensors: Mapping[str, Tensor]) -> None:
 
 
 def unfilled(config: GPTConfig, device: torch.device) -> GPT2:
-    """A network of this size for who fills all its weights: nothing is drawn, and they are what the memory held."""
+    """An uninitialised network of this size, for callers that fill every weight."""
     with torch.device("meta"):
         model = GPT2(config)
     # Not by `to_empty`, for which PyTorch imports symbolic algebra.
@@ -42,19 +42,23 @@ def unfilled(config: GPTConfig, device: torch.device) -> GPT2:
     return model
 
 
+def own_tensors(model: GPT2) -> dict[str, Tensor]:
+    """The model's tensors by name, the tied one once."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
+
+
 def to_huggingface(model: GPT2) -> dict[str, Tensor]:
     """The model's tensors in Hugging Face's names and layout, on the CPU, contiguous."""
     return {
         name: (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous().cpu()
-        for name, tensor in model.state_dict().items()
-        if name != TIED
+        for name, tensor in own_tensors(model).items()
     }
 
 
 def sha256_of_weights(model: GPT2) -> str:
     """SHA-256 of the model's parameters: of their bytes in fp32, in the order of their names, the head left out."""
     digest = hashlib.sha256()
-    for _, tensor in sorted((name, tensor) for name, tensor in model.state_dict().items() if name != TIED):
+    for _, tensor in sorted(own_tensors(model).items(), key=lambda pair: pair[0]):
         digest.update(tensor.float().contiguous().cpu().numpy().data)
     return digest.hexdigest()
 
@@ -64,7 +68,7 @@ def from_huggingface(model: GPT2, tensors: Mapping[str, Tensor], where: object =
 
     Raises `CheckpointError` if a tensor is missing, unknown or of another shape.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
+    own = own_tensors(model)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
         wrong = f"lack {missing[0]}" if missing else f"hold the unknown {unknown[0]}"

@@ -27,8 +27,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of X, X X.T X and X X.T X X.T X: they raise small singular values fastest, and need not end at 1."""
 ITERATIONS = 5
 TOGETHER = {torch.float32: (5,), torch.bfloat16: (2, 2, 1)}
-"""How many iterations of a long matrix are taken of one X X.T. In bf16, which rounds the square of a small singular
-value to -0.002 at worst, two of them make little of that, and three may make much (LOG.md, 2026-11-30)."""
+"""How many iterations of a long matrix share one X X.T before it is computed again. In bf16, which rounds the square of
+a small singular value to -0.002 at worst, two make little of that, and three may make much (LOG.md, 2026-11-30)."""
 LONG = 2
 """A matrix so many times as long as wide is cheaper iterated through X X.T."""
 STRIP = 192

@@ -40,11 +40,11 @@ class OptimConfig:
     momentum: float = 0.95
     """Muon's decay of the moment of the blocks' matrices."""
     last_block_share: float = 1.0
-    """Muon's rate in the last block, as a share of that in the first; in between it falls by the same factor from block
-    to block. Deep networks learn a text in fewer passes with 0.1 (docs/training.md)."""
+    """Muon's rate in the last block relative to the first; geometric in between. Deep networks learn a text on the
+    grid in fewer passes with 0.1 (docs/training.md)."""
     turns: int = 1
-    """Blocks take turns: in a step Muon moves the matrices of one in so many (of each block once, at most), at as many
-    times the rate, and takes as many times less of it. Three cost hardly more passes than one (docs/training.md)."""
+    """With N > 1, each step of Muon updates the matrices of one block in N, in rotation, at N times the rate and for
+    1/N of its cost (N is at most the number of blocks). 3 needs hardly more passes than 1 (docs/training.md)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, per unit of learning rate."""
     decayed: Literal["matrices", "all"] = "matrices"
@@ -116,8 +116,11 @@ def _muon_groups(
 
 
 def deal_turns(groups: Iterable[dict[str, Any]], block_stride: int) -> None:
-    """Say in which turn a block's matrices move, of an optimizer's groups: the first of every so many blocks, which may
-    be alone at first, take turns with one another, and then the others do."""
+    """Give each of Muon's groups the turn in which its block moves.
+
+    Blocks 0, s, 2s ... (s is `block_stride`), which may be the only ones in use at first, are numbered first, so that
+    they spread evenly over the turns; then the others.
+    """
     of_blocks = [group for group in groups if "block" in group]
     in_order = sorted({group["block"] for group in of_blocks}, key=lambda block: (block % block_stride > 0, block))
     for group in of_blocks:

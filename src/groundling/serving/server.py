@@ -60,11 +60,16 @@ AddPage = Callable[[FastAPI, AccessLog], Callable[[], None]]
 own streams."""
 
 
+def no_page(app: FastAPI, access_log: AccessLog) -> Callable[[], None]:
+    """The API alone."""
+    return lambda: None
+
+
 def make_app(
     served: Served,
     config: ServerConfig,
     log: Callable[[str], None],
-    add_page: AddPage = lambda app, access_log: lambda: None,
+    add_page: AddPage = no_page,
 ) -> FastAPI:
     """The application; the engine is closed when it ends."""
 
@@ -183,7 +188,7 @@ class Server(uvicorn.Server):
         self.last()
 
 
-def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: AddPage) -> None:
+def serve(served: Served, config: ServerConfig, listener: socket.socket, add_page: AddPage = no_page) -> None:
     """Answer on a bound socket until SIGINT or SIGTERM; the access log goes to standard output, a line at a time."""
     printer = Printer()
     server = make_server(make_app(served, config, printer, add_page), config)

@@ -1,5 +1,5 @@
-"""What a run will cost, from a few measured steps: its own first ones, or, where none is to be trained, steps that
-change nothing.
+"""What a run will cost, extrapolated from its first steps or, for `groundling estimate`, from steps at a learning rate
+of zero.
 
 Invariant: measuring changes nothing that the run depends on: steps that are no run's are taken with a learning rate of
 zero, and the moments they leave are dropped.

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from groundling.corpus.windows import WindowConfig
 from groundling.errors import ConfigError
-from groundling.model.gpt2 import GPT2, GPTConfig
+from groundling.model.gpt2 import GPT2, Block, GPTConfig
 from groundling.optim.optimizer import OptimConfig
 from groundling.training.flops import network_flops, update_flops
 
@@ -27,11 +28,10 @@ class GrowthConfig:
     """How many blocks take part at first."""
 
     every: int = 1
-    """At first a run goes through the first of every so many blocks: with 2 through every second one. 1 begins with
-    all."""
+    """Train only every N-th block at first (0, N, 2N ...); 1 trains all from the start."""
     fraction: float = 0.0
-    """Fraction of the schedule's steps, at its beginning, in which it does so; then the other blocks join, and from
-    then on the target counts. A run with init begins with all blocks."""
+    """Fraction of the schedule before the other blocks join; the target can end a run only after that. A run with init
+    trains all blocks from the start."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -99,7 +99,7 @@ def in_use(model: GPTConfig, block_stride: int) -> GPTConfig:
 @torch.no_grad()
 def let_wait(model: GPT2, every: int) -> None:
     """Make all but the first of every so many blocks add nothing to the residual stream, until they are trained."""
-    for name, weight in model.named_parameters():
-        _, in_block, rest = name.partition(".h.")
-        if in_block and int(rest.partition(".")[0]) % every and name.endswith("c_proj.weight"):
-            weight.zero_()  # its bias is zero already
+    for number, block in enumerate(cast("list[Block]", model.transformer.h)):
+        if number % every:
+            block.attn.c_proj.weight.zero_()  # biases are zero already
+            block.mlp.c_proj.weight.zero_()

@@ -39,8 +39,7 @@ class Looks:
         """The loss of this house name over its whole text."""
         tokens = self.heldout if name == "heldout/loss" else self.train
         assert tokens is not None, f"{name} asked for without its text"
-        n_tokens = n_tokens_read(name, len(tokens), self.evaluator.length)
-        n_read = 0
+        n_tokens, n_read = self.sizes()[name], 0
 
         def count(n_windows: int) -> None:
             nonlocal n_read

@@ -39,7 +39,7 @@ def check_logging(config: LoggingConfig) -> None:
 class Sink(Protocol):
     """Something that takes metrics: one call per step, evaluations in calls of their own.
 
-    A sink that derives from it leaves out what does not concern it.
+    A subclass overrides only what concerns it.
     """  # `...` would make a method abstract
 
     def write(self, step: int, metrics: Metrics) -> None: ...

@@ -1,4 +1,4 @@
-"""The settings that decide the losses of a run, and the network that it begins with."""
+"""What the trainer receives of a run's configuration, and the network that it begins with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from groundling.training.stopping import StoppingConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that decide the losses of a run and when it ends."""
+    """The sections of a run's configuration that the trainer receives."""
 
     seed: int
     model: GPTConfig

@@ -3,6 +3,9 @@
 Invariant: the decision is a function of the config and of `StopState`, which a checkpoint keeps, so that
 a resumed run stops where an uninterrupted one would. A run reaches its target on a loss over the whole
 text; the running mean of batch losses, and a sample of it, only decide when taking that loss is worth its price.
+
+*look*: taking the measured loss over the whole text during training. *glance*: an estimate of that loss from a sample
+of windows, which can only put a look off.
 """
 
 from __future__ import annotations
@@ -20,19 +23,19 @@ EMA_BATCHES = 20
 """Batches over which the running mean of train/loss forgets."""
 
 FIRST_LOOK = 2.0
-"""The first look is taken when the running mean falls below this many targets. The running mean is of
-windows last trained on a whole pass ago, so it lies above corpus/loss while a run converges."""
+"""The first look is taken when train/loss_ema falls below this many targets. The mean lags (its windows were last
+trained on a whole pass ago), so it is above corpus/loss while a run converges."""
 
 NEXT_LOOK = 0.95
-"""After a look above the target, the running mean must fall at least to this share before the next ..."""
+"""The next look is taken when the mean has fallen to this share of its value at the last one ..."""
 
 TRAINED_BETWEEN = 0.5
-"""... and training since must have taken this share of the time of a look, or, after a glance, an eighth of that. The
-mean also falls where a shifted grid comes near one that it was on lately, which says little of other grids."""
+"""... and training since has taken this share of the time of a look (an eighth of that after a glance). This guards
+against a shifted grid that lands near a recent one, where the mean falls and other grids are known no better."""
 
 NEAR = 1.5
-"""A loss of so many targets or more at the end of a schedule is too much for the rate that is left: from 1.67 of them,
-362 steps more brought nothing (LOG.md)."""
+"""From so many targets on, the loss at the schedule's end is too high for the rate that is left to close the gap: from
+1.67, 362 steps more gained nothing (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class StoppingConfig:
     expected_steps: int | None = None
     """Steps after which the target is expected, for estimate and ETA; without it, the end of the schedule."""
     overtime: float = 0.5
-    """How far a run may go past the end of its schedule, as a share of it, when the target was nearly met by then (a
-    loss over the text below 1.5 targets), or where the rate does not fall to a tenth; not at all if it falls to 0."""
+    """How far past its schedule a run may go, as a fraction of it, if its loss is then below 1.5 targets, or if the
+    final rate is above a tenth of the peak; never if the final rate is 0."""
     max_steps: int | None = None
     """Steps of the whole run, those before a resume included."""
     max_minutes: float | None = None

@@ -88,7 +88,7 @@ class Trainer:
         self.unsaved_look = False
         """Whether a look or a glance at a whole text was taken that no checkpoint has yet."""
         self.trained = True
-        """Whether the last step updated the weights, as it should: a checkpoint is not made of one that could not."""
+        """False after a step that could not update the weights; no checkpoint is written then, but at the end."""
 
     def train(self) -> str:
         """Train until the stop rule gives a reason; saves the result and returns the reason.
@@ -201,7 +201,7 @@ class Trainer:
 
     @property
     def scales_loss(self) -> bool:
-        """Whether gradients are in a format that small ones vanish in."""
+        """Whether gradients are fp16, in which small ones vanish unless the loss is scaled."""
         return self.runtime.dtype is torch.float16
 
     def _look_and_judge(self) -> str | None:
