@@ -6,7 +6,6 @@ of a chunk exist at a time. Under autocast the products are bf16, and gradients 
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from groundling.kernels import products, reference
-from groundling.kernels.build import library
+from groundling.kernels.call import call
 from groundling.kernels.weight_copies import weight_copy
 
 CHUNK_BYTES = 128 << 20
@@ -80,7 +79,6 @@ class Sweep:
     """Hidden states (N, C) and a weight (n_vocab, C), contiguous and both fp32 or both bf16, and targets (N,)."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, n_last: int) -> None:
-        self._library = library("head")
         self.hidden, self.weight, self.targets, self.n_last = hidden, weight, targets, n_last
         assert targets.dtype is torch.int64
         self.bf16 = weight.dtype is torch.bfloat16
@@ -109,17 +107,8 @@ class Sweep:
         return losses
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, with_gradient: bool, losses: Tensor) -> None:
-        self._library.groundling_cross_entropy(
-            ctypes.c_int(torch.get_num_threads()),
-            ctypes.c_int(self.bf16),
-            ctypes.c_void_p(logits.data_ptr()),
-            ctypes.c_int64(logits.shape[0]),
-            ctypes.c_int64(logits.shape[1]),
-            ctypes.c_void_p(targets.data_ptr()),
-            ctypes.c_float(math.log(self.n_last)),
-            ctypes.c_int(with_gradient),
-            ctypes.c_void_p(losses.data_ptr()),
-        )
+        sizes = logits.shape
+        call("head", "cross_entropy", self.bf16, logits, *sizes, targets, math.log(self.n_last), with_gradient, losses)
 
     def _add_to_weight(self, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
         """d_weight += d_logits.T @ hidden; the first chunk finds no sums there yet."""
@@ -129,11 +118,4 @@ class Sweep:
         # PyTorch gives products of bf16 in bf16 only, so they are added in a sweep of their own. With the larger matrix
         # on the right, and lying as it is, oneDNN takes half the time (measured with AMX, 512 rows: 25 ms, not 53).
         sums = torch.mm(hidden.T.contiguous(), d_logits)  # (C, n_vocab)
-        self._library.groundling_add_transposed(
-            ctypes.c_int(torch.get_num_threads()),
-            ctypes.c_void_p(sums.data_ptr()),
-            ctypes.c_int64(sums.shape[1]),
-            ctypes.c_int64(sums.shape[0]),
-            ctypes.c_int(first),
-            ctypes.c_void_p(self.d_weight.data_ptr()),
-        )
+        call("head", "add_transposed", sums, sums.shape[1], sums.shape[0], first, self.d_weight)

@@ -10,7 +10,6 @@ statistics and sums are fp32. Tensors are on the CPU, parameters and the residua
 
 from __future__ import annotations
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from groundling import runtime
 from groundling.kernels import products, reference
 from groundling.kernels.build import library
+from groundling.kernels.call import call
 from groundling.kernels.head import linear_cross_entropy, product_format
 from groundling.kernels.reference import causal_attention
 from groundling.kernels.weight_copies import weight_copy
@@ -213,7 +213,7 @@ class SelfAttention(torch.autograd.Function):
         else:
             B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
             mixed, log_sums = qkv.new_empty(B, T, C), qkv.new_empty(B, n_head, T)
-            _call("attention_fp32", "attention_fp32", B, T, n_head, C // n_head, qkv, mixed, log_sums)
+            call("attention_fp32", "attention_fp32", B, T, n_head, C // n_head, qkv, mixed, log_sums)
         ctx.save_for_backward(qkv, log_sums)
         return mixed
 
@@ -226,7 +226,7 @@ class SelfAttention(torch.autograd.Function):
             return products.attention_backward(qkv, log_sums, d), None
         (B, T, C), n_head, d_qkv = d.shape, log_sums.size(1), torch.empty_like(qkv)
         shape = B, T, n_head, C // n_head
-        _call("attention_fp32", "attention_fp32_backward", *shape, qkv, log_sums, d, d_qkv)
+        call("attention_fp32", "attention_fp32_backward", *shape, qkv, log_sums, d, d_qkv)
         return d_qkv, None
 
 
@@ -267,21 +267,4 @@ def _bf16(tensor: Tensor) -> bool:
 
 def _sweep(name: str, *arguments: Tensor | int | None) -> None:
     """Calls `groundling_NAME` of blocks.cpp."""
-    _call("blocks", name, *arguments)
-
-
-def _call(source: str, name: str, *arguments: Tensor | int | None) -> None:
-    """Calls `groundling_NAME` of SOURCE.cpp: tensors are pointers there, flags int and sizes int64_t."""
-    function = getattr(library(source), f"groundling_{name}")
-    function(ctypes.c_int(torch.get_num_threads()), *map(_as_c, arguments))
-
-
-def _as_c(argument: Tensor | int | None) -> Any:
-    if isinstance(argument, Tensor):
-        assert argument.is_contiguous()
-        assert argument.device.type == "cpu"
-        assert argument.dtype in (torch.float32, torch.bfloat16)
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, bool):
-        return ctypes.c_int(argument)
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+    call("blocks", name, *arguments)

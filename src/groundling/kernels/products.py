@@ -7,17 +7,16 @@ docs/design/0009-the-matrix-unit.md says what speaks for it.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from groundling import machine
 from groundling.kernels.build import BuildError, library
+from groundling.kernels.call import call
 
 UNITS = {"amx_bf16": 2, "avx512_bf16": 1}
 """Flags of CPUs, the best first, and what `panel_products.h` calls that which multiplies."""
@@ -59,10 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` (N, n_out) of x (N, n_in) and weight (n_out, n_in), all bf16, and bias (n_out,), fp32."""
     (n_rows, n_in), n_out = x.shape, len(weight)
     y = x.new_empty(n_rows, n_out)
-    at_bias = None if bias is None else _fp32(bias)
-    library("products").groundling_linear(
-        _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(x), _bf16(weight), at_bias, _bf16(y)
-    )
+    call("products", "linear", n_rows, n_out, n_in, _bf16(x), _bf16(weight), bias if bias is None else _fp32(bias), y)
     return y
 
 
@@ -70,9 +66,7 @@ def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
     """`d_y @ weight` (N, n_in) from d_y (N, n_out) and weight (n_out, n_in), all bf16."""
     n_rows, (n_out, n_in) = len(d_y), weight.shape
     d_x = d_y.new_empty(n_rows, n_in)
-    library("products").groundling_input_gradient(
-        _threads(), *map(ctypes.c_int64, (n_rows, n_out, n_in)), _bf16(d_y), _bf16(weight), _bf16(d_x)
-    )
+    call("products", "input_gradient", n_rows, n_out, n_in, _bf16(d_y), _bf16(weight), d_x)
     return d_x
 
 
@@ -80,25 +74,15 @@ def weight_gradient(d_y: Tensor, x: Tensor, with_bias: bool = True) -> tuple[Ten
     """`d_y.T @ x` (n_out, n_in) and the sum of d_y's rows (n_out,), fp32, from d_y (N, n_out) and x (N, n_in), bf16."""
     (n_rows, n_out), n_in = d_y.shape, x.size(1)
     d_weight, d_bias = torch.empty(n_out, n_in), torch.empty(n_out) if with_bias else None
-    sizes = map(ctypes.c_int64, (n_rows, n_out, n_in))
-    at_bias = None if d_bias is None else _fp32(d_bias)
-    library("products").groundling_weight_gradient(_threads(), *sizes, _bf16(d_y), _bf16(x), _fp32(d_weight), at_bias)
+    call("products", "weight_gradient", n_rows, n_out, n_in, _bf16(d_y), _bf16(x), d_weight, d_bias)
     return d_weight, d_bias
 
 
 def symmetric(left: Tensor, right: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """`alpha left @ right.T + beta plus` (m, m) of left and right (m, k), where that is symmetric; all bf16."""
     (m, n_terms), out = left.shape, left.new_empty(len(left), len(left))
-    library("products").groundling_symmetric(
-        _threads(),
-        *map(ctypes.c_int64, (m, n_terms)),
-        _bf16(left),
-        _bf16(right),
-        ctypes.c_float(alpha),
-        None if plus is None else _bf16(plus),
-        ctypes.c_float(beta),
-        _bf16(out),
-    )
+    added = plus if plus is None else _bf16(plus)
+    call("products", "symmetric", m, n_terms, _bf16(left), _bf16(right), float(alpha), added, float(beta), out)
     return out
 
 
@@ -120,19 +104,13 @@ def head(
     assert exponentials is None or exponentials.data_ptr() % 64 == stride % (ROW_ELEMENTS // 2) == 0
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows))
-        library("head_products").groundling_head(
-            _threads(),
-            *map(ctypes.c_int64, (chunk.stop - first, n_vocab, n_in)),
-            _bf16(hidden[chunk]),
-            _bf16(weight),
-            _address(targets[chunk], torch.int64),
-            ctypes.c_float(math.log(n_last)),
-            ctypes.c_int(first > 0),
-            None if exponentials is None else _bf16(exponentials),
-            ctypes.c_int64(stride),
-            _fp32(losses[chunk]),
-            None if d_hidden is None else _bf16(d_hidden[chunk]),
-            None if d_weight is None else _fp32(d_weight),
+        call(
+            "head_products",
+            "head",
+            *(chunk.stop - first, n_vocab, n_in),
+            *(_bf16(hidden[chunk]), _bf16(weight), _of_format(targets[chunk], torch.int64)),
+            *(math.log(n_last), first > 0, exponentials, stride, losses[chunk]),
+            *(None if d_hidden is None else d_hidden[chunk], d_weight),
         )
     return losses, d_hidden, d_weight
 
@@ -144,40 +122,26 @@ def attention(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     mixed, log_sums = qkv.new_empty(B, T, C), torch.empty(B, n_head, T)
-    library("attention").groundling_attention(
-        _threads(), *map(ctypes.c_int64, (B, T, n_head, C // n_head)), _bf16(qkv), _bf16(mixed), _fp32(log_sums)
-    )
+    call("attention", "attention", B, T, n_head, C // n_head, _bf16(qkv), mixed, log_sums)
     return mixed, log_sums
 
 
 def attention_backward(qkv: Tensor, log_sums: Tensor, d_mixed: Tensor) -> Tensor:
     """The gradient of what `attention` was given, from what it returned and the gradient (B, T, C) of its output."""
     (B, T, C), n_head, d_qkv = d_mixed.shape, log_sums.size(1), torch.empty_like(qkv)
-    library("attention").groundling_attention_backward(
-        _threads(),
-        *map(ctypes.c_int64, (B, T, n_head, C // n_head)),
-        _bf16(qkv),
-        _fp32(log_sums),
-        _bf16(d_mixed),
-        _bf16(d_qkv),
-    )
+    sizes = B, T, n_head, C // n_head
+    call("attention", "attention_backward", *sizes, _bf16(qkv), _fp32(log_sums), _bf16(d_mixed), d_qkv)
     return d_qkv
 
 
-def _threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())
+def _bf16(tensor: Tensor) -> Tensor:
+    return _of_format(tensor, torch.bfloat16)
 
 
-def _bf16(tensor: Tensor) -> Any:
-    return _address(tensor, torch.bfloat16)
+def _fp32(tensor: Tensor) -> Tensor:
+    return _of_format(tensor, torch.float32)
 
 
-def _fp32(tensor: Tensor) -> Any:
-    return _address(tensor, torch.float32)
-
-
-def _address(tensor: Tensor, dtype: torch.dtype) -> ctypes.c_void_p:
+def _of_format(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     assert tensor.dtype is dtype
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return ctypes.c_void_p(tensor.data_ptr())
+    return tensor
