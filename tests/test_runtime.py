@@ -193,7 +193,7 @@ def test_a_gpu_computes_in_the_format_that_it_has_units_for(gpus: str) -> None:
     assert resolved.facts()["dtype"] == resolved.dtype_name
     assert "1 more, of which a run uses none" in resolved.reasons[0][2]
     assert runtime.resolve(RuntimeConfig(dtype="fp16")).dtype is torch.float16
-    assert [name for name in runtime.DTYPES if runtime.multiplies(name, resolved.device)] == (
+    assert [name for name in runtime.DTYPES if runtime.supports_dtype(name, resolved.device)] == (
         ["fp32", "bf16", "fp16"] if gpus == "A100" else ["fp32", "fp16"]
     )
     if gpus != "A100":

@@ -64,11 +64,11 @@ examples:
 """
 
 
-NOBODY_THERE = (errno.EPIPE, errno.EIO)
+READER_GONE = (errno.EPIPE, errno.EIO)
 """What writing fails with when a pipe's reader has left, and when a terminal is gone."""
 
 
-class Unheard:
+class LossyStream:
     """A stream whose reader may leave, as `tee` does at Ctrl-C, or a terminal that is closed: what is said then goes
     nowhere, and we go on."""
 
@@ -82,21 +82,21 @@ class Unheard:
         try:
             return self._stream.write(text)
         except OSError as error:
-            if error.errno not in NOBODY_THERE:
+            if error.errno not in READER_GONE:
                 raise
-            lead_nowhere(self._stream)
+            discard_output(self._stream)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            if error.errno not in NOBODY_THERE:
+            if error.errno not in READER_GONE:
                 raise
-            lead_nowhere(self._stream)
+            discard_output(self._stream)
 
 
-def lead_nowhere(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """Let what is written to this stream from now on, and what it still holds, be lost."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -121,18 +121,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # this process is ours
         allocator.restart(words)
         sys.stdout, sys.stderr = (stream or _nowhere() for stream in (sys.stdout, sys.stderr))
-        sys.stderr = Unheard(sys.stderr)
+        sys.stderr = LossyStream(sys.stderr)
         if isinstance(sys.stdout, io.TextIOWrapper):  # of another encoding than UTF-8, perhaps
             sys.stdout.reconfigure(errors="backslashreplace")
         if words[0] in ("serve", "train"):  # other commands end when nobody reads what they print
-            sys.stdout = Unheard(sys.stdout)
+            sys.stdout = LossyStream(sys.stdout)
     try:
         return _run(words[0], words[1:])
     except UserError as error:
         print(f"groundling: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        lead_nowhere(sys.stdout)
+        discard_output(sys.stdout)
         return 0
     except OSError as error:
         if error.errno not in SYSTEM_REFUSALS:

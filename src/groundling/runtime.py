@@ -191,7 +191,7 @@ def _cuda_failure(device: torch.device) -> str | None:
 
 
 def _dtype(name: str, device: torch.device, began: str | None) -> tuple[torch.dtype, str]:
-    if name == "bf16" and not multiplies_bf16(device):
+    if name == "bf16" and not supports_bf16(device):
         raise ConfigError(
             "runtime.dtype is 'bf16', which this GPU only emulates, slowly (it takes compute capability 8.0):"
             " leave that setting out"
@@ -203,7 +203,7 @@ def _dtype(name: str, device: torch.device, began: str | None) -> tuple[torch.dt
     if name != "auto":
         return DTYPES[name], "asked for"
     if device.type == "cuda":
-        if multiplies_bf16(device):
+        if supports_bf16(device):
             return torch.bfloat16, "the GPU multiplies bf16"
         if torch.cuda.get_device_capability(device) >= FP16_UNITS:
             return torch.float16, "the GPU has units for fp16, and none for bf16"
@@ -224,12 +224,12 @@ def _name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known is dtype)
 
 
-def multiplies(dtype: str, device: torch.device) -> bool:
+def supports_dtype(dtype: str, device: torch.device) -> bool:
     """Whether a run can take this format there."""
-    return {"fp32": True, "bf16": multiplies_bf16(device), "fp16": device.type == "cuda"}[dtype]
+    return {"fp32": True, "bf16": supports_bf16(device), "fp16": device.type == "cuda"}[dtype]
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def supports_bf16(device: torch.device) -> bool:
     """Whether products of bf16 work there; a CUDA GPU before compute capability 8.0 would emulate them."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 

@@ -10,7 +10,14 @@ import pytest
 import yaml
 
 from groundling.cli import main
-from groundling.commands.arguments import SHORTCUTS, before_parsing, load_preset, parse_run, run_parser, written_out
+from groundling.commands.arguments import (
+    SHORTCUTS,
+    before_parsing,
+    expand_shortcuts,
+    load_preset,
+    parse_run,
+    run_parser,
+)
 from groundling.config import SHAKESPEARE_PROMPTS, RunConfig, preset_names, preset_path
 from groundling.runtime import cache_dir
 
@@ -111,7 +118,7 @@ def test_shortcuts_name_settings_that_exist() -> None:
     for flag, target in SHORTCUTS.items():
         section, _, name = target.partition(".")
         assert name in settings[section], flag
-    assert written_out(["--corpus", "a", "b", "--seed", "1"]) == ['--text.sources=["a", "b"]', "--seed", "1"]
+    assert expand_shortcuts(["--corpus", "a", "b", "--seed", "1"]) == ['--text.sources=["a", "b"]', "--seed", "1"]
 
 
 def test_prompts_are_the_text_s_own_unless_others_are_given(workplace: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from groundling.corpus.windows import IGNORED_TARGET
 from groundling.evaluation.corpus_loss import Evaluator
-from groundling.evaluation.glance import GROUP, MOST, N_GROUPS, Glance, glance
+from groundling.evaluation.glance import GROUP, MAX_SHARE, N_GROUPS, Glance, glance
 from groundling.runtime import Runtime
 
 TEXT = np.random.default_rng(0).integers(1000, size=40_000).astype(np.uint16)
@@ -78,7 +78,7 @@ def test_the_sample_is_the_same_however_many_windows_are_read_at_a_time(batch_si
 
 @pytest.mark.parametrize(("n_more", "taken"), [(0, True), (-LENGTH, False)])
 def test_a_short_text_is_not_worth_a_glance(n_more: int, taken: bool, cpu: Runtime) -> None:
-    text: NDArray[np.uint16] = TEXT[: round(N_WINDOWS / MOST) * LENGTH + 1 + n_more]
+    text: NDArray[np.uint16] = TEXT[: round(N_WINDOWS / MAX_SHARE) * LENGTH + 1 + n_more]
     assert (glance(read_by(lambda targets: targets, cpu), "corpus/loss", text) is not None) is taken
 
 

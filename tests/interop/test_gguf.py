@@ -181,7 +181,7 @@ def test_what_is_written_wrong_is_not_left_behind(
 def test_the_program_itself_refuses_what_is_written_wrong(
     make_trained: MakeTrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(format_, "_hold_tensors", lambda *_: "not looked at")
+    monkeypatch.setattr(format_, "_check_tensors", lambda *_: "not looked at")
     with pytest.raises(VerificationFailed, match=r"llama\.cpp"):
         export(make_trained(), WRONGS[0], tmp_path / "out.gguf", "f32")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from groundling.errors import ConfigError, RunFailed, UserError
-from groundling.interop.hub import Hub, Place, check_repo, stays
+from groundling.interop.hub import Hub, Place, check_repo, untouched_files
 
 from .hub_server import ORGANISATION, STORAGE, TOKEN, USER, HubServer, Repository
 
@@ -98,8 +98,8 @@ def test_an_existing_repository_gets_a_commit_and_keeps_what_the_upload_does_not
     files = {"old.md": b"old", "groundling-0.0.9.whl": b"PK", "config.json": b"{}"}
     server.repositories["model", REPO] = repository = Repository(False, files=dict(files))
     place = hub.look(REPO, "model", False)
-    assert stays(place, contents(folder)) == ["groundling-0.0.9.whl", "old.md"]
-    assert stays(place, contents(folder), "groundling-*.whl") == ["old.md"]
+    assert untouched_files(place, contents(folder)) == ["groundling-0.0.9.whl", "old.md"]
+    assert untouched_files(place, contents(folder), "groundling-*.whl") == ["old.md"]
     assert hub.upload(place, folder, "Again", stale="groundling-*.whl").changed
     assert published(repository) == {"old.md": b"old", **contents(folder)}
     assert repository.commits[0].removed == ["groundling-0.0.9.whl"]

@@ -23,8 +23,8 @@ def trained(request: pytest.FixtureRequest, make_trained: MakeTrained) -> Traine
 
 def test_a_probe_holds_the_model_that_it_is_of(trained: Trained) -> None:
     probe = Probe.of(trained)
-    assert probe.hold_logits(probe.logits.double(), "itself") == 0
-    assert probe.hold_tokens([*probe.continuation, 5], "itself") == len(probe.continuation) > 0
+    assert probe.check_logits(probe.logits.double(), "itself") == 0
+    assert probe.check_tokens([*probe.continuation, 5], "itself") == len(probe.continuation) > 0
 
 
 def test_a_probe_covers_every_position_and_refuses_one_that_differs(trained: Trained) -> None:
@@ -34,7 +34,7 @@ def test_a_probe_covers_every_position_and_refuses_one_that_differs(trained: Tra
         wrong = probe.logits.clone()
         wrong[place, 7] += 2e-4
         with pytest.raises(VerificationFailed, match="other logits"):
-            probe.hold_logits(wrong, "a program")
+            probe.check_logits(wrong, "a program")
 
 
 def test_logits_that_are_no_numbers_are_refused(trained: Trained) -> None:
@@ -42,17 +42,17 @@ def test_logits_that_are_no_numbers_are_refused(trained: Trained) -> None:
     wrong = probe.logits.clone()
     wrong[0, 0] = torch.nan
     with pytest.raises(VerificationFailed, match="nan"):
-        probe.hold_logits(wrong, "a program")
+        probe.check_logits(wrong, "a program")
     with pytest.raises(VerificationFailed, match="shape"):
-        probe.hold_logits(probe.logits[:, 1:], "a program")
+        probe.check_logits(probe.logits[:, 1:], "a program")
 
 
 def test_other_or_fewer_tokens_are_refused(trained: Trained) -> None:
     probe = Probe.of(trained)
     with pytest.raises(VerificationFailed, match="continues"):
-        probe.hold_tokens([*probe.continuation[:-1], probe.continuation[-1] ^ 1], "a program")
+        probe.check_tokens([*probe.continuation[:-1], probe.continuation[-1] ^ 1], "a program")
     with pytest.raises(VerificationFailed, match="wrote"):
-        probe.hold_tokens(probe.continuation[:-1], "a program")
+        probe.check_tokens(probe.continuation[:-1], "a program")
 
 
 def test_a_continuation_ends_where_the_order_of_two_tokens_would_be_chance(trained: Trained) -> None:

@@ -76,7 +76,7 @@ def test_the_compiler_is_asked_for_deterministic_code(make_trainer: MakeTrainer)
 
 def test_a_run_never_recompiles(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text is no multiple of its windows, which come in pieces; looks have short batches; it goes on."""
-    for name, value in {"N_GROUPS": 2, "GROUP": 5, "MOST": 1.0}.items():
+    for name, value in {"N_GROUPS": 2, "GROUP": 5, "MAX_SHARE": 1.0}.items():
         monkeypatch.setattr(glance, name, value)
     eager, _ = make_trainer("unused")
     compiled = replace(eager.runtime, compile=True)

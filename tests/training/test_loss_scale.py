@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from groundling.training.loss_scale import FIRST, GROWTH_STEPS, LEAST, MOST, LossScale
+from groundling.training.loss_scale import FIRST, GROWTH_STEPS, MAX_SCALE, MIN_SCALE, LossScale
 
 
 def after(scale: LossScale, n_steps: int) -> LossScale:
@@ -18,6 +18,6 @@ def test_it_doubles_after_many_good_steps_in_a_row() -> None:
 
 
 def test_it_stays_where_a_logits_own_gradient_fits() -> None:
-    assert after(LossScale(MOST), GROWTH_STEPS).value == MOST < 65_504
-    assert not LossScale(LEAST).can_shrink
-    assert LossScale(2 * LEAST).can_shrink
+    assert after(LossScale(MAX_SCALE), GROWTH_STEPS).value == MAX_SCALE < 65_504
+    assert not LossScale(MIN_SCALE).can_shrink
+    assert LossScale(2 * MIN_SCALE).can_shrink

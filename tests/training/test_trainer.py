@@ -28,7 +28,7 @@ from groundling.training import trainer as trainer_module
 from groundling.training.checkpoint import CheckpointConfig
 from groundling.training.estimate import LOOKS, Estimate, FirstSteps, is_taken, measure, remaining, seconds_to_read
 from groundling.training.flops import flops_per_token, update_flops
-from groundling.training.loss_scale import FIRST, LEAST, LossScale
+from groundling.training.loss_scale import FIRST, MIN_SCALE, LossScale
 from groundling.training.metrics import JsonLines, Sinks
 from groundling.training.progress import clock
 from groundling.training.run_state import RunState
@@ -161,12 +161,12 @@ def test_a_gradient_beyond_fp16_shrinks_the_scale_and_costs_a_step(make_trainer:
 
 def test_a_gradient_that_no_scale_mends_is_a_failure(make_trainer: MakeTrainer) -> None:
     trainer, _ = make_trainer(runtime=replace(make_trainer("fp32")[0].runtime, dtype=torch.float16))
-    trainer.state.loss_scale = LossScale(LEAST)
+    trainer.state.loss_scale = LossScale(MIN_SCALE)
     trainer.keep_beginning()
     trainer.model.head_weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(RunFailed, match="not finite"):
         trainer.train()
-    assert trainer.state.loss_scale.value == LEAST
+    assert trainer.state.loss_scale.value == MIN_SCALE
 
 
 def test_an_overflow_is_not_made_a_checkpoint_of(make_trainer: MakeTrainer) -> None:
@@ -373,7 +373,7 @@ def test_a_look_at_a_checkpoint_is_kept_in_it(make_trainer: MakeTrainer) -> None
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run that takes a sample of its short text for what it is, before each look; sections for `make_trainer`."""
-    for name, value in {"N_GROUPS": 6, "GROUP": 1, "MOST": 1.0, "N_ERRORS": 0.0}.items():
+    for name, value in {"N_GROUPS": 6, "GROUP": 1, "MAX_SHARE": 1.0, "N_ERRORS": 0.0}.items():
         monkeypatch.setattr(glance, name, value)
     return {
         "stopping": StoppingConfig(target=1.0),

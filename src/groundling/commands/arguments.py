@@ -184,7 +184,7 @@ def parse_run(parser: Parser, arguments: Sequence[str]) -> RunConfig:
 
     Raises `ConfigError` for a setting that is unknown or wrong.
     """
-    parsed = parser.instantiate(parser.parse_args(written_out(arguments)))
+    parsed = parser.instantiate(parser.parse_args(expand_shortcuts(arguments)))
     return RunConfig(**{field.name: parsed[field.name] for field in fields(RunConfig)})
 
 
@@ -208,7 +208,7 @@ def naming_flags(arguments: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def written_out(arguments: Sequence[str]) -> list[str]:
+def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
     """The arguments with files and size first, and every shortcut replaced by the setting it stands for.
 
     Raises `ConfigError` for a flag without its value.

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         print(f"  {what:8} {choice:9} {why}")
     print("\nmatrix ceiling, measured:")
     for name, dtype in DTYPES.items():
-        if not runtime.multiplies(name, resolved.device):
+        if not runtime.supports_dtype(name, resolved.device):
             continue
         used = "  <- used" if dtype is resolved.dtype else ""
         ceiling = machine.matrix_ceiling_flops(resolved.device, dtype, resolved.synchronize, SHAPES)

@@ -16,7 +16,7 @@ from groundling.commands.export import FORMATS, Writer, disk_watched
 from groundling.commands.saying import say, say_changes
 from groundling.errors import ConfigError, Interrupted, RunFailed
 from groundling.interop import space
-from groundling.interop.hub import Hub, Place, check_repo, stays
+from groundling.interop.hub import Hub, Place, check_repo, untouched_files
 from groundling.interop.trained import Trained, open_trained
 from groundling.training.progress import progress_bar
 
@@ -147,7 +147,7 @@ def _show(part: Part, folder: Path) -> None:
     action = "updated by a new commit" if place.exists else "made"
     n_megabytes = sum(files.values()) / 1e6
     say(f"the {place.visibility} {place} will be {action}: {len(files)} files, {n_megabytes:,.1f} MB")
-    if kept := stays(place, files, part.stale):
+    if kept := untouched_files(place, files, part.stale):
         listed = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         say(f"note: it keeps {len(kept)} other files that it has now ({listed})")
     if "README.md" in place.files:

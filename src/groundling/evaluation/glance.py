@@ -20,7 +20,7 @@ GROUP = 16
 """A glance reads so many groups of so many windows. Each group goes over the whole text, and what lies between their
 means tells how far off the mean of all may be."""
 
-MOST = 1 / 8
+MAX_SHARE = 1 / 8
 """Share of a look's windows that a glance may read: where its own are more, there is none."""
 
 N_ERRORS = 1.0
@@ -53,7 +53,7 @@ def glance(evaluator: Evaluator, name: str, tokens: Tokens) -> Glance | None:
     offsets = loss_offsets(len(tokens), evaluator.length) if name == "corpus/loss_offset" else [0]
     windows = np.concatenate([grid(len(tokens), evaluator.length, offset) for offset in offsets])
     n_windows = N_GROUPS * GROUP
-    if n_windows > MOST * len(windows):
+    if n_windows > MAX_SHARE * len(windows):
         return None
     chosen = windows[(2 * np.arange(n_windows) + 1) * len(windows) // (2 * n_windows)]
     groups = [chosen[first::N_GROUPS] for first in range(N_GROUPS)]

@@ -12,7 +12,7 @@ from groundling.generation.native import NativeDecoder
 from groundling.kernels.build import BuildError
 from groundling.model.formats import WeightFormat, round_weights
 from groundling.model.gpt2 import GPT2
-from groundling.runtime import Runtime, multiplies_bf16
+from groundling.runtime import Runtime, supports_bf16
 
 
 def open_decoder(
@@ -36,6 +36,6 @@ def open_decoder(
     if form != "fp32":
         model = copy.deepcopy(model)
         round_weights(model, form)
-        if form == "bf16" and runtime.device.type == "cuda" and multiplies_bf16(runtime.device):
+        if form == "bf16" and runtime.device.type == "cuda" and supports_bf16(runtime.device):
             model = model.to(torch.bfloat16)
     return TorchDecoder(model, n_window, n_slots)

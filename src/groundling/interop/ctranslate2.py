@@ -78,7 +78,7 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
         yield loss_difference(trained, logits, f"{precision} by CTranslate2{computed}")
         return
     probe, spelled = Probe.of(trained), list(trained.tokenizer.vocab)
-    difference = probe.hold_logits(logits(probe.window), "CTranslate2")
+    difference = probe.check_logits(logits(probe.window), "CTranslate2")
     written: list[int] = []
     if n_tokens := len(probe.continuation):
         result = generator.generate_batch(
@@ -89,7 +89,7 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
             include_prompt_in_result=False,
         )
         written = result[0].sequences_ids[0]
-    n_same = probe.hold_tokens(written, "CTranslate2")
+    n_same = probe.check_tokens(written, "CTranslate2")
     yield f"CTranslate2 gives the same {n_same} greedy tokens, and our logits to within {difference:.1g}"
 
 

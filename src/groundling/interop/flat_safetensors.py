@@ -54,7 +54,7 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
     masks = {name for name in tensors if name.endswith(".attn.bias")}
     model.load_state_dict({name: tensors[name] for name in tensors.keys() - masks}, assign=True)
     with torch.inference_mode():
-        difference = probe.hold_logits(model.logits(model.hidden(torch.tensor([probe.window])))[0], "our own network")
+        difference = probe.check_logits(model.logits(model.hidden(torch.tensor([probe.window])))[0], "our own network")
     if Tokenizer.load(target / TOKENIZER).sha256 != trained.tokenizer.sha256:
         raise VerificationFailed("the tokenizer was not written as it is: nothing was exported, please report this")
     yield (

@@ -124,7 +124,7 @@ def write(trained: Trained, target: Path, precision: str) -> None:
 def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
     """Every tensor read back; then llama.cpp's tokens, hidden states and loss, or without it those of the tensors."""
     reader = gguf.GGUFReader(target)
-    yield _hold_tensors(trained.model, reader)
+    yield _check_tensors(trained.model, reader)
     if importlib.util.find_spec("xllamacpp") is None:
         yield "llama.cpp itself did not read it: pip install 'groundling[gguf]' brings it"
         if precision != "f32":
@@ -138,12 +138,12 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
         def logits(tokens: list[int]) -> Tensor:
             return torch.tensor(llama.hidden(tokens)) @ head.T
 
-        yield _hold_tokenizer(trained, llama)
+        yield _check_tokenizer(trained, llama)
         if precision == "f32":
             probe, tolerance = _probe(trained)
-            n_same = probe.hold_tokens(_greedy(trained, llama, probe), "llama.cpp")
-            difference = probe.hold_logits(logits(probe.window), "llama.cpp", tolerance)
-            difference = max(difference, _hold_last(trained, llama, probe, tolerance))
+            n_same = probe.check_tokens(_greedy(trained, llama, probe), "llama.cpp")
+            difference = probe.check_logits(logits(probe.window), "llama.cpp", tolerance)
+            difference = max(difference, _check_last(trained, llama, probe, tolerance))
             yield f"llama.cpp gives the same {n_same} greedy tokens, and our logits to within {difference:.1g}"
         else:
             llama.greedy(TEXT[:5], 1)  # it answers
@@ -207,7 +207,7 @@ def _dequantized(tensor: Any) -> NDArray[np.float32]:
     return np.require(gguf.dequantize(tensor.data, tensor.tensor_type), requirements="W")  # fp32 is the file itself
 
 
-def _hold_tensors(model: GPT2, reader: Any) -> str:
+def _check_tensors(model: GPT2, reader: Any) -> str:
     """How many tensors of which formats the file has, each ours within that format's rounding."""
     theirs = {tensor.name: tensor for tensor in reader.tensors}
     own = {_their_name(name): tensor for name, tensor in own_tensors(model).items()}
@@ -268,7 +268,7 @@ def _text(trained: Trained, tokens: Sequence[int]) -> str:
     return trained.tokenizer.decode(tokens).replace("\ufffd", "").replace(END_OF_TEXT, "")
 
 
-def _hold_tokenizer(trained: Trained, llama: LlamaCpp) -> str:
+def _check_tokenizer(trained: Trained, llama: LlamaCpp) -> str:
     """Texts become our ids in llama.cpp: a difficult one, and the beginning of the training text."""
     train = trained.train_tokens()
     texts = [TEXT] if train is None else [TEXT, _text(trained, train.tokens[:N_TEXT_TOKENS].tolist())]
@@ -308,7 +308,7 @@ def _greedy(trained: Trained, llama: LlamaCpp, probe: Probe) -> list[int]:
     return written
 
 
-def _hold_last(trained: Trained, llama: LlamaCpp, probe: Probe, tolerance: float) -> float:
+def _check_last(trained: Trained, llama: LlamaCpp, probe: Probe, tolerance: float) -> float:
     """The largest difference of all log-probabilities at the end of the window, llama.cpp's own head included."""
     *prompt, _ = probe.window
     if not prompt:

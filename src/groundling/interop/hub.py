@@ -352,7 +352,7 @@ class _Waits(logging.Handler):
             self._note(message)
 
 
-def stays(place: Place, brought: Iterable[str], stale: str | None = None) -> list[str]:
+def untouched_files(place: Place, brought: Iterable[str], stale: str | None = None) -> list[str]:
     """Files of the repository that an upload of these does not touch, but for the hub's own .gitattributes."""
     kept = set(place.files) - set(brought) - {".gitattributes"}
     return sorted(name for name in kept if not (stale and fnmatch(name, stale)))

@@ -199,14 +199,14 @@ def _ask_transformers(transformers: Any, held: Trained, probe: Probe, target: Pa
     offline = {"local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, **offline).eval()
     with torch.inference_mode():
-        difference = probe.hold_logits(model(torch.tensor([probe.window])).logits[0], program)
+        difference = probe.check_logits(model(torch.tensor([probe.window])).logits[0], program)
         model.generation_config = transformers.GenerationConfig(pad_token_id=held.tokenizer.end_of_text_id)
         n_new = len(probe.continuation)
         prompt = torch.tensor([probe.prompt])
         written = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max(1, n_new)
         )
-    n_equal = probe.hold_tokens(written[0, len(probe.prompt) :].tolist()[:n_new], program)
+    n_equal = probe.check_tokens(written[0, len(probe.prompt) :].tolist()[:n_new], program)
     yield (
         f"{program} gives the same logits at all {len(probe.window):,} positions (they differ by up to"
         f" {difference:.1g}) and the same {n_equal} greedy tokens"
@@ -217,10 +217,10 @@ def _ask_transformers(transformers: Any, held: Trained, probe: Probe, target: Pa
     for text, ids, expected in zip(
         (*TEXTS, *tokens), theirs([*TEXTS, *tokens])["input_ids"], own.encode_blocks([*TEXTS, *tokens]), strict=True
     ):
-        _hold(ids == expected, f"{program} encodes {text[:40]!r} as {ids}, not as {expected}")
+        _check(ids == expected, f"{program} encodes {text[:40]!r} as {ids}, not as {expected}")
     for ids in (probe.window, list(range(own.n_vocab)), *own.encode_blocks(TEXTS)):
-        _hold(theirs.decode(ids) == own.decode(ids), f"{program} decodes {ids[:20]} as {theirs.decode(ids)[:40]!r}")
-    _hold(theirs.eos_token_id == own.end_of_text_id, f"{program} reads another end of the text")
+        _check(theirs.decode(ids) == own.decode(ids), f"{program} decodes {ids[:20]} as {theirs.decode(ids)[:40]!r}")
+    _check(theirs.eos_token_id == own.end_of_text_id, f"{program} reads another end of the text")
     yield f"its {type(theirs).__name__} encodes and decodes {len(TEXTS)} difficult texts and every token as ours does"
 
 
@@ -230,18 +230,18 @@ def _read_back(held: Trained, target: Path) -> Iterator[str]:
     weights.load(model, target / WEIGHTS)
     own = held.model.state_dict()
     same = all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items() if name != weights.TIED)
-    _hold(same, "the weights were not written as they are")
+    _check(same, "the weights were not written as they are")
     vocab = json.loads((target / VOCAB).read_text(encoding="utf-8"))
     lines = (target / MERGES).read_text(encoding="utf-8").split("\n")[1:-1]
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     for read in (Tokenizer.load(target / TOKENIZER), Tokenizer(vocab, merges, MERGES)):
-        _hold(read.sha256 == held.tokenizer.sha256, "the tokenizer was not written as it is")
+        _check(read.sha256 == held.tokenizer.sha256, "the tokenizer was not written as it is")
     yield (
         "transformers is not installed (pip install 'groundling[hf]'), so it was not asked; read back, every weight is"
         " what was to be written, and both tokenizers are equal"
     )
 
 
-def _hold(holds: bool, wrong: str) -> None:
+def _check(holds: bool, wrong: str) -> None:
     if not holds:
         raise VerificationFailed(f"{wrong}: nothing was exported, please report this")

@@ -68,19 +68,19 @@ def verify(trained: Trained, target: Path, precision: str) -> Iterator[str]:
             raise VerificationFailed("ONNX Runtime reads int8 logits that are no numbers: export fp32")
         yield loss_difference(trained, lambda tokens: network.read(tokens)[0], "ONNX Runtime in int8")
         return
-    difference = probe.hold_logits(whole, "ONNX Runtime")
+    difference = probe.check_logits(whole, "ONNX Runtime")
     cache: dict[str, Any] | None = None
     rows = []
     for token in probe.window:
         row, cache = network.read([token], cache)
         rows.append(row)
-    difference = max(difference, probe.hold_logits(torch.cat(rows), "ONNX Runtime, token by token"))
+    difference = max(difference, probe.check_logits(torch.cat(rows), "ONNX Runtime, token by token"))
     logits, cache = network.read(probe.prompt)
     written: list[int] = []
     while len(written) < len(probe.continuation):
         written.append(int(logits[-1].argmax()))
         logits, cache = network.read(written[-1:], cache)
-    n_equal = probe.hold_tokens(written, "ONNX Runtime")
+    n_equal = probe.check_tokens(written, "ONNX Runtime")
     yield (
         f"ONNX Runtime {onnxruntime.__version__} gives the same logits at {len(probe.window)} positions"
         f" (within {max(difference, 1e-7):.1g}) and the same {n_equal} greedy tokens"

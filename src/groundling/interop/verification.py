@@ -77,7 +77,7 @@ class Probe:
         sure = (best[:, 0] - best[:, 1] > 2 * tolerance).tolist()
         return cls(window, logits, prompt, continuation[: sure.index(False) if False in sure else None])
 
-    def hold_logits(self, theirs: Tensor, program: str, tolerance: float = TOLERANCE) -> float:
+    def check_logits(self, theirs: Tensor, program: str, tolerance: float = TOLERANCE) -> float:
         """The largest difference of another program's logits (len(window), n_vocab) from ours.
 
         Raises `VerificationFailed` if it is above the tolerance, or not a number.
@@ -95,7 +95,7 @@ class Probe:
             )
         return difference
 
-    def hold_tokens(self, theirs: Sequence[int], program: str) -> int:
+    def check_tokens(self, theirs: Sequence[int], program: str) -> int:
         """How many greedy tokens of another program, after `prompt`, equal ours: all of `continuation`.
 
         Raises `VerificationFailed` if one differs.

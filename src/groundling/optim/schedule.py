@@ -12,7 +12,7 @@ from typing import Literal
 
 from groundling.errors import ConfigError
 
-MOST = 1e9
+MAX_LENGTH = 1e9
 """Passes, or lengths of a schedule, that may be asked for: more is a slip, and would overflow a count of steps."""
 
 
@@ -45,11 +45,11 @@ class ScheduleConfig:
         for name in ("peak", "passes"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}: give a number")
-        if self.passes is not None and not 0 < self.passes <= MOST:
-            raise ConfigError(f"schedule.passes is {self.passes}: give a positive number, and at most {MOST:g}")
-        if self.total_steps is not None and not 0 < self.total_steps <= MOST:
+        if self.passes is not None and not 0 < self.passes <= MAX_LENGTH:
+            raise ConfigError(f"schedule.passes is {self.passes}: give a positive number, and at most {MAX_LENGTH:g}")
+        if self.total_steps is not None and not 0 < self.total_steps <= MAX_LENGTH:
             raise ConfigError(
-                f"schedule.total_steps is {self.total_steps}: give a positive number, and at most {MOST:g}"
+                f"schedule.total_steps is {self.total_steps}: give a positive number, and at most {MAX_LENGTH:g}"
             )
         if self.peak <= 0:
             raise ConfigError(f"schedule.peak is {self.peak}: give a positive learning rate")

@@ -15,7 +15,7 @@ FIRST = 2.0**5
 """GradScaler's first scale, 2**16, over the 2,048 targets of a batch whose loss is their sum."""
 GROWTH_STEPS = 2000
 """Steps in a row without an overflow after which twice the scale is tried."""
-LEAST, MOST = 2.0**-14, 2.0**15
+MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**15
 """Below the first an overflow is none that a scale could mend; above the last the gradient of a logit is one itself."""
 
 
@@ -33,9 +33,9 @@ class LossScale:
             return LossScale(self.value / 2)
         if self.n_steps + 1 < GROWTH_STEPS:
             return replace(self, n_steps=self.n_steps + 1)
-        return LossScale(min(MOST, self.value * 2))
+        return LossScale(min(MAX_SCALE, self.value * 2))
 
     @property
     def can_shrink(self) -> bool:
         """Whether an overflow may be due to the scale alone."""
-        return self.value > LEAST
+        return self.value > MIN_SCALE

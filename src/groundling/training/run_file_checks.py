@@ -15,7 +15,7 @@ Kinds = Mapping[str, tuple[type, ...]]
 
 NONE = type(None)
 WHOLE, NUMBER, TEXT = (int,), (int, float), (str,)
-MOST = 2**63
+MAX_NUMBER = 2**63
 """What no number in these files reaches, bytes of memory and operations a second among them."""
 
 LOSSES = ("corpus_loss", "corpus_loss_offset", "heldout_loss")
@@ -107,7 +107,7 @@ def _check(values: Mapping[str, Any], kinds: Kinds, prefix: str = "") -> None:
         if name not in values:
             raise ValueError(f"it lacks {prefix}{name}")
         value = values[name]
-        beyond = name not in LOSSES and type(value) in NUMBER and not 0 <= value < MOST
+        beyond = name not in LOSSES and type(value) in NUMBER and not 0 <= value < MAX_NUMBER
         if type(value) not in kind or beyond:
             raise ValueError(f"its {prefix}{name} is none that a run has")
 

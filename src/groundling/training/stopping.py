@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from groundling.errors import ConfigError
 from groundling.evaluation import glance
-from groundling.optim.schedule import MOST, ScheduleConfig
+from groundling.optim.schedule import MAX_LENGTH, ScheduleConfig
 
 EMA_BATCHES = 20
 """Batches over which the running mean of train/loss forgets."""
@@ -62,8 +62,8 @@ class StoppingConfig:
     """Passes between evaluations of heldout/loss, taken only if patience is set."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overtime <= MOST:
-            raise ConfigError(f"stopping.overtime is {self.overtime}: give 0 or more, and at most {MOST:g}")
+        if not 0 <= self.overtime <= MAX_LENGTH:
+            raise ConfigError(f"stopping.overtime is {self.overtime}: give 0 or more, and at most {MAX_LENGTH:g}")
         if not 0 <= self.target < math.inf:
             raise ConfigError(f"stopping.target is {self.target}: give a loss of 0 or more")
         if self.expected_steps is not None and self.expected_steps < 1:
@@ -74,9 +74,9 @@ class StoppingConfig:
             raise ConfigError(f"stopping.max_minutes is {self.max_minutes}: give 0 or more (null lifts the limit)")
         if self.patience < 0:
             raise ConfigError(f"stopping.patience is {self.patience}: give 0 (off) or more")
-        if not 0 < self.heldout_every <= MOST:
+        if not 0 < self.heldout_every <= MAX_LENGTH:
             raise ConfigError(
-                f"stopping.heldout_every is {self.heldout_every}: give a positive number of passes, {MOST:g} at most"
+                f"stopping.heldout_every is {self.heldout_every}: give a positive number up to {MAX_LENGTH:g}"
             )
 
     def without_target(self) -> StoppingConfig:
@@ -213,7 +213,7 @@ class StopRule:
             return False
         if look is None or look.loss_ema is None or (not look.whole and look.loss < config.target):  # of a lower target
             return ema < FIRST_LOOK * config.target
-        share = 1.0 if look.whole else glance.MOST
+        share = 1.0 if look.whole else glance.MAX_SHARE
         trained = n_steps - look.n_steps >= TRAINED_BETWEEN * share * self.look_steps
         return trained and ema < look.loss_ema * min(NEXT_LOOK, config.target / look.loss)
 
