@@ -24,6 +24,7 @@ from groundling.commands import evaluate
 from groundling.commands import train as train_command
 from groundling.errors import ConfigError
 from groundling.evaluation.corpus_loss import Evaluator
+from groundling.kernels.build import library
 from groundling.model.formats import round_weights
 from groundling.training import estimate
 from groundling.training.checkpoint import load_model
@@ -208,6 +209,32 @@ def test_estimate_writes_nothing(workplace: Path, run: Path, capsys: pytest.Capt
     assert files_but_cache(workplace) == before
 
 
+@pytest.mark.parametrize("compiler", ["none", "fails"])
+def test_without_a_compiler_a_run_costs_one_warning(
+    workplace: Path,
+    tmp_path: Path,
+    compiler: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if compiler == "fails":
+        (tmp_path / "g++").write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
+        (tmp_path / "g++").chmod(0o755)
+    library.cache_clear()
+    try:
+        assert main(train("--max-steps", "1", "--runtime.compile", "auto", "--out", str(tmp_path / "run"))) == 0
+    finally:
+        library.cache_clear()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    about = [line for line in (*warnings, *caplog.messages) if "compiler" in line or "out of order" in line]
+    assert len(about) == 1, about
+    assert "training will be slower" in about[0]
+    assert (tmp_path / "run" / "samples.txt").exists()
+
+
 def test_patience_names_the_checkpoint_that_was_best(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Letters in no order are known the less the better the bottles are."""
     (workplace / "noise.txt").write_text("".join(random.Random(0).choices("qxzjkvw ", k=600)))
@@ -216,7 +243,7 @@ def test_patience_names_the_checkpoint_that_was_best(workplace: Path, capsys: py
     assert main(train("--heldout", "noise.txt", *patience, "--windows.batch_size", "4", "--out", str(out))) == 0
     said = capsys.readouterr().err
     assert "the held-out text got no better" in said
-    (best,) = re.findall(r"heldout/loss was lowest before: (\S+) has the weights of then", said)
+    (best,) = re.findall(r"heldout/loss was lower before: (\S+) has the weights of then", said)
     assert main(["evaluate", best, "--json"]) == 0
     lowest = json.loads(capsys.readouterr().out)["heldout/loss"]
     taken = [line["heldout/loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "heldout/loss" in line]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import resource
 import time
@@ -315,8 +316,14 @@ def test_events_of_a_session_that_is_gone_are_no_failure(demo: Running, capfd: p
     answer = demo.client.get("/gradio_api/queue/data", params={"session_hash": "gone"})
     assert answer.status_code == 200
     assert '"session_not_found":true' in answer.text.replace(" ", "")
-    eventually(lambda: '"path": "/gradio_api/queue/data"' in demo.log[-1])
-    assert demo.last_logged()["status"] == 200
+    logged = [{}]
+
+    def is_logged() -> bool:
+        logged[:] = [line for line in map(json.loads, demo.log) if line["path"] == "/gradio_api/queue/data"]
+        return bool(logged)
+
+    eventually(is_logged)
+    assert logged[-1]["status"] == 200
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -285,7 +285,10 @@ def test_a_refusal_names_the_setting(running: Running, settings: dict[str, Any],
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"model": "bottles", "prompt": "\\ud800"}', b"NaN"],
+    [
+        *(b"", b"{", b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b"NaN"),
+        *(b'{"model": "bottles", "prompt": "\\ud800"}', b'{"model": "bottles", "\\ud800": 1}'),
+    ],
     ids=lambda body: repr(body[:20]),
 )
 def test_a_body_that_is_no_request_is_refused(running: Running, body: bytes) -> None:
@@ -324,6 +327,7 @@ def test_a_stream_that_waits_says_so(serve: Serve, monkeypatch: pytest.MonkeyPat
         openais = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         with held_up(server):
             stream = pool.submit(lambda: list(openais.completions.create(model="bottles", prompt="a", stream=True)))
+            eventually(lambda: server.engine.n_running == 1)
             time.sleep(0.3)
         assert stream.result()[-1].choices[0].finish_reason == "length"
 

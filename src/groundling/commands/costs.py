@@ -20,6 +20,8 @@ from groundling.training.progress import clock
 
 LONG_RUN_S = 3 * 3600
 """Estimates above this say what would finish sooner."""
+LONG_BEFORE = 0.95
+"""Share of a schedule after which what a limit cuts off of it is not worth a word."""
 WORTH_SAVING = 0.05
 """Share of a step's FLOP; a head over fewer ids is advised from here on."""
 
@@ -38,7 +40,7 @@ def estimate_lines(estimate: Estimate, config: RunConfig, tokens: Tokens) -> lis
 def _limit_lines(estimate: Estimate, config: RunConfig) -> list[str]:
     """A warning if the run is over long before its schedule: its rate is high then, and blocks may not have joined."""
     n_steps, expected_steps, stopping = estimate.n_steps, estimate.expected_steps, config.stopping
-    if n_steps >= expected_steps:
+    if n_steps > LONG_BEFORE * min(expected_steps, estimate.total_steps):
         return []
     by_steps = stopping.max_steps is not None and n_steps >= stopping.max_steps
     limit = f"--max-steps {stopping.max_steps:,}" if by_steps else f"--max-minutes {stopping.max_minutes:g}"

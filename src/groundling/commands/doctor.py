@@ -8,6 +8,7 @@ import torch
 
 from groundling import allocator, machine, runtime
 from groundling.commands.arguments import Parser
+from groundling.errors import ConfigError
 from groundling.model.formats import read_bytes
 from groundling.model.gpt2 import GPT2, GPTConfig
 from groundling.runtime import DTYPES, RuntimeConfig
@@ -24,7 +25,11 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         epilog=EXAMPLES,
     ).parse_args(arguments)
-    resolved = runtime.resolve(RuntimeConfig())
+    try:
+        resolved = runtime.resolve(RuntimeConfig())
+    except ConfigError as error:  # of a GPU that is full
+        print(f"warning: {error}\n")
+        resolved = runtime.resolve(RuntimeConfig(device="cpu"))
     facts = machine.describe(resolved.threads, resolved.device)
     memory, flags = facts["memory_bytes"], facts["flags"]
     amx = "yes" if "amx_bf16" in flags else "no"

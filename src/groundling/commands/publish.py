@@ -105,7 +105,7 @@ def _parser() -> Parser:
 
 def _license(identifier: str | None) -> str | None:
     """Raises `ConfigError` for what is no identifier of a licence on the hub."""
-    if identifier and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", identifier):
+    if identifier is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", identifier):
         raise ConfigError(f"--license is {identifier!r}: give its identifier on the hub, such as cc0-1.0 or mit")
     return identifier
 

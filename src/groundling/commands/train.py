@@ -189,14 +189,14 @@ def _carry_out(trainer: Trainer, folder: RunFolder, prepared: Prepared, resume: 
                 f"warning: {n_blocks} of {config.model.n_layer} blocks were trained, and the others, which were to join"
                 f" at step {trainer.growth.n_steps}, add nothing yet"
             )
-        if best := _best_checkpoint(trainer, folder):
-            trainer.sinks.note(f"heldout/loss was lowest before: {best} has the weights of then")
         start = time.monotonic()
         try:
             losses = _final_losses(trainer, config.evaluation.final, folder.metrics)
         except Interrupted as interrupt:
             raise Interrupted(f"{interrupt} after all {trainer.state.n_steps} steps, before their losses") from None
         evaluation_s = time.monotonic() - start
+        if best := _best_checkpoint(trainer, folder, losses["heldout/loss"]):
+            trainer.sinks.note(f"heldout/loss was lower before: {best} has the weights of then")
     newest = find_checkpoint(folder.path)
     record = make_record(
         trainer,
@@ -236,13 +236,14 @@ def _sinks(folder: RunFolder, trainer: Trainer, config: RunConfig) -> Iterator[S
         sinks.close()
 
 
-def _best_checkpoint(trainer: Trainer, folder: RunFolder) -> Path | None:
-    """The checkpoint that knew the held-out text best, if that is not the last."""
-    best_step = trainer.stop_rule.state.best_heldout_step
-    if best_step in (None, trainer.state.n_steps):
+def _best_checkpoint(trainer: Trainer, folder: RunFolder, last: float | None) -> Path | None:
+    """The checkpoint that is known to know the held-out text better than the last weights, whose loss may be known."""
+    state = trainer.stop_rule.state
+    if state.best_heldout is None or state.best_heldout_step is None:
         return None
-    path = folder.checkpoints / checkpoint.NAME.format(best_step)
-    return path if path.exists() else None
+    worse = last > state.best_heldout if last is not None else state.evaluations_without_improvement > 0
+    path = folder.checkpoints / checkpoint.NAME.format(state.best_heldout_step)
+    return path if worse and path.exists() else None
 
 
 def _final_losses(trainer: Trainer, final: str, metrics: Path) -> dict[str, float | None]:
@@ -295,7 +296,8 @@ def _sample(folder: RunFolder, config: RunConfig, resolved: Runtime, path: Path,
     """Continue the run's prompts with the checkpoint as it was saved, and keep what came; `check` may end it."""
     model, tokenizer, window = load_model(path, resolved.device)
     texts = []
-    with open_decoder(model, window, resolved, warn=say) as decoder:
+    warn = (lambda said: None) if resolved.warnings else say  # a compiler that is missing was named when the run began
+    with open_decoder(model, window, resolved, warn=warn) as decoder:
         for number, prompt in enumerate(config.prompts, 1):
             check()
             text = "".join(continue_text(decoder, tokenizer, prompt, config.sampling))

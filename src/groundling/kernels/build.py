@@ -48,7 +48,9 @@ def library(name: str) -> ctypes.CDLL:
         try:
             return _load(compiler, [*flags, "-fopenmp"], source)
         except BuildError as error:
+            made = _load(compiler, flags, source)  # or nothing can be made here, of which the caller says so
             _say_one_thread(str(error))
+            return made
     return _load(compiler, flags, source)
 
 

@@ -45,6 +45,11 @@ DEFAULT_TOKENS = 16
 """OpenAI's."""
 
 
+def _printable(name: str) -> str:
+    """A name's beginning, in which half of a surrogate pair is a question mark."""
+    return name[:100].encode(errors="replace").decode()
+
+
 def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -83,7 +88,7 @@ class _Strict(BaseModel):
     def _refuse_unknown(cls, given: Any) -> Any:
         for name in given if isinstance(given, dict) else ():
             if name not in cls.model_fields:
-                raise PydanticCustomError("extra_forbidden", "there is no such setting", {"name": name})
+                raise PydanticCustomError("extra_forbidden", "there is no such setting", {"name": _printable(name)})
         return given
 
 

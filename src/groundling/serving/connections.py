@@ -51,8 +51,6 @@ class Protocol(H11Protocol):
 
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
-    _n_ahead = 0
-    """Bytes that came while a request was answered."""
 
     def __init__(self, *, max_connections: int, max_per_address: int, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
@@ -76,18 +74,16 @@ class Protocol(H11Protocol):
         super().data_received(data)  # which ends uvicorn's own wait, at the first byte
         if self.cycle is None or self.cycle.response_complete:
             self._await_headers(HEADER_TIMEOUT_S)
-            self._n_ahead = 0
         else:
             self._stop_waiting()
-            self._read_on(len(data))
+            self._read_on()
 
-    def _read_on(self, n_bytes: int) -> None:
+    def _read_on(self) -> None:
         """Reads what follows a whole request while it is answered, for uvicorn would not: else nobody saw the end of a
         client that has sent a byte more, and then left."""
-        if self.flow.read_paused and not self.cycle.more_body:
-            self._n_ahead += n_bytes
-            if self._n_ahead <= MAX_AHEAD_BYTES:
-                self.flow.resume_reading()
+        n_ahead = len(self.conn.trailing_data[0])
+        if self.flow.read_paused and not self.cycle.more_body and n_ahead <= MAX_AHEAD_BYTES:
+            self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         super().pause_writing()

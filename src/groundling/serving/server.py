@@ -135,7 +135,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     name = where[0] if where else None
     if first["type"] == "extra_forbidden":
         where.append(str(first["ctx"]["name"]))
-        return wrong(f"there is no setting {'.'.join(where)[:100]!r} here: leave it out", where[0][:100])
+        return wrong(f"there is no setting {'.'.join(where)[:100]!r} here: leave it out", where[0])
     return wrong(f"{name or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}", name)
 
 

@@ -61,8 +61,10 @@ class Estimate:
     """Those that the run takes within its limits ..."""
     expected_steps: int
     """... and without limits."""
+    total_steps: int
+    """The schedule's."""
     schedule_steps: int
-    """Length of a schedule that would be over within them."""
+    """Length of a schedule that would be over within the limits."""
 
     @property
     def total_s(self) -> float:
@@ -180,6 +182,7 @@ def _extrapolate(trainer: Trainer, final: str, step_s: float, memory_bytes: int 
         achieved_flops,
         n_steps,
         expected_steps,
+        trainer.total_steps,
         schedule_steps,
     )
 

@@ -141,7 +141,7 @@ class LogFile(Sink):
     """`log.txt`: what a run said that is no metric, each line with the local time, for when its terminal is gone."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8", errors="backslashreplace")  # a path may be of another encoding
 
     def write(self, step: int, metrics: Metrics) -> None:
         return

@@ -12,6 +12,7 @@ with. A folder that could not begin its run does not stay behind.
         tokenizer.json   Hugging Face tokenizers
         train.bin        tokens of the training text (heldout.bin: of the held-out text)
         metrics.jsonl    one line per step, and one per evaluation
+        log.txt          what was said while it ran
         checkpoints/     see checkpoint.py
         record.json, loss.png, samples.txt, written at the end
         evaluated.json   the losses that `groundling evaluate` last took, and the sum of the weights it took them of

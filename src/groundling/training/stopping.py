@@ -57,7 +57,8 @@ class StoppingConfig:
     max_minutes: float | None = None
     """Time of the whole run, its looks and that before a resume included; the losses at its end come on top."""
     patience: int = 0
-    """Evaluations of heldout/loss without improvement; 0 never stops on it. The best checkpoint is kept."""
+    """Evaluations of heldout/loss without improvement; 0 never stops on it. The checkpoint of the best is kept, too,
+    unless checkpoint.save_every is 0."""
     heldout_every: float = 1.0
     """Passes between evaluations of heldout/loss, taken only if patience is set."""
 
@@ -252,7 +253,7 @@ class StopRule:
         """Take in a heldout/loss."""
         state = self.state
         state.heldout_at_step, state.last_heldout = n_steps, loss
-        if state.best_heldout is None or loss < state.best_heldout:
+        if math.isfinite(loss) and (state.best_heldout is None or loss < state.best_heldout):
             state.best_heldout, state.best_heldout_step, state.evaluations_without_improvement = loss, n_steps, 0
         else:
             state.evaluations_without_improvement += 1
