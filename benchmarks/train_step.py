@@ -24,6 +24,7 @@ draws it. `--cold` measures the time from the command to the first finished step
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -99,18 +100,19 @@ def turn(request: str) -> None:
     print("\n" + json.dumps(asdict(CONTESTANTS[asked["function"]](task, **asked["arguments"]))))
 
 
-def contestants(options: argparse.Namespace, ours: str) -> Iterator[Contestant]:
-    """All that can run here, ours first; `ours` is the number format that we take."""
+def contestants(options: argparse.Namespace) -> Iterator[Contestant]:
+    """All that can run here, ours first."""
     for variant in ("", *options.ours):
         yield Contestant(f"groundling {variant}".strip(), "ours", {"words": variant}, keeps_memory=True)
     has_bf16 = not machine.cpu_flags().isdisjoint(runtime.CPU_BF16_FLAGS)
-    for dtype in ("fp32", "bf16") if has_bf16 else ("fp32",):
-        yield Contestant(f"PyTorch {dtype}", "plain", {"dtype": dtype})
-        yield Contestant(f"PyTorch {dtype} compiled", "plain", {"dtype": dtype, "compiled": True})
-    best = {"dtype": ours, "compiled": True}
-    yield Contestant(f"PyTorch {ours} compiled, our allocator settings", "plain", best, keeps_memory=True)
+    formats = ("fp32", "bf16") if has_bf16 else ("fp32",)
+    for dtype, compiled in itertools.product(formats, (False, True)):
+        name, settings = f"PyTorch {dtype}{' compiled' if compiled else ''}", {"dtype": dtype, "compiled": compiled}
+        yield Contestant(name, "plain", settings)
+        yield Contestant(f"{name}, our allocator settings", "plain", settings, keeps_memory=True)
     yield Contestant("reference recipe fp32", "reference_recipe")
-    yield Contestant(f"Hugging Face Trainer {ours}", "huggingface", {"dtype": ours})
+    for dtype in formats:
+        yield Contestant(f"Hugging Face Trainer {dtype}", "huggingface", {"dtype": dtype})
     if options.nanogpt:
         yield Contestant("nanoGPT fp32", "nanogpt", {"folder": str(options.nanogpt.resolve())})
     if options.llmc:
@@ -211,6 +213,7 @@ def sweep(options: argparse.Namespace, base: Task, dtype: str) -> None:
 
 def cold(options: argparse.Namespace) -> None:
     """Seconds from the command to the first finished step: with empty caches first, then with what they got."""
+    facts = machine.describe(runtime.available_cores(), CPU)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         caches = {"GROUNDLING_CACHE": str(root / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
@@ -241,7 +244,9 @@ def cold(options: argparse.Namespace) -> None:
                 "caches": which,
                 "first_step_s": first_step_s,
                 "ours": options.ours,
-                "cpu": machine.describe(0, CPU)["cpu"],
+                **{name: facts[name] for name in ("cpu", "flags", "threads", "memory_bytes", "system")},
+                "versions": machine.versions(),
+                "date": time.strftime("%Y-%m-%d"),
             }
             print(json.dumps(found), flush=True)
 
@@ -283,7 +288,7 @@ def main() -> None:
     resolved = runtime.resolve(RuntimeConfig(device="cpu", compile="off", threads=options.threads))
     if options.sweep:
         return sweep(options, task, resolved.dtype_name)
-    entered = list(contestants(options, resolved.dtype_name))
+    entered = list(contestants(options))
     if options.only:
         entered = [contestant for contestant in entered if any(word in contestant.name for word in options.only)]
     ceilings = measure(task, entered, options.rounds)

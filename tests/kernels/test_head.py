@@ -70,6 +70,14 @@ def test_loss_and_gradients_are_the_formulas(
         assert relative_error(ours.grad, theirs.grad) < ERRORS[dtype]
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("n_vocab", "n_last"), [(11_707, 38_551), (50_257, 1)])
+def test_loss_and_gradients_over_gpt2s_ids(n_vocab: int, n_last: int, dtype: torch.dtype, unit: bool) -> None:
+    """All of them, and those of Tiny Shakespeare with a row for the others."""
+    check = test_loss_and_gradients_are_the_formulas.hypothesis.inner_test  # type: ignore[attr-defined]
+    check(n_rows=5, n_embd=33, n_vocab=n_vocab, n_last=n_last, dtype=dtype, unit=unit, rows_at_a_time=3, seed=0)
+
+
 @pytest.mark.parametrize("unit", [False, True])
 def test_the_gradient_is_exact_where_the_model_is_almost_sure(unit: bool) -> None:
     """p - 1 from a rounded p would be off by as much as it is."""

@@ -224,6 +224,19 @@ def test_self_attention(n_windows: int, length: int, n_head: int, width: int, dt
 
 
 @pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize("length", [1023, 1024])
+def test_self_attention_of_the_longest_windows(length: int, dtype: torch.dtype) -> None:
+    assert_agrees("self_attention", randoms(0, (1, length, 3 * 9)), dtype, 1)
+
+
+@pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize("width", [768, 1024, 1280, 1600])
+def test_layers_of_gpt2s_widths(width: int, dtype: torch.dtype) -> None:
+    assert_agrees("add_layer_norm", randoms(0, (21, width), (21, width), (width,), (width,)), dtype)
+    assert_agrees("linear_gelu", randoms(0, (21, width), (70, width), (70,)), dtype, n_terms=width)
+
+
+@pytest.mark.parametrize("dtype", list(ERRORS))
 @pytest.mark.parametrize("largest", [5, 20, 80])
 def test_self_attention_of_scores_that_are_not_small(dtype: torch.dtype, largest: float) -> None:
     """As a trained network's are: what is made again of them in bf16 must not be rounded before it is an exponent."""
