@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_the_formulas(
 def test_loss_and_gradients_over_gpt2s_ids(n_vocab: int, n_last: int, dtype: torch.dtype, unit: bool) -> None:
     """All of them, and those of Tiny Shakespeare with a row for the others."""
     check = test_loss_and_gradients_are_the_formulas.hypothesis.inner_test  # type: ignore[attr-defined]
-    check(n_rows=5, n_embd=33, n_vocab=n_vocab, n_last=n_last, dtype=dtype, unit=unit, rows_at_a_time=3, seed=0)
+    check(n_rows=5, n_embd=33, n_vocab=n_vocab, n_last=n_last, dtype=dtype, unit=unit, rows_at_a_time=9, seed=0)
 
 
 @pytest.mark.parametrize("unit", [False, True])
