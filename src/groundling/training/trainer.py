@@ -367,8 +367,9 @@ class Trainer:
 
     def _save_if_due(self, at_turning_point: bool = False) -> None:
         n_steps, config = self.state.n_steps, self.recipe.checkpoint
-        due = config.wanted if at_turning_point else config.due(n_steps, time.monotonic() - self.saved_at)
-        if n_steps and self.trained and due:
+        if not n_steps or not self.trained:
+            return
+        if config.wanted if at_turning_point else config.due(n_steps, time.monotonic() - self.saved_at):
             self.save()
 
     def _count_wall(self) -> None:
