@@ -239,7 +239,7 @@ def test_patience_names_the_checkpoint_that_was_best(workplace: Path, capsys: py
     """Letters in no order are known the less the better the bottles are."""
     (workplace / "noise.txt").write_text("".join(random.Random(0).choices("qxzjkvw ", k=600)))
     patience = ["--stopping.patience", "2", "--stopping.target", "0", "--schedule.passes", "40"]
-    out = workplace / "runs" / "patient"
+    out = workplace / "runs" / "best"
     assert main(train("--heldout", "noise.txt", *patience, "--windows.batch_size", "4", "--out", str(out))) == 0
     said = capsys.readouterr().err
     assert "the held-out text got no better" in said

@@ -198,7 +198,7 @@ def test_a_run_at_work_may_remove_the_checkpoint_meanwhile(
 
 
 def test_a_checkpoint_that_lies_alone_has_no_other_folder_for_its_run(run: Path, tmp_path: Path) -> None:
-    (checkpoint,) = (run / "checkpoints").iterdir()
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
     alone = tmp_path / "deep" / "alone"
     shutil.copytree(checkpoint, alone)
     assert main(["report", str(alone), "--quick"]) == 0
@@ -261,7 +261,7 @@ def test_damaged_files_are_left_out(run: Path, tmp_path: Path, cut: int) -> None
 
 
 def test_a_checkpoint_has_a_page_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (checkpoint,) = (run / "checkpoints").iterdir()
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
     before = sorted(checkpoint.iterdir())
     assert main(["report", str(checkpoint), "--quick"]) == 0
     assert (run / f"report-{checkpoint.name}.html").exists()
