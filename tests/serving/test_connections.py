@@ -187,7 +187,7 @@ def test_an_answer_to_what_is_no_request_is_whole() -> None:
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
 def test_a_body_that_cannot_be_read_is_answered_once(
-    serve: Serve, method: bytes, capfd: pytest.CaptureFixture[str]
+    serve: Serve, method: bytes, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The application has the request by then; an answer to HEAD has no body."""
     request = method + b" /health HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n"
@@ -198,6 +198,7 @@ def test_a_body_that_cannot_be_read_is_answered_once(
     assert said.count(b"HTTP/1.1") == 1
     assert (b"valid HTTP" in said) == (method == b"GET")
     assert "Traceback" not in capfd.readouterr().err
+    assert "asyncio" not in {record.name for record in caplog.records}  # which tells of errors of the connection's own
 
 
 def test_a_flood_is_told_and_leaves_nothing(serve: Serve, held: ExitStack) -> None:

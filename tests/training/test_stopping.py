@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -230,3 +231,14 @@ def test_patience_needs_heldout_text() -> None:
 def test_without_a_target_a_run_ends_with_its_schedule() -> None:
     assert rule(target=0.0, overtime=0.5).reason(100, 0.0) == "schedule"
     assert rule(target=0.1, overtime=0.5).reason(100, 0.0) is None
+
+
+def test_a_heldout_loss_that_is_no_number_is_never_the_best() -> None:
+    """Its checkpoint would be kept, and every later one would be worse."""
+    r = rule(patience=2, target=0)
+    r.observe_heldout(10, math.nan)
+    assert (r.state.best_heldout, r.state.best_heldout_step) == (None, None)
+    r.observe_heldout(20, 5.0)
+    assert (r.state.best_heldout, r.state.best_heldout_step) == (5.0, 20)
+    r.observe_heldout(30, math.nan)
+    assert r.state.best_heldout_step == 20
